@@ -1,0 +1,81 @@
+// mix.cuh: the arithmetic of chain and digest (kvcanary/hashing.py states the formulas), all mod 2^64.
+#pragma once
+#include "abi.cuh"
+
+KVC_DEVICE uint64_t kvc_mix64(uint64_t x) {
+    x = (x ^ (x >> 30)) * KVC_MIX_1;
+    x = (x ^ (x >> 27)) * KVC_MIX_2;
+    return x ^ (x >> 31);
+}
+
+KVC_DEVICE uint64_t kvc_anchor(uint64_t salt) { return kvc_mix64(salt ^ KVC_CHAIN_ANCHOR); }
+
+KVC_DEVICE uint64_t kvc_token_mix(int32_t token, int32_t position) {
+    return kvc_mix64(((uint64_t)(uint32_t)token << 32) | (uint32_t)position);
+}
+
+KVC_DEVICE uint64_t kvc_link(uint64_t chain, int32_t token, int32_t position) {
+    return chain * KVC_CHAIN_P + kvc_token_mix(token, position);
+}
+
+KVC_DEVICE uint64_t kvc_pow(uint64_t base, uint64_t exponent) {
+    uint64_t result = 1;
+    for (; exponent; exponent >>= 1, base *= base) {
+        if (exponent & 1) result *= base;
+    }
+    return result;
+}
+
+KVC_DEVICE uint64_t kvc_warp_sum(uint64_t v) {
+    for (uint32_t mask = 16; mask; mask >>= 1) v += kvc_shfl_xor_u64(v, mask);
+    return v;
+}
+
+// Sum over the block, given to every thread. All threads of the block take part.
+KVC_DEVICE uint64_t kvc_block_sum(uint64_t v) {
+    KVC_SHARED uint64_t sums[KVC_WARPS];
+    v = kvc_warp_sum(v);
+    if (kvc_lane() == 0) sums[kvc_warp_in_block()] = v;
+    kvc_sync_block();
+    uint64_t total = 0;
+    for (uint32_t w = 0; w < KVC_WARPS; ++w) total += sums[w];
+    kvc_sync_block();  // sums may be written again
+    return total;
+}
+
+// Exclusive prefix sum over the block; *total is the sum of all. All threads of the block take part.
+KVC_DEVICE uint64_t kvc_block_exclusive_sum(uint64_t v, uint64_t* total) {
+    KVC_SHARED uint64_t sums[KVC_WARPS];
+    const uint32_t lane = kvc_lane();
+    uint64_t inclusive = v;
+    for (uint32_t d = 1; d < 32; d <<= 1) {
+        const uint64_t below = kvc_shfl_up_u64(inclusive, d);
+        if (lane >= d) inclusive += below;
+    }
+    if (lane == 31) sums[kvc_warp_in_block()] = inclusive;
+    kvc_sync_block();
+    uint64_t before = 0, all = 0;
+    for (uint32_t w = 0; w < KVC_WARPS; ++w) {
+        if (w < kvc_warp_in_block()) before += sums[w];
+        all += sums[w];
+    }
+    kvc_sync_block();
+    *total = all;
+    return before + inclusive - v;
+}
+
+// The chain after n tokens that continue `start`: start P^n + sum_j m_j P^(n-1-j), m_j = token_mix_of(j).
+// Thread i walks j = i, i + 256, ... by Horner's rule in P^256; what is left of the power is at most P^255.
+// All threads of the block take part and get the result.
+template <typename TokenMixOf>
+KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, int64_t n, TokenMixOf token_mix_of) {
+    const uint64_t stride_power = kvc_pow(KVC_CHAIN_P, KVC_THREADS);
+    uint64_t sum = 0;
+    int64_t last = -1;
+    for (int64_t j = kvc_thread(); j < n; j += KVC_THREADS) {
+        sum = sum * stride_power + token_mix_of(j);
+        last = j;
+    }
+    if (last >= 0) sum *= kvc_pow(KVC_CHAIN_P, (uint64_t)(n - 1 - last));
+    return start * kvc_pow(KVC_CHAIN_P, (uint64_t)n) + kvc_block_sum(sum);
+}

@@ -1,0 +1,323 @@
+"""What crosses to the device: structures, constants and their C twin.
+
+This module is the only truth; ``kernels/abi.cuh`` is its rendering by :func:`c_header` (a test compares the two;
+``python -m kvcanary.abi > kernels/abi.cuh`` renders it anew). All structures are C-aligned, little-endian.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvcanary.tags import N_TAGS, CanaryLaunchTag, Detail, Reason, Stage
+
+# ---- constants of the chain and the digest (kvcanary/hashing.py has the formulas) ------------------------------------
+MIX_1 = 0xBF58476D1CE4E5B9  # splitmix64's finalizer
+MIX_2 = 0x94D049BB133111EB
+CHAIN_P = 0xD1342543DE82EF95
+CHAIN_ANCHOR = 0xC0FFEE
+DIGEST_SEED = 0x9E3779B97F4A7C15
+DIGEST_R = 0x5851F42D4C957F2D
+DIGEST_C0 = 0xA0761D6478BD642F
+DIGEST_C1 = 0xE7037ED1A0B428DB
+DIGEST_C2 = 0x8EBC6AF09C88C6E3
+DIGEST_PERIOD = 128  # words after which the constants repeat, times R
+MAX_PLANE_BYTES = 64 * 1024
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+THREADS = 256  # of every kernel
+WARPS = THREADS // 32
+VERIFY_CHUNK = 128  # consecutive positions of one request that a warp verifies
+WRITE_TILE = 1024  # consecutive new tokens of one request that a block stamps
+DIGEST_CHUNK = 32  # consecutive new tokens of one request that a warp digests
+SHARE_RUN = 16  # slots of a physical run that fall due together
+N_REGISTER_LENGTHS = 16  # lengths whose chain a register keeps
+N_ABORTED = 58  # forwards without TAIL that a pool remembers
+MAX_RESERVED = 8  # reserved blocks of a pool
+PREV_NONE = -1  # stamp.prev_slot: there is no predecessor, or it is not known where it is
+PREV_UNJUDGED = -2  # stamp.prev_slot: the chain does not continue the predecessor's; the link is not judged
+
+# ---- table kinds -----------------------------------------------------------------------------------------------------
+TABLE_DENSE = 0  # block_table[row, position / table_page]
+TABLE_CSR = 1  # block_table[kv_indptr[row] + position / table_page]
+TABLE_STATIC = 2  # block = row
+
+# ---- row flags -------------------------------------------------------------------------------------------------------
+ROW_LIVE = 1  # has a real slot among its new tokens, or none but is judged; clear = padding
+ROW_ANCHORED = 2  # the chain at the prefix is known from outside the cache
+ROW_FULL_DATA = 4  # the whole prefix is digested at HEAD
+ROW_PENDING = 8  # KV still being loaded: no data is judged at HEAD
+ROW_REGISTERED = 16  # continues the register of its request slot
+ROW_OWNS_REGISTER = 32  # writes the register of its request slot
+ROW_BAD_QUERY = 64  # query_start_loc is not inside the batch
+ROW_BAD_LENGTH = 128  # seq_len goes beyond the table row
+ROW_BAD_REQUEST_SLOT = 256
+ROW_START_UNJUDGED = 512  # the chain of its first new token does not continue the predecessor's stamp
+
+# ---- device state: one flat u64 array, header words first ---------------------------------------------------------------
+STATE_FORWARD = 0  # number of the forward in progress, or of the last one
+STATE_FORWARD_DONE = 1  # the same, published after every block of kvc_begin has read it
+STATE_STEP = 2  # first forwards begun = outer steps seen by the device
+STATE_STEP_DONE = 3
+STATE_JUDGING = 4  # 0 while paused; latched by kvc_begin for the whole forward
+STATE_PAUSE = 5  # written by pause() and resume()
+STATE_CLAIMED = 6  # violation records claimed
+STATE_DROPPED = 7  # violations that found the ring full
+STATE_OBSERVATIONS = 8  # claimed + dropped
+STATE_UNJUDGED_SLOTS = 9  # prefix slots left by a forward that never reached TAIL: data and TAIL not judged
+STATE_UNANCHORED_ROWS = 10  # rows with a prefix whose chain nobody outside the cache knows
+STATE_DATA_SLOTS = 11  # (slot, digest) pairs compared
+STATE_ADOPTED_SLOTS = 12
+STATE_FORWARDS_JUDGED = 13  # forwards begun while not paused
+N_STATE_WORDS = 16
+
+# ---- mapped control block, u64 words, each on a cache line of its own -----------------------------------------------------
+CONTROL_ALARM = 0  # device -> host: some record was committed (a hint)
+CONTROL_READ = 8  # host -> device: records read so far
+N_CONTROL_WORDS = 16
+
+STAMP = np.dtype(
+    [
+        ("chain", "<u8"),
+        ("token", "<i4"),
+        ("position", "<i4"),
+        ("prev_slot", "<i4"),
+        ("step", "<u4"),
+        ("owner", "<u4"),
+        ("epoch", "<u4"),
+    ]
+)
+REGISTER = np.dtype(
+    [
+        ("request_id", "<u4"),
+        ("forwards", "<u4"),
+        ("length", "<i4"),
+        ("first_length", "<i4"),
+        ("chain", "<u8", (N_REGISTER_LENGTHS,)),
+    ]
+)
+PLANE = np.dtype(
+    [
+        ("base", "<u8"),
+        ("page_stride", "<i8"),
+        ("token_stride", "<i8"),
+        ("chunk_stride", "<i8"),
+        ("n_chunks", "<u4"),
+        ("chunk_bytes", "<u4"),
+        ("load_bytes", "<u4"),
+        ("byte_offset", "<u4"),
+    ]
+)
+DIGEST = np.dtype([("first_plane", "<u4"), ("n_planes", "<u4"), ("n_words", "<u4"), ("half", "<u4")])
+ROW = np.dtype(
+    [
+        ("anchor", "<u8"),
+        ("first_token", "<i4"),
+        ("n_new", "<i4"),
+        ("prefix", "<i4"),
+        ("verify_start", "<i4"),
+        ("verify_end", "<i4"),
+        ("flags", "<u4"),
+        ("request_id", "<u4"),
+        ("request_slot", "<i4"),
+        ("share", "<u4"),
+        ("bad_value", "<i4"),
+    ]
+)
+POOL_STATE = np.dtype(
+    [
+        ("head_forward", "<u4"),
+        ("tail_forward", "<u4"),
+        ("n_aborted", "<u4"),
+        ("aborted_floor", "<u4"),
+        ("aborted", "<u4", (N_ABORTED,)),
+    ]
+)
+VIOLATION = np.dtype(
+    [
+        ("commit", "<u8"),
+        ("stored_chain", "<u8"),
+        ("expected_chain", "<u8"),
+        ("stored_digest", "<u8"),
+        ("found_digest", "<u8"),
+        ("slot", "<i8"),
+        ("step", "<u4"),
+        ("forward", "<u4"),
+        ("tag", "<u4"),
+        ("reasons", "<u4"),
+        ("pool", "<i4"),
+        ("plane", "<i4"),
+        ("position", "<i4"),
+        ("row", "<i4"),
+        ("request_id", "<u4"),
+        ("request_slot", "<i4"),
+        ("stored_token", "<i4"),
+        ("expected_token", "<i4"),
+        ("stored_position", "<i4"),
+        ("prev_slot", "<i4"),
+        ("stamp_owner", "<u4"),
+        ("stamp_step", "<u4"),
+        ("stamp_epoch", "<u4"),
+        ("detail", "<u4"),
+        ("flags", "<u4"),
+        ("unused", "<u4"),
+    ]
+)
+NO_TOKEN = -1  # stored_token / expected_token: not known or not judged
+
+# By-value kernel parameters. Pointers are "<u8"; a null pointer means that the input is not given.
+GUARD = np.dtype(
+    [
+        ("state", "<u8"),  # u64[N_STATE_WORDS + counters]
+        ("kernel_runs", "<u8"),  # u64[pools, N_TAGS]
+        ("slot_runs", "<u8"),  # u64[pools, N_TAGS]
+        ("data_runs", "<u8"),  # u64[pools, 3]
+        ("control", "<u8"),  # u64[N_CONTROL_WORDS], mapped
+        ("ring", "<u8"),  # VIOLATION[ring_capacity + 1], mapped; record 0 has place 0
+        ("ring_capacity", "<u8"),
+        ("taint", "<u8"),  # u32[max_requests]
+        ("pool_states", "<u8"),  # POOL_STATE[pools]
+    ]
+)
+POOL = np.dtype(
+    [
+        ("n_slots", "<i8"),
+        ("lut_length", "<i8"),
+        ("slot_lut", "<u8"),  # i64[lut_length] or null
+        ("head", "<u8", (2,)),  # STAMP[n_slots] for K and V; V null without a V half
+        ("tail", "<u8", (2,)),
+        ("claims", "<u8"),  # u64[n_slots]: forward << 32 | index + 1
+        ("digests", "<u8"),  # u64[n_digests, n_slots]
+        ("planes", "<u8"),  # PLANE[n_planes]
+        ("digest_units", "<u8"),  # DIGEST[n_digests]
+        ("registers", "<u8"),  # REGISTER[max_requests]
+        ("register_claims", "<u8"),  # u64[max_requests]: forward << 32 | row + 1
+        ("rows", "<u8"),  # ROW[max_requests]
+        ("work", "<u8"),  # i64[3, max_requests + 1]: verify chunks, write tiles, digest chunks before each row
+        ("page_size", "<i4"),
+        ("n_blocks", "<i4"),
+        ("window", "<i4"),  # 0 = none
+        ("token_offset", "<i4"),
+        ("kind", "<u4"),
+        ("index", "<u4"),
+        ("n_halves", "<u4"),
+        ("n_digests", "<u4"),
+        ("n_reserved", "<u4"),
+        ("max_requests", "<u4"),
+        ("reserved", "<i4", (MAX_RESERVED,)),
+    ]
+)
+BATCH = np.dtype(
+    [
+        ("block_table", "<u8"),
+        ("table_stride", "<i8"),  # entries between two rows
+        ("kv_indptr", "<u8"),
+        ("seq_lens", "<u8"),
+        ("query_start_loc", "<u8"),
+        ("kv_last_page_len", "<u8"),
+        ("input_ids", "<u8"),
+        ("slot_mapping", "<u8"),
+        ("request_slots", "<u8"),
+        ("request_ids", "<u8"),
+        ("salts", "<u8"),
+        ("prefix_chain", "<u8"),
+        ("token_history", "<u8"),
+        ("history_length", "<i8"),
+        ("expected_tokens", "<u8"),
+        ("pending", "<u8"),
+        ("verify_all", "<u8"),
+        ("rows", "<i4"),
+        ("n_tokens", "<i4"),
+        ("table_kind", "<u4"),
+        ("table_width", "<i4"),  # entries of a dense row, or of all CSR rows together
+        ("table_page", "<i4"),  # positions per entry
+        ("wide_ids", "<u4"),  # input_ids and expected_tokens are i64
+        ("wide_slots", "<u4"),  # slot_mapping is i64
+        ("check_write_position", "<u4"),
+        ("adopt", "<u4"),
+        ("verify_data_every", "<u4"),
+        ("full_verify_min_tokens", "<u4"),
+        ("is_first_forward", "<u4"),
+    ]
+)
+PARAMS: dict[str, np.dtype[Any]] = {
+    "BeginParams": np.dtype([("guard", GUARD), ("pool", POOL), ("batch", BATCH), ("is_first_pool", "<u4"), ("unused", "<u4")]),
+    "StepParams": np.dtype([("guard", GUARD), ("pool", POOL), ("batch", BATCH)]),
+    "SweepParams": np.dtype(
+        [
+            ("guard", GUARD),
+            ("pool", POOL),
+            ("slots", "<u8"),  # i32[n]
+            ("positions", "<u8"),  # i32[n]
+            ("predecessors", "<u8"),  # i32[n], -1 = none
+            ("tokens", "<u8"),  # i32[n] or null
+            ("n", "<i8"),
+        ]
+    ),
+}
+
+_STRUCTS: dict[str, np.dtype[Any]] = {
+    "Stamp": STAMP,
+    "Register": REGISTER,
+    "Plane": PLANE,
+    "Digest": DIGEST,
+    "Row": ROW,
+    "PoolState": POOL_STATE,
+    "Violation": VIOLATION,
+    "Guard": GUARD,
+    "Pool": POOL,
+    "Batch": BATCH,
+    **PARAMS,
+}
+_U64_CONSTANTS = tuple(n for n in globals() if n.startswith(("MIX_", "CHAIN_", "DIGEST_")))
+_INT_PREFIXES = ("TABLE_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN", "SHARE_RUN")
+_INT_NAMES = ("THREADS", "WARPS", "VERIFY_CHUNK", "WRITE_TILE", "DIGEST_CHUNK")
+_C_TYPES = {"<u8": "uint64_t", "<i8": "int64_t", "<u4": "uint32_t", "<i4": "int32_t"}
+
+
+def zeros_of(dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
+    """One zeroed structure, as a 0-d array whose fields can be assigned and whose ``[()]`` is the by-value scalar."""
+    return np.zeros((), dtype)
+
+
+def c_header() -> str:
+    """Render ``kernels/abi.cuh``."""
+    out = [
+        "// abi.cuh: the C twin of kvcanary/abi.py, rendered by it (python -m kvcanary.abi > kernels/abi.cuh); not edited by hand.",
+        "#pragma once",
+        '#include "device.cuh"',
+        "",
+    ]
+    names = globals()
+    for name in _U64_CONSTANTS:
+        if name in ("DIGEST_PERIOD", "DIGEST_CHUNK"):
+            continue
+        out.append(f"#define KVC_{name} 0x{names[name]:016X}ull")
+    ints = [n for n in names if (n.startswith(_INT_PREFIXES) and isinstance(names[n], int)) or n in _INT_NAMES]
+    for name in dict.fromkeys([*ints, "DIGEST_PERIOD"]):
+        value = names[name]
+        out.append(f"#define KVC_{name} {f'({value})' if value < 0 else value}")
+    for enum, prefix in ((Stage, "STAGE"), (Reason, "REASON"), (Detail, "DETAIL")):
+        out.extend(f"#define KVC_{prefix}_{m.name} {m.value}u" for m in enum)
+    assert len(CanaryLaunchTag) == N_TAGS
+    for name, dtype in _STRUCTS.items():
+        out.extend(["", *_render(name, dtype)])
+    return "\n".join(out) + "\n"
+
+
+def _render(name: str, dtype: np.dtype[Any]) -> list[str]:
+    assert dtype.fields is not None
+    align = "alignas(32) " if name == "Stamp" else ""
+    lines = [f"struct {align}{name} {{"]
+    for field, (sub, *_rest) in dtype.fields.items():
+        base, shape = (sub.subdtype[0], sub.subdtype[1]) if sub.subdtype else (sub, ())
+        c_type = next((s for s, d in _STRUCTS.items() if d == base), None) or _C_TYPES[base.str]
+        lines.append(f"    {c_type} {field}{''.join(f'[{n}]' for n in shape)};")
+    lines.append("};")
+    lines.append(f'static_assert(sizeof({name}) == {dtype.itemsize}, "the layout of kvcanary/abi.py");')
+    return lines
+
+
+if __name__ == "__main__":
+    print(c_header(), end="")

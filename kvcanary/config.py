@@ -1,0 +1,140 @@
+"""Configuration: one frozen object, and the only module that reads the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+from kvcanary.errors import ConfigError
+
+ENV_PREFIX = "KVCANARY_"
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("log", "raise", "off"),
+    "real_data": ("all", "partial", "none"),
+    "health_policy": ("as-mode", "raise", "log"),
+    "on_unwritten": ("violation", "adopt"),
+}
+_RANGES: dict[str, tuple[int, int]] = {
+    "verify_data_every": (1, 1 << 20),
+    "full_verify_min_tokens": (0, 1 << 31),
+    "scrub_bytes_per_step": (0, 1 << 40),
+    "sweep_interval": (0, 1 << 31),
+    "stats_print_every_n_steps": (0, 1 << 31),
+    "health_check_every_n_steps": (0, 1 << 31),
+    "health_check_warmup_steps": (0, 1 << 31),
+    "ring_capacity": (1, 1 << 20),
+}
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanaryConfig:
+    """How the guard behaves; every field can be set by ``KVCANARY_<FIELD NAME>`` through :meth:`from_env`.
+
+    Attributes:
+        mode: "log" reports, "raise" also raises `KvCanaryViolation` in `end_step`, "off" launches nothing.
+        real_data: which bytes of a slot are digested: "all", "partial" (the first 16 bytes of each chunk), "none".
+        verify_data_every: every live byte is re-digested within this many forwards of its request (prime is best).
+        full_verify_min_tokens: a row with more new tokens than this has its whole prefix digested.
+        scrub_bytes_per_step: byte budget of the in-graph patrol; 0 = off.
+        sweep_interval: steps between sweeps over the attached resident set; 0 = off.
+        stats_print_every_n_steps: steps between stats lines; 0 = off.
+        health_check_every_n_steps: steps between health checks; 0 = off.
+        health_check_warmup_steps: steps before the first health check.
+        health_policy: what a stalled guard does: "raise", "log", or "as-mode" (raise in mode "raise").
+        ring_capacity: violation records that can wait for the host.
+        on_unwritten: "adopt" takes prefix slots that were never stamped into the guard instead of reporting them.
+        lifecycle: judge block ownership (needs the lifecycle calls).
+        check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
+        log_tokens: put token ids (user content) and raw chains into logs and record dumps.
+        black_box_path: where to write the black box; None = nowhere.
+    """
+
+    mode: str = "log"
+    real_data: str = "all"
+    verify_data_every: int = 127
+    full_verify_min_tokens: int = 16
+    scrub_bytes_per_step: int = 0
+    sweep_interval: int = 0
+    stats_print_every_n_steps: int = 100
+    health_check_every_n_steps: int = 100
+    health_check_warmup_steps: int = 100
+    health_policy: str = "as-mode"
+    ring_capacity: int = 1024
+    on_unwritten: str = "violation"
+    lifecycle: bool = False
+    check_write_position: bool = True
+    log_tokens: bool = False
+    black_box_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"{name}={value!r}: give an integer from {low} to {high}")
+        for name in ("lifecycle", "check_write_position", "log_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
+        if self.black_box_path is not None and not isinstance(self.black_box_path, str):
+            raise ConfigError(f"black_box_path={self.black_box_path!r}: give a path as a string, or None")
+        if self.scrub_bytes_per_step and not self.lifecycle:
+            raise ConfigError("scrub_bytes_per_step needs lifecycle=True: the patrol must know which blocks are in use")
+        _refuse_unbuilt(self)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> CanaryConfig:
+        """Defaults, then ``KVCANARY_*``, then keywords; except KVCANARY_MODE, the operator's switch, which always wins.
+
+        Raises:
+            ConfigError: an unknown ``KVCANARY_`` variable or keyword, or a value that does not parse.
+        """
+        env = os.environ if environ is None else environ
+        hints = get_type_hints(cls)
+        names = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, text in env.items():
+            if not key.startswith(ENV_PREFIX):
+                continue
+            name = key[len(ENV_PREFIX) :].lower()
+            if name not in names:
+                raise ConfigError(f"{key}: unknown; the settings are {', '.join(sorted(names))} (upper case)")
+            values[name] = _parse(key, text, hints[name])
+        unknown = sorted(set(overrides) - names)
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(names))}")
+        operator = {"mode": values["mode"]} if "mode" in values else {}
+        return cls(**{**values, **overrides, **operator})
+
+    @property
+    def health_raises(self) -> bool:
+        """Whether a stalled guard raises (else it logs)."""
+        return self.health_policy == "raise" or (self.health_policy == "as-mode" and self.mode == "raise")
+
+
+def _refuse_unbuilt(config: CanaryConfig) -> None:
+    """Settings whose part of the guard this version does not have are refused, so that nobody relies on them."""
+    for name, unset in (("lifecycle", False), ("scrub_bytes_per_step", 0), ("black_box_path", None)):
+        if getattr(config, name) != unset:
+            raise ConfigError(f"{name}={getattr(config, name)!r}: not in this version; leave it at {unset!r}")
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    value = text.strip()
+    if hint is bool:
+        if value.lower() in _TRUE or value.lower() in _FALSE:
+            return value.lower() in _TRUE
+        raise ConfigError(f"{key}={text!r}: give one of {', '.join(_TRUE + _FALSE)}")
+    if hint is int:
+        try:
+            return int(value, 10)
+        except ValueError:
+            raise ConfigError(f"{key}={text!r}: give an integer") from None
+    if hint is str:
+        return value.lower()
+    return value or None
