@@ -1,0 +1,93 @@
+"""A `Driver` that runs the real kernels on the CPU: device memory is host memory, a launch is done when it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvcanary import abi
+from kvcanary.arrays import host_array
+from kvcanary.backends.device import DeviceBackend
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import HostStaging, Staging
+from kvcanary.layout import KvPool
+
+from .runner import SimtLibrary
+
+
+class SimtDriver:
+    """See `kvcanary.backends.device.Driver`; every launch runs its blocks in an order of its own seed."""
+
+    def __init__(self, library: SimtLibrary, seed: int = 0, n_multiprocessors: int = 1) -> None:
+        self.n_multiprocessors = n_multiprocessors
+        self.launches: list[tuple[str, tuple[int, int]]] = []
+        self._library = library
+        self._seed = seed
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
+        return np.zeros(shape, dtype)
+
+    def pointer(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
+    def mapped(self, n: int, dtype: Any) -> tuple[np.ndarray[Any, Any], int]:
+        array = np.zeros(n, dtype)
+        return array, int(array.ctypes.data)
+
+    def kernel(self, source: str, name: str) -> str:
+        assert name in self._library.kernels, f"{name} is not in {source}.cu"
+        return name
+
+    def launch(self, kernel: str, grid: tuple[int, int], params: Any, stream: Any) -> None:
+        self._seed += 1
+        self.launches.append((kernel, grid))
+        self._library.launch(kernel, grid, abi.THREADS, params, seed=self._seed)
+
+    def fill_zero(self, array: Any, stream: Any) -> None:
+        array[...] = np.zeros((), array.dtype)
+
+    def upload(self, array: Any, values: Any, stream: Any) -> None:
+        array[...] = values
+
+    def set_word(self, array: Any, index: int, value: int, stream: Any) -> None:
+        array[index] = value
+
+    def download(self, array: Any) -> Any:
+        return array.copy()
+
+    def read_memory(self, pointer: int, n_bytes: int) -> Any:
+        return host_array(pointer, (n_bytes,), (1,), np.uint8).copy()
+
+    def flip_byte(self, address: int, mask: int, stream: Any) -> None:
+        host_array(address, (1,), (1,), np.uint8)[0] ^= mask
+
+    def staging(self, n_words: int, depth: int) -> Staging:
+        return HostStaging(n_words, depth)
+
+    def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
+        self._lists = [None if a is None else np.ascontiguousarray(a, np.int32) for a in lists]
+        return [0 if a is None else int(a.ctypes.data) for a in self._lists]
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def simt_backend(
+    config: CanaryConfig,
+    pools: Sequence[KvPool],
+    max_requests: int,
+    max_new_tokens: int,
+    *,
+    library: SimtLibrary,
+    seed: int = 0,
+    n_multiprocessors: int = 1,
+) -> DeviceBackend:
+    """The device backend over the CPU build of the kernels."""
+    driver = SimtDriver(library, seed, n_multiprocessors)
+    return DeviceBackend("simt", driver, config, pools, max_requests, max_new_tokens)
