@@ -1,0 +1,48 @@
+"""The engine's side of the guard: batches around its persistent buffers, and the pool over the model's cache."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from kvcanary import layouts
+from kvcanary.batch import StepBatch
+from kvcanary.layout import KvPool
+from kvcanary.manager import CanaryManager
+
+
+def pool_of(model: Any) -> KvPool:
+    """The pool of a model that keeps k_cache and v_cache [n_blocks, page_size, n_heads, head_dim] per layer."""
+    return layouts.nhd(k=model.k_cache, v=model.v_cache, page_size=model.page_size)
+
+
+class CanaryGuard:
+    """Adapts `CanaryManager` to the engine's guard protocol: one StepBatch per bucket of arrays."""
+
+    def __init__(self, manager: CanaryManager, stream: Any = None) -> None:
+        self.manager = manager
+        self._stream = stream
+        self._batches: dict[int, StepBatch] = {}
+
+    def batch_of(self, arrays: Any) -> StepBatch:
+        """The batch over these buffers, made once."""
+        if id(arrays) not in self._batches:
+            self._batches[id(arrays)] = StepBatch(
+                block_table=arrays.block_table,
+                seq_lens=arrays.seq_lens,
+                query_start_loc=arrays.query_start_loc,
+                input_ids=arrays.input_ids,
+                slot_mapping=arrays.slot_mapping,
+                request_slots=arrays.request_slots,
+                request_ids=arrays.request_ids,
+                token_history=arrays.token_history,
+            )
+        return self._batches[id(arrays)]
+
+    def step(self) -> AbstractContextManager[None]:
+        """The host phases of one outer step."""
+        return self.manager.step(self._stream)
+
+    def forward(self, arrays: Any) -> AbstractContextManager[None]:
+        """HEAD on entry, TAIL on exit."""
+        return self.manager.forward(self.batch_of(arrays), self._stream)
