@@ -1,0 +1,65 @@
+"""kvcanary: a guard for the paged KV cache of LLM inference engines."""
+
+import logging
+
+from kvcanary import layouts
+from kvcanary.batch import StepBatch
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import DelayedDeviceHostHandler
+from kvcanary.errors import (
+    BackendError,
+    BatchError,
+    CanaryCounterError,
+    CanaryStalledError,
+    CaptureError,
+    ConfigError,
+    KvCanaryError,
+    KvCanaryViolation,
+    LayoutError,
+    LifecycleError,
+    PhaseError,
+)
+from kvcanary.layout import KvPool, Plane
+from kvcanary.manager import CanaryManager
+from kvcanary.observers import KernelRunCounterHealthChecker, PeriodicCanaryStatsLogger
+from kvcanary.state import CanaryDeviceState
+from kvcanary.stats import CanaryStats
+from kvcanary.sweep import SweepOrchestrator
+from kvcanary.tags import CanaryLaunchTag, Half, PoolKind, Reason, Stage
+from kvcanary.violations import Violation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BatchError",
+    "CanaryConfig",
+    "CanaryCounterError",
+    "CanaryDeviceState",
+    "CanaryLaunchTag",
+    "CanaryManager",
+    "CanaryStalledError",
+    "CanaryStats",
+    "CaptureError",
+    "ConfigError",
+    "DelayedDeviceHostHandler",
+    "Half",
+    "KernelRunCounterHealthChecker",
+    "KvCanaryError",
+    "KvCanaryViolation",
+    "KvPool",
+    "LayoutError",
+    "LifecycleError",
+    "PeriodicCanaryStatsLogger",
+    "PhaseError",
+    "Plane",
+    "PoolKind",
+    "Reason",
+    "Stage",
+    "StepBatch",
+    "SweepOrchestrator",
+    "Violation",
+    "layouts",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

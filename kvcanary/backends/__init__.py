@@ -1,0 +1,110 @@
+"""What a backend is: memory for the guard, and the launches of a step.
+
+`host.py` is the reference in NumPy, `cuda.py` launches the kernels; everything above them is the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary import abi
+from kvcanary.batch import BoundBatch
+from kvcanary.deferred import Staging
+from kvcanary.state import CanaryDeviceState
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """A batch bound to one pool: ``batch`` is the backend's own form of it, packed once."""
+
+    pool: int
+    batch: Any
+
+
+class Resident(NamedTuple):
+    """Resident slots of a pool: each array i32[n]; ``predecessors`` -1 = none; ``tokens`` may be None, or -1 = unknown."""
+
+    slots: Any
+    positions: Any
+    predecessors: Any
+    tokens: Any = None
+
+
+@dataclass(frozen=True)
+class ProbeTarget:
+    """One position of one row of a batch, whose data are to be compared."""
+
+    row: int
+    position: int
+    request_id: int
+    request_slot: int
+
+    def as_row(self) -> npt.NDArray[Any]:
+        """A ROW that verifies just this position."""
+        row = abi.zeros_of(abi.ROW)
+        row["verify_start"], row["verify_end"], row["prefix"] = self.position, self.position + 1, self.position + 1
+        row["flags"] = abi.ROW_LIVE | abi.ROW_FULL_DATA
+        row["request_id"], row["request_slot"] = self.request_id, self.request_slot
+        return row
+
+
+class Backend(Protocol):
+    """Everything the manager asks of a device. ``stream`` is whatever the engine handed in.
+
+    `head` and `tail` may run inside a capture and neither allocate nor wait; the rest is host-driven and never captured.
+    """
+
+    name: str
+    state: CanaryDeviceState
+
+    def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:
+        """Pack a validated batch for one pool; allocates nothing on the device."""
+
+    def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        """Begin a forward over the pools of ``calls``; write and verify HEAD stamps, verify data that is due."""
+
+    def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        """Verify TAIL stamps of the prefix, write those of the new tokens, digest the new tokens' bytes."""
+
+    def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
+        """Check resident slots; False if the last sweep's lists are still being copied, so that nothing was done."""
+
+    def set_paused(self, is_paused: bool, stream: Any) -> None:
+        """Stop or resume judging, from the next forward on ``stream`` on."""
+
+    def reset(self, pool: int | None, stream: Any) -> None:
+        """Forget all stamps, digests and registers of a pool, or of all, ordered on ``stream``."""
+
+    def staging(self, depth: int) -> Staging:
+        """Buffers for snapshots of ``state.words``."""
+
+    def snapshot_words(self) -> npt.NDArray[np.uint64]:
+        """A copy of ``state.words`` as they are now; waits for the device."""
+
+    def synchronize(self) -> None:
+        """Wait for all that the guard has launched."""
+
+    def close(self) -> None:
+        """Give all memory back; waits for the device."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device and pinned memory that the guard holds, in bytes."""
+
+    # Primitives of `prove`; they may wait and allocate.
+    def read_stamps(self, pool: int, slots: npt.NDArray[Any]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """HEAD and TAIL stamps of each half of some slots: (STAMP[n], STAMP[n]) per half."""
+
+    def read_array(self, view: Any) -> npt.NDArray[Any]:
+        """A host copy of an engine array, which must be contiguous in its last dimension."""
+
+    def flip_byte(self, address: int, mask: int, stream: Any) -> None:
+        """XOR one byte of the engine's memory with ``mask``."""
+
+    def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> npt.NDArray[Any]:
+        """Compare all digests of one (row, position), apart from the guard's own state; VIOLATION[n] of what differs."""

@@ -1,0 +1,360 @@
+"""The launches of a step on a device: parameters packed once, grids chosen once; a step only launches.
+
+`DeviceBackend` knows the kernels and nothing of CuPy or cuda-python; a `Driver` gives it memory and launches. `cuda.py` has the
+real one; a test has one that runs the same kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary import abi
+from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.batch import BoundBatch
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import Staging
+from kvcanary.layout import KvPool
+from kvcanary.state import CanaryDeviceState, CounterLayout
+
+KERNELS = {
+    "stamps": ("kvc_begin", "kvc_stamps_write", "kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
+    "digests": ("kvc_digests_verify", "kvc_digests_write", "kvc_digests_adopt", "kvc_digests_sweep"),
+}
+BLOCKS_PER_MULTIPROCESSOR = 8  # of 256 threads: a persistent grid that fills the device
+MAX_DIGEST_SPLIT = 16  # parts that the digests of a slot are split into, for warps to work on side by side
+SWEEP_SLOTS = 1 << 16  # resident slots that a sweep copies at once; longer lists go in parts
+
+Array = npt.NDArray[Any]
+
+
+class Driver(Protocol):
+    """A device: memory, kernels, streams. ``stream`` is what the engine handed in (None = the default stream)."""
+
+    n_multiprocessors: int
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        """A zeroed device array (structured dtypes as u8 with the item size as last axis)."""
+
+    def pointer(self, array: Any) -> int:
+        """Device address of an array made by `zeros`."""
+
+    def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
+        """Zeroed pinned host memory mapped into the device: its NumPy view and its device address."""
+
+    def kernel(self, source: str, name: str) -> Any:
+        """A loaded kernel of ``kernels/<source>.cu``."""
+
+    def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
+        """Launch with ``abi.THREADS`` threads a block and one by-value structure."""
+
+    def fill_zero(self, array: Any, stream: Any) -> None:
+        """Zero an array, ordered on the stream."""
+
+    def upload(self, array: Any, values: Array, stream: Any) -> None:
+        """Copy host values into an array, ordered on the stream; may wait."""
+
+    def set_word(self, array: Any, index: int, value: int, stream: Any) -> None:
+        """Set one u64 word (value < 2^32), ordered on the stream, without waiting."""
+
+    def download(self, array: Any) -> Array:
+        """A host copy, after all that was launched."""
+
+    def read_memory(self, pointer: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """A host copy of engine memory, after all that was launched."""
+
+    def flip_byte(self, address: int, mask: int, stream: Any) -> None:
+        """XOR one byte of engine memory; may wait."""
+
+    def staging(self, n_words: int, depth: int) -> Staging:
+        """Buffers for the deferred handler."""
+
+    def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
+        """Device addresses of i32 lists (0 for None): host lists go through pinned buffers of ``capacity`` entries and are
+        copied on the stream without waiting; None if the buffers are still being read by the copies before."""
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+
+    def close(self) -> None:
+        """Free everything that this driver made."""
+
+
+@dataclass(frozen=True)
+class BoundKernel:
+    """A kernel with its packed parameters and its grid."""
+
+    driver: Driver
+    kernel: Any
+    grid: tuple[int, int]
+    params: Any
+
+    def launch(self, stream: Any) -> None:
+        """May run inside a capture; neither allocates nor waits."""
+        self.driver.launch(self.kernel, self.grid, self.params, stream)
+
+
+@dataclass(frozen=True)
+class BoundForward:
+    """The launches of one forward over one pool; ``begin`` differs for the first pool of a forward."""
+
+    begin_first: BoundKernel
+    begin_other: BoundKernel
+    head: tuple[BoundKernel, ...]
+    tail: tuple[BoundKernel, ...]
+    bound: BoundBatch
+
+
+class DeviceBackend:
+    """`kvcanary.backends.Backend` over a `Driver`."""
+
+    def __init__(
+        self,
+        name: str,
+        driver: Driver,
+        config: CanaryConfig,
+        pools: Sequence[KvPool],
+        max_requests: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.name = name
+        self._driver = driver
+        self._config = config
+        self._kv_pools = tuple(pools)
+        self._max_requests = max_requests
+        self._kernels = {n: driver.kernel(source, n) for source, names in KERNELS.items() for n in names}
+        self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
+        self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
+        self._pools = [self._pool_record(i) for i in range(len(pools))]
+
+    # ---- memory --------------------------------------------------------------------------------------------------------
+    def _allocate(self, pool: KvPool) -> dict[str, Any]:
+        driver, n, halves = self._driver, pool.n_slots, range(len(pool.halves))
+        digests = pool.digest_records(self._config.real_data)
+        arrays = {f"{plane}{h}": driver.zeros(n, abi.STAMP) for plane in ("head", "tail") for h in halves}
+        arrays |= {
+            "claims": driver.zeros(n, np.uint64),
+            "digests": driver.zeros((max(1, len(digests)), n if len(digests) else 1), np.uint64),
+            "registers": driver.zeros(self._max_requests, abi.REGISTER),
+            "register_claims": driver.zeros(self._max_requests, np.uint64),
+            "rows": driver.zeros(self._max_requests, abi.ROW),
+            "work": driver.zeros((3, self._max_requests + 1), np.int64),
+        }
+        for key, records in (("planes", pool.plane_records(self._config.real_data)), ("digest_units", digests)):
+            arrays[key] = driver.zeros(max(1, len(records)), records.dtype)
+            if len(records):
+                driver.upload(arrays[key], records, None)
+        return arrays
+
+    def _make_state(self, ring_capacity: int) -> tuple[CanaryDeviceState, Array, Any]:
+        driver, layout = self._driver, CounterLayout(len(self._kv_pools))
+        words = driver.zeros(layout.n_words, np.uint64)
+        taint = driver.zeros(self._max_requests, np.uint32)
+        pool_states = driver.zeros(len(self._kv_pools), abi.POOL_STATE)
+        ring, ring_address = driver.mapped(ring_capacity + 1, abi.VIOLATION)
+        control, control_address = driver.mapped(abi.N_CONTROL_WORDS, np.uint64)
+        state = CanaryDeviceState(layout, words, taint, ring, control)
+        guard = abi.zeros_of(abi.GUARD)
+        guard["state"], guard["taint"] = driver.pointer(words), driver.pointer(taint)
+        for field, view in (
+            ("kernel_runs", state.kernel_run_counters),
+            ("slot_runs", state.slot_run_counters),
+            ("data_runs", state.data_run_counters),
+        ):
+            guard[field] = driver.pointer(view)
+        guard["control"], guard["ring"], guard["ring_capacity"] = control_address, ring_address, ring_capacity
+        guard["pool_states"] = driver.pointer(pool_states)
+        return state, guard, pool_states
+
+    def _pool_record(self, index: int) -> Array:
+        pool, arrays = self._kv_pools[index], self._arrays[index]
+        record = abi.zeros_of(abi.POOL)
+        for half in range(len(pool.halves)):
+            record["head"][half] = self._driver.pointer(arrays[f"head{half}"])
+            record["tail"][half] = self._driver.pointer(arrays[f"tail{half}"])
+        names = ("claims", "digests", "planes", "digest_units", "registers", "register_claims", "rows", "work")
+        for name in names:
+            record[name] = self._driver.pointer(arrays[name])
+        if pool.lut_view is not None:
+            record["slot_lut"], record["lut_length"] = pool.lut_view.pointer, pool.lut_view.shape[0]
+        record["n_slots"], record["page_size"], record["n_blocks"] = pool.n_slots, pool.page_size, pool.n_blocks
+        record["window"], record["token_offset"] = pool.window or 0, pool.token_offset
+        record["kind"], record["index"], record["n_halves"] = int(pool.kind), index, len(pool.halves)
+        record["n_digests"] = len(pool.digest_units(self._config.real_data))
+        record["n_reserved"], record["max_requests"] = len(pool.reserved_blocks), self._max_requests
+        record["reserved"][: len(pool.reserved_blocks)] = pool.reserved_blocks
+        return record
+
+    @property
+    def memory_bytes(self) -> int:
+        arrays = [a for pool in self._arrays for a in pool.values()]
+        state = (self.state.words, self.state.taint, self._pool_states, self.state.violation_log, self.state.control)
+        return sum(int(a.nbytes) for a in (*arrays, *state))
+
+    # ---- binding -------------------------------------------------------------------------------------------------------
+    def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:
+        config, record = self._config, bound.record.copy()
+        record["check_write_position"] = config.check_write_position
+        record["adopt"] = config.on_unwritten == "adopt"
+        record["verify_data_every"] = config.verify_data_every
+        record["full_verify_min_tokens"] = config.full_verify_min_tokens
+        record["is_first_forward"] = is_first_forward
+        params = self._step_params(self._guard, self._pools[pool], record)
+        begin = [abi.zeros_of(abi.PARAMS["BeginParams"]) for _ in range(2)]
+        for is_first, b in enumerate(begin):
+            b["guard"], b["pool"], b["batch"], b["is_first_pool"] = self._guard, self._pools[pool], record, is_first
+        grids = _grids(self._driver.n_multiprocessors, self._pools[pool], bound)
+        head, tail = ["kvc_stamps_write", "kvc_stamps_verify"], ["kvc_stamps_tail"]
+        if self._pools[pool]["n_digests"]:
+            head.append("kvc_digests_verify")
+            tail.append("kvc_digests_write")
+        if config.on_unwritten == "adopt":
+            head.append("kvc_digests_adopt")
+
+        def kernel(name: str, packed: Any) -> BoundKernel:
+            return BoundKernel(self._driver, self._kernels[name], grids[name], packed)
+
+        other, first = (kernel("kvc_begin", b[()]) for b in begin)
+        forward = BoundForward(
+            first, other, tuple(kernel(n, params) for n in head), tuple(kernel(n, params) for n in tail), bound
+        )
+        return BoundCall(pool, forward)
+
+    @staticmethod
+    def _step_params(guard: Array, pool: Array, batch: Array) -> Any:
+        params = abi.zeros_of(abi.PARAMS["StepParams"])
+        params["guard"], params["pool"], params["batch"] = guard, pool, batch
+        return params[()]
+
+    # ---- a forward -----------------------------------------------------------------------------------------------------
+    def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        for i, call in enumerate(calls):
+            (call.batch.begin_other if i else call.batch.begin_first).launch(stream)
+        for call in calls:
+            for bound in call.batch.head:
+                bound.launch(stream)
+
+    def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        for call in calls:
+            for bound in call.batch.tail:
+                bound.launch(stream)
+
+    # ---- host-driven ---------------------------------------------------------------------------------------------------
+    def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
+        params, n = abi.zeros_of(abi.PARAMS["SweepParams"]), len(resident.slots)
+        addresses = self._driver.upload_lists(tuple(resident), max(n, SWEEP_SLOTS), stream)
+        if addresses is None:
+            return False
+        params["guard"], params["pool"], params["n"] = self._guard, self._pools[pool_index], n
+        for name, address in zip(("slots", "positions", "predecessors", "tokens"), addresses, strict=True):
+            params[name] = address
+        full = self._driver.n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+        n_digests = int(self._pools[pool_index]["n_digests"])
+        grids = {"kvc_stamps_sweep": (min(full, max(1, -(-n // abi.THREADS))), 1)}
+        if n_digests:
+            grids["kvc_digests_sweep"] = (min(full, max(1, -(-n // abi.WARPS))), min(n_digests, MAX_DIGEST_SPLIT))
+        for name, grid in grids.items():
+            self._driver.launch(self._kernels[name], grid, params[()], stream)
+        return True
+
+    def set_paused(self, is_paused: bool, stream: Any) -> None:
+        self._driver.set_word(self.state.words, abi.STATE_PAUSE, int(is_paused), stream)
+
+    def reset(self, pool: int | None, stream: Any) -> None:
+        for arrays in self._arrays if pool is None else [self._arrays[pool]]:
+            for name, array in arrays.items():
+                if name.startswith(("head", "tail")) or name in ("digests", "registers"):
+                    self._driver.fill_zero(array, stream)
+
+    def staging(self, depth: int) -> Staging:
+        return self._driver.staging(self.state.layout.n_words, depth)
+
+    def snapshot_words(self) -> npt.NDArray[np.uint64]:
+        words: npt.NDArray[np.uint64] = self._driver.download(self.state.words)
+        return words
+
+    def synchronize(self) -> None:
+        self._driver.synchronize()
+
+    def close(self) -> None:
+        self._driver.synchronize()
+        self._arrays.clear()
+        self._driver.close()
+
+    # ---- prove -----------------------------------------------------------------------------------------------------------
+    def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:
+        arrays = self._arrays[pool]
+
+        def read(name: str) -> Array:
+            stamps: Array = self._driver.download(arrays[name]).reshape(-1).view(abi.STAMP)[slots]
+            return stamps
+
+        return [(read(f"head{h}"), read(f"tail{h}")) for h in range(len(self._kv_pools[pool].halves))]
+
+    def read_array(self, view: Any) -> Array:
+        n_bytes = view.byte_range[1] - view.pointer
+        dtype = {1: np.uint8, 4: np.int32, 8: np.int64}[view.itemsize]
+        data = self._driver.read_memory(view.pointer, n_bytes)
+        return np.lib.stride_tricks.as_strided(data.view(dtype), view.shape, view.strides).copy()
+
+    def flip_byte(self, address: int, mask: int, stream: Any) -> None:
+        self._driver.flip_byte(address, mask, stream)
+
+    def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> Array:
+        driver, bound = self._driver, call.batch.bound
+        n_digests = int(self._pools[call.pool]["n_digests"])
+        state, guard, _pool_states = self._make_state(max(1, n_digests))
+        words = np.zeros(state.layout.n_words, np.uint64)
+        words[abi.STATE_JUDGING] = 1
+        rows = np.zeros(self._max_requests, abi.ROW)
+        rows[target.row] = target.as_row()
+        work = np.zeros((3, self._max_requests + 1), np.int64)
+        work[:, target.row + 1 :] = 1
+        pool = self._pools[call.pool].copy()
+        on_device = {"rows": driver.zeros(rows.shape, rows.dtype), "work": driver.zeros(work.shape, work.dtype)}
+        for name, values in (("rows", rows), ("work", work)):
+            driver.upload(on_device[name], values, stream)
+            pool[name] = driver.pointer(on_device[name])
+        driver.upload(state.words, words, stream)
+        verify = next(k for k in call.batch.head if k.kernel is self._kernels["kvc_digests_verify"])
+        params = self._step_params(guard, pool, verify.params["batch"])
+        driver.launch(verify.kernel, verify.grid, params, stream)
+        driver.synchronize()
+        n = int(driver.download(state.words)[abi.STATE_CLAIMED])
+        assert bound.rows > target.row and state.words is not None
+        records: Array = state.violation_log[:n].copy()
+        return records
+
+
+def _grids(n_multiprocessors: int, pool: Array, bound: BoundBatch) -> dict[str, tuple[int, int]]:
+    """Grid of each kernel, from capacities alone: what a captured graph replays must fit every batch in those arrays."""
+    full, rows, batch = n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR, bound.rows, bound.record
+    entries = int(batch["table_width"]) * (rows if batch["table_kind"] == abi.TABLE_DENSE else 1)
+    if batch["table_kind"] == abi.TABLE_STATIC:
+        entries = rows
+    positions = entries * int(batch["table_page"])
+    if pool["window"]:
+        positions = min(positions, rows * int(pool["window"]))
+    verify = rows + positions // abi.VERIFY_CHUNK
+    write = rows + bound.n_tokens // abi.WRITE_TILE
+    digest = rows + bound.n_tokens // abi.DIGEST_CHUNK
+    split = max(1, min(int(pool["n_digests"]), MAX_DIGEST_SPLIT))
+
+    def blocks(units: int, per_block: int, n_y: int = 1) -> int:
+        return max(1, min(-(-units // per_block), max(1, full // n_y)))
+
+    return {
+        "kvc_begin": (rows, 1),
+        "kvc_stamps_write": (blocks(write, 1), 1),
+        "kvc_stamps_verify": (blocks(verify, abi.WARPS), 1),
+        "kvc_stamps_tail": (blocks(verify + digest, abi.WARPS), 1),
+        "kvc_digests_verify": (blocks(verify, abi.WARPS, split), split),
+        "kvc_digests_write": (blocks(digest, abi.WARPS, split), split),
+        "kvc_digests_adopt": (blocks(verify, abi.WARPS), 1),
+    }
+
+

@@ -1,0 +1,393 @@
+"""The host backend: the reference, the fallback without a GPU, and the guard of KV caches in host memory.
+
+It runs everything at the call, in the order in which `backends/device.py` launches the kernels; streams are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvcanary import abi, hashing
+from kvcanary.backends import reference as ref
+from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
+from kvcanary.batch import BoundBatch
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import HostStaging, Staging
+from kvcanary.layout import KvPool
+from kvcanary.state import CanaryDeviceState, CounterLayout
+from kvcanary.tags import Detail, Reason, Stage
+
+
+def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> CanaryDeviceState:
+    """A fresh guard state in host memory."""
+    return CanaryDeviceState(
+        layout,
+        np.zeros(layout.n_words, np.uint64),
+        np.zeros(max_requests, np.uint32),
+        np.zeros(ring_capacity + 1, abi.VIOLATION),
+        np.zeros(abi.N_CONTROL_WORDS, np.uint64),
+    )
+
+
+class Recorder:
+    """Counts and reports into one guard state, as kernels/report.cuh does."""
+
+    def __init__(self, state: CanaryDeviceState) -> None:
+        self.state = state
+        self.words = state.words
+
+    def count_launch(self, pool: PoolArrays, stage: Stage) -> None:
+        for half in range(len(pool.head)):
+            self.state.kernel_run_counters[pool.index, pool.tag(stage, half)] += np.uint64(1)
+
+    def count_entries(self, pool: PoolArrays, stage: Stage, n: int) -> None:
+        for half in range(len(pool.head)):
+            self.state.slot_run_counters[pool.index, pool.tag(stage, half)] += np.uint64(n)
+
+    def count_data_launch(self, pool: PoolArrays, stage: Stage) -> None:
+        self.state.data_run_counters[pool.index, stage] += np.uint64(1)
+
+    def add(self, word: int, n: int) -> None:
+        self.words[word] += np.uint64(n)
+
+    def report(self, records: Array) -> None:
+        """Put records into the ring as far as there is room; the rest is counted as dropped."""
+        if not len(records):
+            return
+        words, ring, control = self.words, self.state.violation_log, self.state.control
+        records["step"], records["forward"] = words[abi.STATE_STEP], words[abi.STATE_FORWARD]
+        in_batch = (records["row"] >= 0) & (records["row"] < len(self.state.taint))
+        np.bitwise_or.at(self.state.taint, records["row"][in_batch], records["reasons"][in_batch])
+        capacity, claimed = len(ring) - 1, int(words[abi.STATE_CLAIMED])
+        n = min(len(records), capacity - (claimed - int(control[abi.CONTROL_READ])))
+        claims = np.arange(claimed, claimed + n)
+        records["commit"][:n] = claims + 1
+        ring[np.where(claims == 0, 0, 1 + (claims - 1) % capacity)] = records[:n]
+        words[abi.STATE_CLAIMED] = claimed + n
+        self.add(abi.STATE_OBSERVATIONS, len(records))
+        self.add(abi.STATE_DROPPED, len(records) - n)
+        if n:
+            control[abi.CONTROL_ALARM] = claimed + n
+
+
+class HostBackend:
+    """NumPy implementation of `kvcanary.backends.Backend`."""
+
+    name = "host"
+
+    def __init__(self, config: CanaryConfig, pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:
+        self._config = config
+        self._kv_pools = tuple(pools)
+        self._pools = [_pool_arrays(i, p, config, max_requests) for i, p in enumerate(pools)]
+        self._units = [p.digest_units(config.real_data) for p in pools]
+        self.state = make_state(CounterLayout(len(pools)), max_requests, config.ring_capacity)
+        self._recorder = Recorder(self.state)
+        self._rows: list[Array] = [np.zeros(0, abi.ROW) for _ in pools]
+
+    # ---- a forward ---------------------------------------------------------------------------------------------------
+    def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:
+        return BoundCall(pool, _batch_arrays(bound, self._config, is_first_forward))
+
+    def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        for i, call in enumerate(calls):
+            self._begin(call, is_first_pool=i == 0)
+        for call in calls:
+            pool, batch = self._pools[call.pool], call.batch
+            self._write_head(pool, batch, self._rows[call.pool])
+            if self._is_judging:
+                self._recorder.count_launch(pool, Stage.HEAD)
+                entries = ref.entries_of(pool, batch, self._rows[call.pool])
+                self._verify(pool, batch, entries, Stage.HEAD)
+                self._verify_data(pool, batch, entries)
+            if batch.adopt:
+                self._adopt(pool, ref.entries_of(pool, batch, self._rows[call.pool]))
+
+    def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        for call in calls:
+            pool, batch, rows = self._pools[call.pool], call.batch, self._rows[call.pool]
+            self._recorder.count_launch(pool, Stage.TAIL)
+            pool.state["tail_forward"] = self._forward
+            new = ref.new_tokens(rows)
+            target = ref.write_slots(pool, batch, new.token)
+            won = self._won(pool, new, target)
+            if self._is_judging:
+                # Stamps written in this forward are not judged at TAIL, so the order of the two halves does not matter.
+                self._verify(pool, batch, ref.entries_of(pool, batch, rows), Stage.TAIL)
+                for records in ref.judge_new_tokens(pool, batch, rows, new, target, won, self._forward):
+                    self._recorder.report(records)
+            for half in range(len(pool.head)):
+                pool.tail[half][target.slot[won]] = pool.head[half][target.slot[won]]
+            self._recorder.count_entries(pool, Stage.TAIL, int(won.sum()))
+            if self._units[call.pool]:
+                self._recorder.count_data_launch(pool, Stage.TAIL)
+                self._write_digests(pool, target.slot[won], new.position[won])
+
+    @property
+    def _forward(self) -> int:
+        return int(self.state.words[abi.STATE_FORWARD])
+
+    @property
+    def _is_judging(self) -> bool:
+        return bool(self.state.words[abi.STATE_JUDGING])
+
+    def _begin(self, call: BoundCall, is_first_pool: bool) -> None:
+        pool, batch, words = self._pools[call.pool], call.batch, self.state.words
+        if is_first_pool:
+            words[abi.STATE_FORWARD] = words[abi.STATE_FORWARD_DONE] + np.uint64(1)
+            words[abi.STATE_STEP] = words[abi.STATE_STEP_DONE] + np.uint64(batch.is_first_forward)
+            words[abi.STATE_JUDGING] = words[abi.STATE_PAUSE] == 0
+            words[abi.STATE_FORWARDS_JUDGED] += words[abi.STATE_JUDGING]
+            if batch.is_first_forward:
+                self.state.taint[:] = 0
+        if pool.state["head_forward"] != pool.state["tail_forward"]:  # the forward before never reached TAIL
+            place = int(pool.state["n_aborted"]) % abi.N_ABORTED
+            if pool.state["n_aborted"] >= abi.N_ABORTED:
+                pool.state["aborted_floor"] = pool.state["aborted"][place]
+            pool.state["aborted"][place] = pool.state["head_forward"]
+            pool.state["n_aborted"] += 1
+        pool.state["head_forward"] = self._forward
+        self._rows[call.pool] = ref.find_rows(pool, batch, self._forward)
+
+    def _won(self, pool: PoolArrays, new: ref.NewTokens, target: ref.Slots) -> Array:
+        claim = np.uint64(self._forward << 32) | (new.token + 1).astype(np.uint64)
+        won: Array = (target.status == OK) & (pool.claims[np.maximum(target.slot, 0)] == claim)
+        return won
+
+    def _write_head(self, pool: PoolArrays, batch: BatchArrays, rows: Array) -> None:
+        new = ref.new_tokens(rows)
+        target = ref.write_slots(pool, batch, new.token)
+        token = batch.input_ids[new.token].astype(np.int64).astype(np.int32)
+        chain = np.zeros(len(token), np.uint64)
+        for r in np.flatnonzero(rows["flags"] & abi.ROW_LIVE):
+            mine = slice(*np.searchsorted(new.row, [r, r + 1]))
+            chain[mine] = hashing.chain_scan(int(rows["anchor"][r]), token[mine], int(rows["prefix"][r]))
+            self._keep_in_register(pool, rows[r], int(r), chain[mine])
+        if self._is_judging:
+            self._recorder.report(ref.judge_writes(pool, batch, rows, new, target))
+            self._recorder.report(ref.bad_rows(pool, rows))
+            unanchored = rows["flags"] & (abi.ROW_LIVE | abi.ROW_ANCHORED) == abi.ROW_LIVE
+            self._recorder.add(abi.STATE_UNANCHORED_ROWS, int(unanchored.sum()))
+        stamps = np.zeros(len(token), abi.STAMP)
+        stamps["chain"], stamps["token"], stamps["position"] = chain, token, new.position
+        stamps["prev_slot"] = self._previous_slots(pool, batch, rows, new)
+        stamps["step"], stamps["owner"] = self._forward, rows["request_id"][new.row]
+        won = self._won(pool, new, target)
+        for half in range(len(pool.head)):
+            pool.head[half][target.slot[won]] = stamps[won]
+        self._recorder.count_entries(pool, Stage.HEAD, int(won.sum()))
+        self._recorder.count_launch(pool, Stage.HEAD)
+        words = self.state.words
+        words[abi.STATE_FORWARD_DONE], words[abi.STATE_STEP_DONE] = words[abi.STATE_FORWARD], words[abi.STATE_STEP]
+
+    def _previous_slots(self, pool: PoolArrays, batch: BatchArrays, rows: Array, new: ref.NewTokens) -> Array:
+        before = ref.table_slots(pool, batch, new.row, new.position - 1)
+        previous = np.where((new.position > 0) & (before.status == OK), before.slot, abi.PREV_NONE)
+        flags = rows["flags"][new.row]
+        rewritten = (previous >= 0) & (pool.claims[np.maximum(previous, 0)] >> np.uint64(32) == self._forward)
+        unknown = rewritten | (flags & abi.ROW_START_UNJUDGED != 0)
+        starts = (new.index == 0) & (new.position > 0) & (flags & abi.ROW_ANCHORED == 0)
+        return np.where(starts & unknown, abi.PREV_UNJUDGED, previous)
+
+    def _keep_in_register(self, pool: PoolArrays, row: Array, r: int, chain: Array) -> None:
+        slot = int(row["request_slot"])
+        if not row["request_id"] or slot < 0 or pool.register_claims[slot] != np.uint64(self._forward << 32 | r + 1):
+            return
+        reg, n, prefix = pool.registers[slot], abi.N_REGISTER_LENGTHS, int(row["prefix"])
+        continues = bool(row["flags"] & abi.ROW_REGISTERED)
+        oldest = int(reg["length"]) - n + 1
+        if len(chain) < n:
+            reg["chain"][prefix % n] = row["anchor"]
+        last = np.arange(max(0, len(chain) - n), len(chain))
+        reg["chain"][(prefix + last + 1) % n] = chain[last]
+        reg["first_length"] = max(oldest, int(reg["first_length"])) if continues else prefix
+        reg["forwards"] = reg["forwards"] + 1 if continues else 1
+        reg["length"], reg["request_id"] = prefix + len(chain), row["request_id"]
+
+    # ---- verification ------------------------------------------------------------------------------------------------
+    def _verify(self, pool: PoolArrays, batch: BatchArrays, entries: ref.Entries, stage: Stage) -> None:
+        rows, recorder = self._rows[pool.index], self._recorder
+        none = entries.at.status != OK
+        at = ref.Slots(*(a[none] for a in entries.at))
+        tag = pool.tag(stage)
+        recorder.report(ref.table_entry_records(pool, tag, rows, entries.row[none], entries.position[none], at))
+        for half in range(len(pool.head)):
+            recorder.report(ref.judge_stamps(pool, batch, rows, entries, stage, half, self._forward))
+        left = ref.see_stamps(pool, stage, 0, entries.at, self._forward).left
+        recorder.add(abi.STATE_UNJUDGED_SLOTS, int(left.sum()))
+        recorder.count_entries(pool, stage, len(entries.row))
+
+    def _verify_data(self, pool: PoolArrays, batch: BatchArrays, entries: ref.Entries) -> None:
+        rows = self._rows[pool.index]
+        if not self._units[pool.index]:
+            return
+        self._recorder.count_data_launch(pool, Stage.HEAD)
+        due = ref.due_slots(pool, batch, rows, entries)
+        about = ref.row_records(int(due.sum()), pool, pool.tag(Stage.HEAD), rows, entries.row[due])
+        about["position"] = entries.position[due]
+        self._compare_digests(self._recorder, pool, entries.at.slot[due], about, self._forward)
+
+    def _compare_digests(self, recorder: Recorder, pool: PoolArrays, slots: Array, about: Array, forward: int) -> None:
+        for d, unit in enumerate(self._units[pool.index]):
+            stored = pool.digests[d, slots]
+            judged = np.flatnonzero(ref.judgeable(pool, unit.half, slots, forward) & (stored != 0))
+            recorder.add(abi.STATE_DATA_SLOTS, len(judged))
+            stamps = pool.head[unit.half][slots[judged]]
+            found = self._digest(pool.index, d, slots[judged], stamps["position"])
+            bad = np.flatnonzero(found != stored[judged])
+            v = about[judged[bad]]
+            v["reasons"], v["slot"], v["plane"] = Reason.DATA, slots[judged[bad]], d
+            v["tag"] += np.uint32(unit.half)
+            ref.put_stamps(v, stamps[bad])
+            v["stored_digest"], v["found_digest"] = stored[judged[bad]], found[bad]
+            recorder.report(v)
+
+    def _digest(self, pool: int, d: int, slots: Array, positions: Array) -> Array:
+        unit, kv = self._units[pool][d], self._kv_pools[pool]
+        planes = kv.ordered_planes[unit.first_plane : unit.first_plane + unit.n_planes]
+        data = [kv.gather(plane, slots, self._config.real_data) for plane in planes]
+        return hashing.digest(np.concatenate(data, axis=1) if len(data) > 1 else data[0], d, positions)
+
+    def _write_digests(self, pool: PoolArrays, slots: Array, positions: Array) -> None:
+        for d in range(len(self._units[pool.index])):
+            pool.digests[d, slots] = self._digest(pool.index, d, slots, positions)
+
+    def _adopt(self, pool: PoolArrays, entries: ref.Entries) -> None:
+        pending = self._rows[pool.index]["flags"][entries.row] & abi.ROW_PENDING != 0
+        unknown = ref.never_stamped(pool, entries.at) & ~pending
+        slots, first = np.unique(entries.at.slot[unknown], return_index=True)
+        positions = entries.position[unknown][first]
+        self._write_digests(pool, slots, positions)
+        stamps = np.zeros(len(slots), abi.STAMP)
+        stamps["token"], stamps["position"], stamps["prev_slot"] = abi.NO_TOKEN, positions, abi.PREV_NONE
+        stamps["step"] = self._forward
+        for plane in (*pool.head, *pool.tail):
+            plane[slots] = stamps
+        self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(unknown.sum()))
+
+    # ---- host-driven -------------------------------------------------------------------------------------------------
+    def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
+        pool, recorder = self._pools[pool_index], self._recorder
+        recorder.count_launch(pool, Stage.SWEEP)
+        recorder.count_entries(pool, Stage.SWEEP, len(resident.slots))
+        slots = np.asarray(resident.slots, np.int64)
+        inside = (slots >= 0) & (slots < pool.n_slots) & ~np.isin(slots // pool.page_size, pool.reserved)
+        outside = ref.new_records(int((~inside).sum()), pool, pool.tag(Stage.SWEEP))
+        outside["slot"], outside["position"] = slots[~inside], np.asarray(resident.positions)[~inside]
+        outside["reasons"] = np.where(slots[~inside] >= pool.n_slots, Reason.OUT_OF_RANGE, Reason.UNWRITTEN)
+        outside["detail"] = Detail.TABLE_ENTRY
+        recorder.report(outside)
+        for half in range(len(pool.head)):
+            recorder.report(ref.judge_resident(pool, resident, half, inside))
+        if self._units[pool_index]:
+            recorder.count_data_launch(pool, Stage.SWEEP)
+            about = ref.new_records(int(inside.sum()), pool, pool.tag(Stage.SWEEP))
+            about["position"] = np.asarray(resident.positions)[inside]
+            self._compare_digests(recorder, pool, slots[inside], about, forward=0)
+        return True
+
+    def set_paused(self, is_paused: bool, stream: Any) -> None:
+        self.state.words[abi.STATE_PAUSE] = is_paused
+
+    def reset(self, pool: int | None, stream: Any) -> None:
+        for p in self._pools if pool is None else [self._pools[pool]]:
+            for array in (*p.head, *p.tail, p.digests, p.registers):
+                array[...] = np.zeros((), array.dtype)
+
+    def staging(self, depth: int) -> Staging:
+        return HostStaging(self.state.layout.n_words, depth)
+
+    def snapshot_words(self) -> Array:
+        words: Array = self.state.words.copy()
+        return words
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._pools.clear()
+
+    @property
+    def memory_bytes(self) -> int:
+        arrays = [a for p in self._pools for a in (*p.head, *p.tail, p.claims, p.digests, p.registers, p.register_claims)]
+        state = (self.state.words, self.state.taint, self.state.violation_log, self.state.control)
+        return sum(a.nbytes for a in (*arrays, *state))
+
+    # ---- prove ---------------------------------------------------------------------------------------------------------
+    def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:
+        p = self._pools[pool]
+        return [(head[slots].copy(), tail[slots].copy()) for head, tail in zip(p.head, p.tail, strict=True)]
+
+    def read_array(self, view: Any) -> Array:
+        array: Array = view.host.copy()
+        return array
+
+    def flip_byte(self, address: int, mask: int, stream: Any) -> None:
+        from kvcanary.arrays import host_array
+
+        host_array(address, (1,), (1,), np.uint8)[0] ^= mask
+
+    def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> Array:
+        """Compare all digests of one (row, position) into a state of its own; returns the records."""
+        pool, batch = self._pools[call.pool], call.batch
+        state = make_state(self.state.layout, len(self.state.taint), max(1, len(self._units[call.pool])))
+        recorder = Recorder(state)
+        rows = np.zeros(batch.rows, abi.ROW)
+        rows[target.row] = target.as_row()
+        entries = ref.entries_of(pool, batch, rows)
+        about = ref.row_records(len(entries.row), pool, pool.tag(Stage.HEAD), rows, entries.row)
+        about["position"] = entries.position
+        ok = entries.at.status == OK
+        self._compare_digests(recorder, pool, entries.at.slot[ok], about[ok], forward=0)
+        return state.violation_log[: int(state.words[abi.STATE_CLAIMED])]
+
+
+def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: int) -> PoolArrays:
+    n, halves = pool.n_slots, len(pool.halves)
+    lut = pool.lut_view
+    return PoolArrays(
+        index=index,
+        kind=int(pool.kind),
+        n_slots=n,
+        page_size=pool.page_size,
+        window=pool.window or 0,
+        token_offset=pool.token_offset,
+        reserved=np.array(pool.reserved_blocks, np.int64),
+        slot_lut=None if lut is None else lut.host,
+        head=[np.zeros(n, abi.STAMP) for _ in range(halves)],
+        tail=[np.zeros(n, abi.STAMP) for _ in range(halves)],
+        claims=np.zeros(n, np.uint64),
+        digests=np.zeros((len(pool.digest_units(config.real_data)), n), np.uint64),
+        registers=np.zeros(max_requests, abi.REGISTER),
+        register_claims=np.zeros(max_requests, np.uint64),
+        state=abi.zeros_of(abi.POOL_STATE),
+        max_requests=max_requests,
+    )
+
+
+def _batch_arrays(bound: BoundBatch, config: CanaryConfig, is_first_forward: bool) -> BatchArrays:
+    record, table = bound.record, bound.host("block_table")
+    query_start_loc, input_ids, slot_mapping = (bound.host(n) for n in ("query_start_loc", "input_ids", "slot_mapping"))
+    assert query_start_loc is not None and input_ids is not None and slot_mapping is not None
+    names = ("kv_indptr", "kv_last_page_len", "seq_lens", "request_slots", "request_ids", "salts", "prefix_chain")
+    names += ("token_history", "expected_tokens", "pending", "verify_all")
+    return BatchArrays(
+        rows=bound.rows,
+        n_tokens=bound.n_tokens,
+        table_kind=int(record["table_kind"]),
+        table_page=int(record["table_page"]),
+        table_width=int(record["table_width"]),
+        block_table=bound.host("kv_indices") if table is None else table,
+        query_start_loc=query_start_loc,
+        input_ids=input_ids,
+        slot_mapping=slot_mapping,
+        check_write_position=config.check_write_position,
+        adopt=config.on_unwritten == "adopt",
+        verify_data_every=config.verify_data_every,
+        full_verify_min_tokens=config.full_verify_min_tokens,
+        is_first_forward=is_first_forward,
+        **{name: bound.host(name) for name in names},
+    )

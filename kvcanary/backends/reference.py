@@ -1,0 +1,538 @@
+"""The semantics of the guard in NumPy: what the kernels must agree with bit for bit.
+
+Pure functions from the engine's arrays and the guard's arrays to facts and violation records; `host.py` calls them in the
+order of a step. Names follow ``kernels/``: each function here is the twin of the device function of that name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary import abi, hashing
+from kvcanary.tags import Detail, Reason, Stage
+
+Array: TypeAlias = npt.NDArray[Any]
+OK, EMPTY, OUT = 0, 1, 2  # slot status
+
+
+@dataclass
+class PoolArrays:
+    """The guard's arrays of one pool, and what it knows of the pool.
+
+    Attributes:
+        head, tail: STAMP[n_slots] per half.
+        claims: u64[n_slots]: forward << 32 | token index + 1 of the last winner.
+        digests: u64[n_digests, n_slots]; 0 = none.
+        registers: REGISTER[max_requests].
+        register_claims: u64[max_requests].
+        state: one POOL_STATE.
+        slot_lut: i64[n] or None.
+    """
+
+    index: int
+    kind: int
+    n_slots: int
+    page_size: int
+    window: int
+    token_offset: int
+    reserved: Array
+    slot_lut: Array | None
+    head: list[Array]
+    tail: list[Array]
+    claims: Array
+    digests: Array
+    registers: Array
+    register_claims: Array
+    state: Array
+    max_requests: int
+
+    def tag(self, stage: Stage, half: int = 0) -> int:
+        return stage * 4 + self.kind * 2 + half
+
+
+@dataclass
+class BatchArrays:
+    """The engine's arrays of one batch for one pool, as NumPy arrays; None = not given."""
+
+    rows: int
+    n_tokens: int
+    table_kind: int
+    table_page: int
+    table_width: int
+    block_table: Array | None
+    kv_indptr: Array | None
+    kv_last_page_len: Array | None
+    seq_lens: Array | None
+    query_start_loc: Array
+    input_ids: Array
+    slot_mapping: Array
+    request_slots: Array | None
+    request_ids: Array | None
+    salts: Array | None
+    prefix_chain: Array | None
+    token_history: Array | None
+    expected_tokens: Array | None
+    pending: Array | None
+    verify_all: Array | None
+    check_write_position: bool
+    adopt: bool
+    verify_data_every: int
+    full_verify_min_tokens: int
+    is_first_forward: bool
+
+
+class Slots(NamedTuple):
+    """slot: i64[n] (-1 unless OK), raw: i64[n] what the engine's array held, status: i8[n]."""
+
+    slot: Array
+    raw: Array
+    status: Array
+
+
+# ---- slots ---------------------------------------------------------------------------------------------------------------
+def engine_slots(pool: PoolArrays, named: Array, raw: Array) -> Slots:
+    """Slots as the engine names them (through the look-up table where the pool has one)."""
+    slot = named.astype(np.int64)
+    status = np.zeros(len(slot), np.int8)
+    status[slot < 0] = EMPTY
+    if pool.slot_lut is not None:
+        n = len(pool.slot_lut)
+        status[slot >= n] = OUT
+        slot = np.where(status == OK, pool.slot_lut[np.clip(slot, 0, max(n - 1, 0))] if n else -1, -1)
+        status[(status == OK) & (slot < 0)] = EMPTY
+    status[(status == OK) & (slot >= pool.n_slots)] = OUT
+    status[(status == OK) & np.isin(slot // pool.page_size, pool.reserved)] = EMPTY
+    return Slots(np.where(status == OK, slot, -1), raw.astype(np.int64), status)
+
+
+def table_entries(batch: BatchArrays, rows: Array) -> Array:
+    """Entries of each row's table: i64[n]."""
+    if batch.table_kind == abi.TABLE_STATIC:
+        return np.ones(len(rows), np.int64)
+    if batch.table_kind == abi.TABLE_DENSE:
+        return np.full(len(rows), batch.table_width, np.int64)
+    assert batch.kv_indptr is not None
+    begin, end = batch.kv_indptr[rows].astype(np.int64), batch.kv_indptr[rows + 1].astype(np.int64)
+    bad = (begin < 0) | (end > batch.table_width) | (end < begin)
+    return np.where(bad, 0, end - begin)
+
+
+def table_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, positions: Array) -> Slots:
+    """The slot that the block table gives for each (row, position)."""
+    index = positions // batch.table_page
+    outside = (positions < 0) | (index >= table_entries(batch, rows))
+    index = np.where(outside, 0, index)
+    if batch.table_kind == abi.TABLE_STATIC:
+        entry = rows.astype(np.int64)
+    else:
+        assert batch.block_table is not None
+        if batch.table_kind == abi.TABLE_CSR:
+            assert batch.kv_indptr is not None
+            flat = np.where(outside, 0, batch.kv_indptr[rows].astype(np.int64) + index)
+            entry = batch.block_table[flat].astype(np.int64) if batch.table_width else np.zeros(len(rows), np.int64)
+        else:
+            entry = batch.block_table[rows, index].astype(np.int64)
+    named = np.where(entry < 0, -1, entry * batch.table_page + positions % batch.table_page)
+    found = engine_slots(pool, named, entry)
+    return Slots(
+        np.where(outside, -1, found.slot),
+        np.where(outside, positions, found.raw),
+        np.where(outside, OUT, found.status).astype(np.int8),
+    )
+
+
+def write_slots(pool: PoolArrays, batch: BatchArrays, tokens: Array) -> Slots:
+    """Where the engine writes each new token of the batch."""
+    named = batch.slot_mapping[tokens].astype(np.int64)
+    return engine_slots(pool, named, named)
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------------
+def find_rows(pool: PoolArrays, batch: BatchArrays, forward: int) -> Array:
+    """Facts of each row of the batch, its anchor and its claims: ROW[rows] (kvc_begin)."""
+    out = np.zeros(batch.rows, abi.ROW)
+    for r in range(batch.rows):
+        out[r] = _find_row(pool, batch, r, forward)
+    return out
+
+
+def _find_row(pool: PoolArrays, batch: BatchArrays, r: int, forward: int) -> Array:
+    row = abi.zeros_of(abi.ROW)
+    row["request_slot"] = batch.request_slots[r] if batch.request_slots is not None else -1
+    row["request_id"] = batch.request_ids[r] if batch.request_ids is not None else 0
+    q0, q1 = int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1])
+    if q0 < 0 or q1 < q0 or q1 > batch.n_tokens:
+        row["flags"], row["bad_value"] = abi.ROW_BAD_QUERY, q1
+        return row
+    entries = int(table_entries(batch, np.array([r]))[0])
+    length = row_length(batch, r)
+    if q1 - q0 > length:
+        return row  # padding
+    prefix, capacity = length - (q1 - q0), entries * batch.table_page
+    end = min(prefix, capacity)
+    row["first_token"], row["n_new"], row["prefix"] = q0, q1 - q0, prefix
+    row["verify_end"] = end
+    row["verify_start"] = min(max(0, prefix - pool.window + 1), end) if pool.window else 0
+    flags = 0
+    if length > capacity:
+        flags, row["bad_value"] = abi.ROW_BAD_LENGTH, length
+    if claim_slots(pool, batch, np.arange(q0, q1), forward):
+        flags |= abi.ROW_LIVE
+        flags = _identify_row(pool, batch, r, row, flags, forward)
+    row["flags"] = flags
+    return row
+
+
+def row_length(batch: BatchArrays, r: int) -> int:
+    """Tokens of a row after this forward, from ``seq_lens`` or the CSR table."""
+    if batch.seq_lens is not None:
+        return int(batch.seq_lens[r])
+    assert batch.kv_last_page_len is not None
+    entries = int(table_entries(batch, np.array([r]))[0])
+    return (entries - 1) * batch.table_page + int(batch.kv_last_page_len[r]) if entries else 0
+
+
+def claim_slots(pool: PoolArrays, batch: BatchArrays, tokens: Array, forward: int) -> bool:
+    """Claim the slots of new tokens, the highest token index wins; returns whether any of them is a real slot."""
+    target = write_slots(pool, batch, tokens)
+    ok = target.status == OK
+    claim = np.uint64(forward << 32) | (tokens[ok] + 1).astype(np.uint64)
+    np.maximum.at(pool.claims, target.slot[ok], claim)
+    return bool((target.status != EMPTY).any())
+
+
+def _identify_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array, flags: int, forward: int) -> int:
+    if row["request_slot"] >= pool.max_requests:
+        flags |= abi.ROW_BAD_REQUEST_SLOT
+        row["bad_value"] = row["request_slot"]
+    if row["request_slot"] < 0 or flags & abi.ROW_BAD_REQUEST_SLOT:
+        row["request_slot"] = -1
+    has_register = bool(row["request_id"]) and row["request_slot"] >= 0
+    row["share"] = 0 if has_register else forward
+    flags |= anchor_row(pool, batch, r, row)
+    row["share"] %= batch.verify_data_every
+    is_first = has_register and not flags & abi.ROW_REGISTERED
+    is_asked = batch.verify_all is not None and bool(batch.verify_all[r])
+    if is_first or is_asked or row["n_new"] > batch.full_verify_min_tokens:
+        flags |= abi.ROW_FULL_DATA
+    if batch.pending is not None and batch.pending[r]:
+        flags |= abi.ROW_PENDING
+    if has_register:
+        claim = np.uint64(forward << 32 | r + 1)
+        slot = int(row["request_slot"])
+        pool.register_claims[slot] = max(pool.register_claims[slot], claim)
+    return flags
+
+
+def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
+    """The chain at the row's prefix from the best source there is; sets ``anchor`` and ``share``, returns flags."""
+    salt = int(batch.salts[r]) if batch.salts is not None else 0
+    prefix, slot = int(row["prefix"]), int(row["request_slot"])
+    row["anchor"] = hashing.mix64_int(abi.CHAIN_ANCHOR ^ salt)
+    if prefix == 0:
+        return abi.ROW_ANCHORED
+    if row["request_id"] and slot >= 0:
+        reg = pool.registers[slot]
+        first, length = int(reg["first_length"]), int(reg["length"])
+        if reg["request_id"] == row["request_id"] and max(first, length - abi.N_REGISTER_LENGTHS + 1) <= prefix <= length:
+            row["anchor"] = reg["chain"][prefix % abi.N_REGISTER_LENGTHS]
+            row["share"] = reg["forwards"]
+            return abi.ROW_ANCHORED | abi.ROW_REGISTERED
+    if batch.prefix_chain is not None and batch.prefix_chain[r]:
+        row["anchor"] = batch.prefix_chain[r]
+        return abi.ROW_ANCHORED
+    if batch.token_history is not None and slot >= 0:
+        history = batch.token_history[slot, max(pool.token_offset, 0) : pool.token_offset + prefix]
+        if pool.token_offset >= 0 and len(history) == prefix and (history >= 0).all():
+            row["anchor"] = hashing.chain_scan(int(row["anchor"]), history, 0)[-1]
+            return abi.ROW_ANCHORED
+    before = table_slots(pool, batch, np.array([r]), np.array([prefix - 1]))
+    if before.status[0] == OK and pool.head[0][before.slot[0]]["step"]:
+        row["anchor"] = pool.head[0][before.slot[0]]["chain"]
+        return 0
+    return abi.ROW_START_UNJUDGED
+
+
+# ---- violations ------------------------------------------------------------------------------------------------------------
+def new_records(n: int, pool: PoolArrays, tag: int) -> Array:
+    """``n`` empty records of a pool: VIOLATION[n]."""
+    v = np.zeros(n, abi.VIOLATION)
+    for name in ("plane", "row", "request_slot", "stored_position", "prev_slot"):
+        v[name] = -1
+    v["stored_token"] = v["expected_token"] = abi.NO_TOKEN
+    v["pool"], v["tag"] = pool.index, tag
+    return v
+
+
+def row_records(n: int, pool: PoolArrays, tag: int, rows: Array, index: Array) -> Array:
+    """Empty records that name their row and request."""
+    v = new_records(n, pool, tag)
+    v["row"] = index
+    for name in ("request_id", "request_slot", "flags"):
+        v[name] = rows[name][index]
+    return v
+
+
+def put_stamps(v: Array, stamps: Array) -> None:
+    """Fill in what was found in the slot."""
+    for ours, theirs in (("stored_chain", "chain"), ("stored_token", "token"), ("stored_position", "position")):
+        v[ours] = stamps[theirs]
+    v["prev_slot"] = stamps["prev_slot"]
+    v["stamp_owner"], v["stamp_step"], v["stamp_epoch"] = stamps["owner"], stamps["step"], stamps["epoch"]
+
+
+def bad_rows(pool: PoolArrays, rows: Array) -> Array:
+    """OUT_OF_RANGE of rows whose metadata cannot be: VIOLATION[n]."""
+    flags, live = rows["flags"], rows["flags"] & abi.ROW_LIVE != 0
+    bad = flags & (abi.ROW_BAD_LENGTH | abi.ROW_BAD_REQUEST_SLOT) != 0
+    index = np.flatnonzero((flags & abi.ROW_BAD_QUERY != 0) | (live & bad))
+    v = row_records(len(index), pool, pool.tag(Stage.HEAD), rows, index)
+    v["reasons"], v["slot"], v["position"] = Reason.OUT_OF_RANGE, rows["bad_value"][index], rows["prefix"][index]
+    v["detail"] = np.where(
+        flags[index] & abi.ROW_BAD_QUERY,
+        Detail.QUERY_START_LOC,
+        np.where(flags[index] & abi.ROW_BAD_LENGTH, Detail.SEQ_LEN, Detail.REQUEST_SLOT),
+    )
+    return v
+
+
+def table_entry_records(pool: PoolArrays, tag: int, rows: Array, index: Array, positions: Array, at: Slots) -> Array:
+    """OUT_OF_RANGE or UNWRITTEN of table entries that name no slot."""
+    v = row_records(len(index), pool, tag, rows, index)
+    v["reasons"] = np.where(at.status == OUT, Reason.OUT_OF_RANGE, Reason.UNWRITTEN)
+    v["detail"], v["slot"], v["position"] = Detail.TABLE_ENTRY, at.raw, positions
+    return v
+
+
+class NewTokens(NamedTuple):
+    """The new tokens of the live rows: row i64[n], index in the row i64[n], flat token index i64[n], position i64[n]."""
+
+    row: Array
+    index: Array
+    token: Array
+    position: Array
+
+
+def new_tokens(rows: Array) -> NewTokens:
+    """Enumerate the new tokens of the live rows."""
+    row, index = _expand(np.where(rows["flags"] & abi.ROW_LIVE, rows["n_new"], 0))
+    return NewTokens(row, index, rows["first_token"][row] + index, rows["prefix"][row].astype(np.int64) + index)
+
+
+def _expand(counts: Array) -> tuple[Array, Array]:
+    """(group, index within the group) of each of ``counts`` members."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    index = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return group, index
+
+
+def judge_writes(pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewTokens, target: Slots) -> Array:
+    """WRITE_TOKEN, WRITE_POSITION and OUT_OF_RANGE of the new tokens: VIOLATION[n]."""
+    home = table_slots(pool, batch, new.row, new.position)
+    token = batch.input_ids[new.token].astype(np.int64).astype(np.int32)
+    v = row_records(len(new.row), pool, pool.tag(Stage.HEAD), rows, new.row)
+    out = target.status == OUT
+    v["slot"] = np.where(out, target.raw, target.slot)
+    v["detail"] = np.where(out, Detail.SLOT_MAPPING, Detail.SLOT)
+    v["reasons"] = np.where(out, Reason.OUT_OF_RANGE, 0)
+    if batch.check_write_position:
+        strayed = ~out & ((home.status != OK) | (home.slot != target.slot))
+        v["reasons"] |= np.where(strayed, Reason.WRITE_POSITION, 0).astype(np.uint32)
+    if batch.expected_tokens is not None:
+        expected = batch.expected_tokens[new.token].astype(np.int64)
+        wrong = (expected >= 0) & (expected.astype(np.int32) != token)
+        v["reasons"] |= np.where(wrong, Reason.WRITE_TOKEN, 0).astype(np.uint32)
+        v["expected_token"] = np.where(wrong, expected, abi.NO_TOKEN)
+    v["position"], v["stored_token"] = new.position, token
+    v["prev_slot"] = np.where(home.status == OK, home.slot, -1)
+    return v[(v["reasons"] != 0) & (target.status != EMPTY)]
+
+
+def judge_new_tokens(
+    pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewTokens, target: Slots, won: Array, forward: int
+) -> list[Array]:
+    """TAIL: DUPLICATE_WRITE of the losers, and the new tokens looked up through the table as it is now."""
+    losers = np.flatnonzero((target.status == OK) & ~won)
+    lost = row_records(len(losers), pool, pool.tag(Stage.TAIL), rows, new.row[losers])
+    lost["reasons"], lost["slot"] = Reason.DUPLICATE_WRITE, target.slot[losers]
+    lost["position"] = new.position[losers]
+    put_stamps(lost, pool.head[0][target.slot[losers]])
+    lost["expected_token"] = batch.input_ids[new.token[losers]].astype(np.int64).astype(np.int32)
+    placed = np.flatnonzero(target.raw >= 0)
+    row, position = new.row[placed], new.position[placed]
+    home = table_slots(pool, batch, row, position)
+    no_slot = home.status != OK
+    entries = Slots(home.slot[no_slot], home.raw[no_slot], home.status[no_slot])
+    out = [lost, table_entry_records(pool, pool.tag(Stage.TAIL), rows, row[no_slot], position[no_slot], entries)]
+    for half in range(len(pool.head)):
+        stamps = pool.head[half][np.maximum(home.slot, 0)]
+        missing = ~no_slot & (stamps["step"] != forward)
+        v = row_records(int(missing.sum()), pool, pool.tag(Stage.TAIL, half), rows, row[missing])
+        v["reasons"], v["slot"], v["position"] = Reason.UNWRITTEN, home.slot[missing], position[missing]
+        put_stamps(v, stamps[missing])
+        out.append(v)
+    return out
+
+
+# ---- prefix stamps -----------------------------------------------------------------------------------------------------------
+class Entries(NamedTuple):
+    """Positions of a verified range: row i64[n], position i64[n], where the table puts them, and the slot before each."""
+
+    row: Array
+    position: Array
+    at: Slots
+    before: Slots
+
+
+def entries_of(pool: PoolArrays, batch: BatchArrays, rows: Array) -> Entries:
+    """Enumerate the positions that HEAD and TAIL verify: [window start, prefix) of the live rows."""
+    live = rows["flags"] & abi.ROW_LIVE != 0
+    row, index = _expand(np.where(live, rows["verify_end"] - rows["verify_start"], 0))
+    position = rows["verify_start"][row].astype(np.int64) + index
+    return Entries(
+        row, position, table_slots(pool, batch, row, position), table_slots(pool, batch, row, position - 1)
+    )
+
+
+class Seen(NamedTuple):
+    """Stamps as a stage sees them; ``judged``, ``unfinished`` and ``left`` are bool[n]."""
+
+    stamp: Array
+    judged: Array
+    unfinished: Array
+    left: Array
+
+
+def see_stamps(pool: PoolArrays, stage: Stage, half: int, at: Slots, forward: int) -> Seen:
+    """The stamp of each slot and whether the stage may judge it (all False where there is no slot)."""
+    ok = at.status == OK
+    slot = np.maximum(at.slot, 0)
+    head = pool.head[half][slot]
+    no = np.zeros(len(slot), bool)
+    if stage == Stage.HEAD:
+        return Seen(head, ok, no, no)
+    settled = ok & (head["step"] != forward) & (head["step"] != 0)
+    stamp = np.where(settled, pool.tail[half][slot], head)
+    differs = settled & (stamp["step"] != head["step"])
+    left = differs & is_aborted(pool, head["step"])
+    return Seen(stamp, settled & ~differs, differs & ~left, left)
+
+
+def is_aborted(pool: PoolArrays, forwards: Array) -> Array:
+    """Whether each forward is known never to have reached TAIL."""
+    n = min(int(pool.state["n_aborted"]), abi.N_ABORTED)
+    known: Array = (forwards <= pool.state["aborted_floor"]) | np.isin(forwards, pool.state["aborted"][:n])
+    return known
+
+
+def judge_stamps(
+    pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entries, stage: Stage, half: int, forward: int
+) -> Array:
+    """UNWRITTEN, POSITION, TOKEN and CHAIN of the prefix stamps of one half: VIOLATION[n]."""
+    row, position, at, before = entries
+    seen, previous = (see_stamps(pool, stage, half, s, forward) for s in (at, before))
+    stamp, anchor = seen.stamp, rows["anchor"][row]
+    v = row_records(len(row), pool, pool.tag(stage, half), rows, row)
+    expected = history_tokens(pool, batch, rows, row, position)
+    written = seen.judged & (stamp["step"] != 0)
+    known = written & (stamp["token"] != abi.NO_TOKEN)
+
+    reasons = np.where(seen.unfinished | (seen.judged & (stamp["step"] == 0)), Reason.UNWRITTEN, 0)
+    reasons |= np.where(written & (stamp["position"] != position), Reason.POSITION, 0)
+    wrong_token = known & (expected >= 0) & (stamp["token"] != expected)
+    reasons |= np.where(wrong_token, Reason.TOKEN, 0)
+
+    prev, prev_step = previous.stamp, np.where(previous.judged, previous.stamp["step"], 0)
+    salts = batch.salts[row].astype(np.uint64) if batch.salts is not None else np.zeros(len(row), np.uint64)
+    starts = known & (position == 0)
+    may_link = (position > rows["verify_start"][row]) | ((prev_step <= stamp["step"]) & (prev_step < forward))
+    links = known & (position > 0) & may_link & (prev_step != 0) & (prev["token"] != abi.NO_TOKEN)
+    links &= stamp["prev_slot"] != abi.PREV_UNJUDGED
+    chain = np.where(
+        starts,
+        hashing.link(hashing.anchor(salts), stamp["token"], np.zeros_like(position)),
+        hashing.link(prev["chain"], stamp["token"], stamp["position"]),
+    )
+    broken = (starts | links) & (stamp["chain"] != chain)
+    ends = known & (position == rows["prefix"][row] - 1) & (rows["flags"][row] & abi.ROW_ANCHORED != 0)
+    unanchored = ends & (stamp["chain"] != anchor)
+    reasons |= np.where(broken | unanchored, Reason.CHAIN, 0)
+
+    v["reasons"], v["position"], v["slot"] = reasons, position, at.slot
+    v["detail"] = np.where(seen.unfinished, Detail.UNFINISHED, Detail.SLOT)
+    v["expected_token"] = np.where(wrong_token, expected, abi.NO_TOKEN)
+    v["expected_chain"] = np.where(unanchored, anchor, np.where(broken, chain, 0))
+    put_stamps(v, stamp)
+    adopted = never_stamped(pool, at) if batch.adopt and stage == Stage.HEAD else np.zeros(len(row), bool)
+    return v[(reasons != 0) & ~adopted]
+
+
+def never_stamped(pool: PoolArrays, at: Slots) -> Array:
+    """Slots for which no half was ever stamped: bool[n]."""
+    slot = np.maximum(at.slot, 0)
+    never = at.status == OK
+    for stamps in (*pool.head, *pool.tail):
+        never &= stamps["step"][slot] == 0
+    return never
+
+
+def history_tokens(pool: PoolArrays, batch: BatchArrays, rows: Array, row: Array, position: Array) -> Array:
+    """The token that the engine's history has at each (row, position); NO_TOKEN where there is none."""
+    if batch.token_history is None:
+        return np.full(len(row), abi.NO_TOKEN)
+    slot, at = rows["request_slot"][row], position + pool.token_offset
+    inside = (slot >= 0) & (at >= 0) & (at < batch.token_history.shape[1])
+    return np.where(inside, batch.token_history[np.where(inside, slot, 0), np.where(inside, at, 0)], abi.NO_TOKEN)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------------
+def judgeable(pool: PoolArrays, half: int, slots: Array, forward: int) -> Array:
+    """Whether the data of each slot may be judged: HEAD and TAIL stamps are of one earlier forward: bool[n]."""
+    step = pool.head[half]["step"][slots]
+    may: Array = (step != 0) & (step != forward) & (pool.tail[half]["step"][slots] == step)
+    return may
+
+
+def due_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entries) -> Array:
+    """Which entries' data fall due in this forward: bool[n]."""
+    flags = rows["flags"][entries.row]
+    share = hashing.share_of(np.maximum(entries.at.slot, 0), abi.SHARE_RUN, batch.verify_data_every)
+    full = flags & abi.ROW_FULL_DATA != 0
+    due: Array = (entries.at.status == OK) & (flags & abi.ROW_PENDING == 0) & (full | (share == rows["share"][entries.row]))
+    return due
+
+
+
+
+# ---- sweep -----------------------------------------------------------------------------------------------------------------
+def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) -> Array:
+    """UNWRITTEN, POSITION, TOKEN and CHAIN of resident slots (those ``inside`` the pool) of one half: VIOLATION[n]."""
+    slots, positions, before = (np.asarray(a)[inside].astype(np.int64) for a in resident[:3])
+    expected = np.full(len(slots), abi.NO_TOKEN) if resident.tokens is None else np.asarray(resident.tokens)[inside]
+    stamp, tail_step = pool.head[half][slots], pool.tail[half]["step"][slots]
+    written = stamp["step"] != 0
+    known = written & (stamp["token"] != abi.NO_TOKEN)
+    reasons = np.where(written, 0, Reason.UNWRITTEN)
+    reasons |= np.where(written & (stamp["position"] != positions), Reason.POSITION, 0)
+    wrong_token = known & (expected >= 0) & (stamp["token"] != expected)
+    reasons |= np.where(wrong_token, Reason.TOKEN, 0)
+    has_before = (before >= 0) & (before < pool.n_slots)
+    prev = pool.head[half][np.where(has_before, before, 0)]
+    chain = hashing.link(prev["chain"], stamp["token"], stamp["position"])
+    links = known & has_before & (stamp["prev_slot"] != abi.PREV_UNJUDGED)
+    links &= (prev["step"] != 0) & (prev["token"] != abi.NO_TOKEN)
+    broken = links & (stamp["chain"] != chain)
+    reasons |= np.where(broken, Reason.CHAIN, 0)
+    unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"])
+    reasons |= np.where(unfinished, Reason.UNWRITTEN, 0)
+    v = new_records(len(slots), pool, pool.tag(Stage.SWEEP, half))
+    v["reasons"], v["slot"], v["position"] = reasons, slots, positions
+    v["detail"] = np.where(unfinished, Detail.UNFINISHED, Detail.SLOT)
+    v["expected_token"] = np.where(wrong_token, expected, abi.NO_TOKEN)
+    v["expected_chain"] = np.where(broken, chain, 0)
+    put_stamps(v, stamp)
+    return v[reasons != 0]

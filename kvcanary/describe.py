@@ -1,0 +1,77 @@
+"""describe() and estimate_bytes(): what the guard costs and what it can see, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from kvcanary import abi
+from kvcanary.config import CanaryConfig
+from kvcanary.layout import KvPool
+from kvcanary.state import CounterLayout
+
+
+def pool_bytes(config: CanaryConfig, pool: KvPool, max_requests: int) -> int:
+    """Memory that the guard takes for one pool, in bytes."""
+    n_digests = len(pool.digest_units(config.real_data))
+    per_slot = 2 * len(pool.halves) * abi.STAMP.itemsize + 8 + 8 * n_digests
+    per_request = abi.REGISTER.itemsize + 8 + abi.ROW.itemsize + 3 * 8
+    tables = len(pool.planes) * abi.PLANE.itemsize + n_digests * abi.DIGEST.itemsize
+    return pool.n_slots * per_slot + max_requests * per_request + tables
+
+
+def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:
+    """Device and pinned memory of a manager of these pools, in bytes (allocators may round up)."""
+    if config.mode == "off":
+        return 0
+    state = 8 * CounterLayout(len(pools)).n_words + 4 * max_requests + len(pools) * abi.POOL_STATE.itemsize
+    ring = (config.ring_capacity + 1) * abi.VIOLATION.itemsize + 8 * abi.N_CONTROL_WORDS
+    return sum(pool_bytes(config, p, max_requests) for p in pools) + state + ring
+
+
+# Reason -> (inputs it needs, what is not seen without them).
+_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "TOKEN": (("token_history",), "a slot that holds another token than the request's history"),
+    "WRITE_TOKEN": (("expected_tokens",), "an input id that is not the one the scheduler meant"),
+    "CHAIN anchored outside the cache": (
+        ("request_slots", "request_ids"),
+        "a whole, consistent substitution of a row by another request's blocks (rows are unanchored)",
+    ),
+}
+_LATER = "STALE_EPOCH, FOREIGN_WRITE (block ownership) and NONFINITE_RESERVED are not in this version"
+
+
+def describe_pools(
+    config: CanaryConfig, pools: Sequence[KvPool], max_requests: int, inputs: Collection[str] | None
+) -> str:
+    """What is guarded, at which cost, and what is off for lack of which input (``inputs`` None: no batch was seen yet)."""
+    if config.mode == "off":
+        return "kvcanary is off (mode='off'): nothing is allocated, launched or checked"
+    lines = [f"kvcanary: mode {config.mode}, real data {config.real_data}, {max_requests} requests"]
+    for pool in pools:
+        memory, n_digests = pool_bytes(config, pool, max_requests), len(pool.digest_units(config.real_data))
+        kv = pool.bytes_per_slot * pool.n_slots
+        window = f", window {pool.window}" if pool.window else ""
+        share = f" ({memory / kv:.2%} of the KV bytes)" if kv else ""
+        lines += [
+            f"pool {pool.name!r} ({pool.kind.name}{window}): {pool.n_slots} slots in pages of {pool.page_size}, "
+            f"{pool.bytes_per_slot} KV bytes a slot in {len(pool.planes)} planes, {n_digests} digests",
+            f"  memory: {memory} bytes{share}",
+            f"  reads a forward, per prefix slot: {2 * len(pool.halves) * abi.STAMP.itemsize} bytes of stamps"
+            + (f", and on average 1/{config.verify_data_every} of its KV bytes" if n_digests else ""),
+        ]
+        if not n_digests:
+            lines.append("  off: DATA (real_data='none', or no planes): damaged bytes are not seen")
+    on = ["CHAIN", "POSITION", "UNWRITTEN", "OUT_OF_RANGE", "DUPLICATE_WRITE"]
+    if config.check_write_position:
+        on.append("WRITE_POSITION")
+    else:
+        lines.append("off: WRITE_POSITION (check_write_position=False): a write that strays from the block table")
+    if inputs is None:
+        lines.append("no batch was seen yet: run a forward to see which inputs are given")
+    for reason, (needs, loss) in _NEEDS.items() if inputs is not None else ():
+        missing = [n for n in needs if n not in (inputs or ())]
+        if missing:
+            lines.append(f"off: {reason} (no {', no '.join(missing)}): {loss}")
+        else:
+            on.append(reason)
+    return "\n".join([*lines, f"on: {', '.join(on)}", f"off: {_LATER}"])

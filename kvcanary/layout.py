@@ -1,0 +1,254 @@
+"""The pool: one slot index space, the planes stored in it, and what the kernels must know of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE
+from kvcanary.arrays import ArrayView, host_array, view_of
+from kvcanary.errors import LayoutError
+from kvcanary.planes import Plane, axes_of, blocks_that_fit, check_addresses, plane_address
+from kvcanary.tags import Half, PoolKind
+
+__all__ = ["DigestUnit", "KvPool", "Plane", "plane_address"]
+
+GROUP_PLANE_BYTES = 256  # planes that share a digest are smaller
+MAX_SLOTS = (1 << 31) - 1
+_MAX_LOAD_BYTES = 16
+
+
+class DigestUnit(NamedTuple):
+    """A plane, or a group of planes, with a digest per slot; ``first_plane`` counts in `KvPool.ordered_planes`."""
+
+    first_plane: int
+    n_planes: int
+    n_words: int
+    half: Half
+    name: str
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KvPool:
+    """One slot index space and the planes stored in it.
+
+    Attributes:
+        planes: one or more per layer; none only with ``real_data="none"`` (stamps alone).
+        page_size: slots per block; 1 where the table is per token, the whole sequence in static caches.
+        n_blocks: 0 = as many as fit into the planes' arrays.
+        window: tokens that a query of an SWA pool sees, its own included; None for FULL.
+        reserved_blocks: blocks that hold no request's data (the null block, padding): at most 8.
+        token_offset: token that position p holds is the request's token p + token_offset (EAGLE draft pools).
+        slot_lut: i64[n_full] from the slot in the batch's tables to the slot in this pool; outside the pool = evicted.
+        expected_every_step: whether a step without a launch for this pool counts as a stalled guard.
+
+    Raises:
+        LayoutError: some byte of some slot lies outside its array, or two slots share one.
+    """
+
+    planes: tuple[Plane, ...]
+    page_size: int
+    n_blocks: int = 0
+    name: str = "full"
+    kind: PoolKind = PoolKind.FULL
+    window: int | None = None
+    reserved_blocks: tuple[int, ...] = (0,)
+    token_offset: int = 0
+    slot_lut: Any = None
+    expected_every_step: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "planes", tuple(self.planes))
+        object.__setattr__(self, "kind", PoolKind(self.kind))
+        object.__setattr__(self, "reserved_blocks", tuple(int(b) for b in self.reserved_blocks))
+        if self.page_size < 1 or self.n_blocks < 0:
+            raise self._error(f"page_size={self.page_size}, n_blocks={self.n_blocks}: give both >= 1, or n_blocks=0")
+        if not self.planes and not self.n_blocks:
+            raise self._error("n_blocks=0 and no plane to derive it from: give n_blocks")
+        if not self.n_blocks:
+            object.__setattr__(self, "n_blocks", min(blocks_that_fit(p, self.page_size) for p in self.planes))
+        self._check_numbers()
+        self._check_groups()
+        self._check_arrays()
+        for plane in self.planes:
+            check_addresses(plane, self.n_blocks, self.page_size)
+
+    # ---- derived -----------------------------------------------------------------------------------------------------
+    @property
+    def n_slots(self) -> int:
+        return self.n_blocks * self.page_size
+
+    @property
+    def halves(self) -> tuple[Half, ...]:
+        """The halves that have planes; K alone for a pool without planes."""
+        return tuple(h for h in Half if any(p.half == h for p in self.planes)) or (Half.K,)
+
+    @property
+    def device(self) -> str | None:
+        """Where the planes lie, "cpu" or "cuda:N"; None without planes."""
+        return self.planes[0].view.device if self.planes else None
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """KV bytes of one slot, all planes together."""
+        return sum(p.n_bytes for p in self.planes)
+
+    @cached_property
+    def ordered_planes(self) -> tuple[Plane, ...]:
+        """The planes in declared order, each group drawn together behind its first member."""
+        return tuple(p for unit in self._units for p in unit)
+
+    @cached_property
+    def lut_view(self) -> ArrayView | None:
+        """The resolved ``slot_lut``."""
+        return None if self.slot_lut is None else view_of(self.slot_lut, f"pool {self.name!r}: slot_lut", LayoutError)
+
+    @cached_property
+    def _units(self) -> tuple[tuple[Plane, ...], ...]:
+        units: dict[object, list[Plane]] = {}
+        for i, plane in enumerate(self.planes):
+            units.setdefault(("alone", i) if plane.group is None else ("group", plane.group), []).append(plane)
+        return tuple(map(tuple, units.values()))
+
+    # ---- what crosses to the device ----------------------------------------------------------------------------------
+    def digest_units(self, real_data: str = "all") -> list[DigestUnit]:
+        """What has a digest per slot, in the order of the digests."""
+        units, first = [], 0
+        for planes in self._units if real_data != "none" else ():
+            n_bytes = sum(p.n_chunks * p.digested_chunk_bytes(real_data) for p in planes)
+            name = "+".join(p.name for p in planes)
+            units.append(DigestUnit(first, len(planes), -(-n_bytes // 4), planes[0].half, name, planes[0].layer))
+            first += len(planes)
+        return units
+
+    def digest_records(self, real_data: str = "all") -> npt.NDArray[Any]:
+        """DIGEST[n_digests]: `digest_units` as the kernels read them."""
+        units = self.digest_units(real_data)
+        return np.array([(u.first_plane, u.n_planes, u.n_words, u.half) for u in units], DIGEST)
+
+    def plane_records(self, real_data: str = "all", base_of: Callable[[Plane], int] | None = None) -> npt.NDArray[Any]:
+        """PLANE[n_planes], in the order of `ordered_planes`.
+
+        Args:
+            base_of: address of the first element of a plane's array; None = as the array itself tells it.
+        """
+        records = np.zeros(len(self.planes) if real_data != "none" else 0, PLANE)
+        rows: Iterator[Any] = iter(records)
+        for planes in self._units if real_data != "none" else ():
+            byte_offset = 0
+            for plane in planes:
+                row, n = next(rows), plane.digested_chunk_bytes(real_data)
+                base = (plane.view.pointer if base_of is None else base_of(plane)) + plane.offset
+                steps = [stride for stride, _ in axes_of(plane, self.n_blocks, self.page_size)]
+                row["base"], row["page_stride"], row["token_stride"] = base, plane.page_stride, plane.token_stride
+                row["chunk_stride"], row["n_chunks"], row["chunk_bytes"] = plane.chunk_stride, plane.n_chunks, n
+                row["load_bytes"] = math.gcd(_MAX_LOAD_BYTES, base, n, byte_offset, *steps)
+                row["byte_offset"] = byte_offset
+                byte_offset += plane.n_chunks * n
+        return records
+
+    # ---- host memory -------------------------------------------------------------------------------------------------
+    def host_bytes(self, plane: Plane, real_data: str = "all") -> npt.NDArray[np.uint8]:
+        """The plane in host memory, as a view u8[n_blocks, page_size, n_chunks, bytes of a chunk]."""
+        view = plane.view
+        if not view.is_host:
+            raise LayoutError(f"{plane.label} is on {view.device}: only planes in host memory can be read from here")
+        return host_array(
+            view.pointer + plane.offset,
+            (self.n_blocks, self.page_size, plane.n_chunks, plane.digested_chunk_bytes(real_data)),
+            (plane.page_stride, plane.token_stride, plane.chunk_stride, 1),
+            np.uint8,
+            owner=view.owner,
+            readonly=view.readonly,
+        )
+
+    def gather(self, plane: Plane, slots: npt.NDArray[Any], real_data: str = "all") -> npt.NDArray[np.uint8]:
+        """Copy the digested bytes of ``slots`` (integers in [0, n_slots)) of a plane in host memory: u8[n, bytes]."""
+        data = self.host_bytes(plane, real_data)
+        found: npt.NDArray[np.uint8] = data[slots // self.page_size, slots % self.page_size]
+        return found.reshape(len(slots), data.shape[2] * data.shape[3])
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+    def check(self, real_data: str = "all", device_kind: str | None = None) -> None:
+        """Check what depends on the configuration.
+
+        Args:
+            device_kind: where the guard runs, "cpu" or "cuda"; None = not known yet.
+
+        Raises:
+            LayoutError: a digest over more than 64 KiB, no planes to digest, or planes where the guard does not run.
+        """
+        if not self.planes and real_data != "none":
+            raise self._error(
+                f"no planes, but real_data={real_data!r}: give planes, or real_data='none' for stamps alone"
+            )
+        if device_kind is not None and self.device is not None and self.device.split(":")[0] != device_kind:
+            raise self._error(
+                f"its planes are on {self.device}, the guard runs on {device_kind}: "
+                "choose backend='host' for KV in host memory and backend='cuda' for KV on a GPU"
+            )
+        for unit in self.digest_units(real_data):
+            if unit.n_words * 4 > MAX_PLANE_BYTES:
+                raise self._error(
+                    f"{unit.name!r} of layer {unit.layer} digests {unit.n_words * 4} bytes a slot, at most "
+                    f"{MAX_PLANE_BYTES} are allowed: split it into planes by its chunks, or use real_data='partial'"
+                )
+
+    def _error(self, text: str) -> LayoutError:
+        return LayoutError(f"pool {self.name!r}: {text}")
+
+    def _check_numbers(self) -> None:
+        if not 1 <= self.n_slots <= MAX_SLOTS:
+            raise self._error(f"{self.n_blocks} blocks x {self.page_size} = {self.n_slots} slots; 1 to {MAX_SLOTS} fit")
+        if (self.kind is PoolKind.SWA) != (self.window is not None) or (self.window is not None and self.window < 1):
+            raise self._error(
+                f"kind {self.kind.name} with window={self.window}: an SWA pool needs a window >= 1 (tokens, "
+                "the query's own included), a FULL pool has None"
+            )
+        blocks = self.reserved_blocks
+        if len(blocks) > MAX_RESERVED or len(set(blocks)) != len(blocks):
+            raise self._error(f"reserved_blocks={blocks}: give at most {MAX_RESERVED} blocks, each once")
+        if any(not 0 <= b < self.n_blocks for b in blocks):
+            raise self._error(f"reserved_blocks={blocks}: blocks are 0 to {self.n_blocks - 1}; () if none is reserved")
+        if not -MAX_SLOTS <= self.token_offset <= MAX_SLOTS:
+            raise self._error(f"token_offset={self.token_offset}: must fit in 32 bits")
+        if self.halves == (Half.V,):
+            raise self._error("all planes are of half V: a pool of one half gives its planes half K")
+
+    def _check_groups(self) -> None:
+        for planes in self._units:
+            if len({(p.layer, p.half) for p in planes}) > 1:
+                where = ", ".join(f"{p.name!r} ({p.half.name}, layer {p.layer})" for p in planes)
+                raise self._error(f"group {planes[0].group!r} mixes {where}: one label per layer and half")
+            large = next((p for p in planes if p.group is not None and p.n_bytes >= GROUP_PLANE_BYTES), None)
+            if large is not None:
+                raise self._error(
+                    f"group {large.group!r}: {large.label} has {large.n_bytes} bytes; only planes of less than "
+                    f"{GROUP_PLANE_BYTES} share a digest, give it group=None"
+                )
+
+    def _check_arrays(self) -> None:
+        first: dict[int, Plane] = {}
+        for plane in self.planes:
+            if plane.view.device != self.device:
+                raise self._error(
+                    f"{self.planes[0].label} is on {self.device}, {plane.label} on {plane.view.device}: "
+                    "one pool lies on one device, make a pool per device"
+                )
+            twin = first.setdefault(plane.view.pointer + plane.offset, plane)
+            if twin is not plane:
+                raise self._error(f"{twin.label} and {plane.label} begin at the same byte: give shared memory once")
+        lut = self.lut_view
+        if lut is None:
+            return
+        if len(lut.shape) != 1 or lut.itemsize != 8 or lut.dtype not in ("", "int64") or not lut.is_contiguous:
+            raise self._error(f"slot_lut is {lut.dtype}{list(lut.shape)}: give a contiguous int64[n_full]")
+        if self.device is not None and lut.device != self.device:
+            raise self._error(f"slot_lut is on {lut.device}, the planes on {self.device}: put it beside them")

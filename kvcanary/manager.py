@@ -1,0 +1,503 @@
+"""The manager: what an engine holds."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+
+from kvcanary import hashing
+from kvcanary.backends import Backend, BoundCall
+from kvcanary.backends.host import HostBackend
+from kvcanary.batch import BoundBatch, StepBatch
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import DelayedDeviceHostHandler
+from kvcanary.describe import describe_pools, estimate_bytes
+from kvcanary.errors import CaptureError, ConfigError, KvCanaryError, PhaseError
+from kvcanary.layout import KvPool
+from kvcanary.observers import (
+    KernelRunCounterHealthChecker,
+    PeriodicCanaryStatsLogger,
+    StepFacts,
+    ViolationObserver,
+)
+from kvcanary.phases import PhaseChecker
+from kvcanary.prove import Proof, prove_batch
+from kvcanary.state import CanaryDeviceState
+from kvcanary.stats import CanaryStats
+from kvcanary.sweep import ResidentSet, SweepOrchestrator
+from kvcanary.tags import CanaryLaunchTag, Stage
+from kvcanary.violations import PoolNames, RingReader, Violation, new_secret
+
+logger = logging.getLogger("kvcanary")
+
+
+class _Bound(NamedTuple):
+    """A batch bound to the pools of a forward."""
+
+    calls: list[BoundCall]
+    batches: list[BoundBatch]
+
+
+class CanaryManager:
+    """Guards the KV pools of one engine process.
+
+    Args:
+        config: see `CanaryConfig`; with mode "off" nothing is allocated or launched.
+        pools: the KV pools, see `kvcanary.layouts`.
+        max_requests: most rows of a batch, and request slots.
+        max_new_tokens: most tokens of a batch.
+        backend: "host", "cuda", or "auto": where the pools' planes lie.
+
+    Raises:
+        ConfigError, LayoutError: capacities, settings or pools that cannot work.
+        BackendError: no device, no driver, or kernels that do not compile.
+    """
+
+    def __init__(
+        self,
+        config: CanaryConfig,
+        pools: Sequence[KvPool],
+        max_requests: int,
+        max_new_tokens: int,
+        backend: str | Callable[..., Backend] = "auto",
+    ) -> None:
+        self.config = config
+        self.pools = tuple(pools)
+        self.max_requests = max_requests
+        self.max_new_tokens = max_new_tokens
+        self._phases = PhaseChecker()
+        self._backend: Backend | None = None
+        self._step = 0
+        self._n_counted_steps = 0
+        self._is_idle = False
+        self._is_paused = False
+        self._stream: Any = None
+        self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._open_forward: tuple[list[BoundCall], Any] | None = None
+        if config.mode == "off":
+            return
+        _check_capacities(self.pools, max_requests, max_new_tokens)
+        kind = backend if callable(backend) else _choose_backend(backend, self.pools)
+        device_kind = "cpu" if kind == "host" else "cuda"
+        for pool in self.pools:
+            pool.check(config.real_data, None if callable(kind) else device_kind)
+        self._device_kind = next((p.device.split(":")[0] for p in self.pools if p.device), device_kind)
+        self._backend = _make_backend(kind, config, self.pools, max_requests, max_new_tokens)
+        self._sweep = SweepOrchestrator(config.sweep_interval)
+        self._make_observers(self._backend)
+
+    def _make_observers(self, backend: Backend) -> None:
+        config, state = self.config, backend.state
+        names = [_pool_names(p, config.real_data) for p in self.pools]
+        reader = RingReader(state.violation_log, state.control, config.ring_capacity)
+        self._violations = ViolationObserver(config, reader, names, new_secret())
+        handlers = [DelayedDeviceHostHandler(backend.staging(4), name) for name in ("health", "stats")]
+        self._handlers = handlers
+        self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0])
+        self._stats_logger = PeriodicCanaryStatsLogger(config, self.active_tags, handlers[1])
+
+    # ---- what it is ----------------------------------------------------------------------------------------------------
+    @property
+    def is_on(self) -> bool:
+        """Whether the guard runs at all (mode is not "off")."""
+        return self._backend is not None
+
+    @property
+    def backend(self) -> Backend:
+        """The backend in use."""
+        if self._backend is None:
+            raise ConfigError("mode='off': there is no backend; set mode to 'log' or 'raise'")
+        return self._backend
+
+    @property
+    def state(self) -> CanaryDeviceState:
+        """Device state: counters, taint, the violation ring."""
+        return self.backend.state
+
+    @property
+    def taint(self) -> Any:
+        """u32[max_requests] on the device, at a fixed address: reason bits of each batch row of the step at hand."""
+        return self.state.taint
+
+    @property
+    def alarm_address(self) -> int:
+        """Host address of the u64 alarm word: it changes when a record was committed (a hint for other languages)."""
+        return int(self.state.control.ctypes.data)
+
+    @property
+    def step_number(self) -> int:
+        """Steps ended so far."""
+        return self._step
+
+    @property
+    def active_tags(self) -> dict[int, frozenset[CanaryLaunchTag]]:
+        """Pool index -> tags that are launched for it: HEAD and TAIL of its halves, SWEEP where a resident set is attached."""
+        if self._backend is None:
+            return {}
+        tags = {}
+        for i, pool in enumerate(self.pools):
+            stages = [Stage.HEAD, Stage.TAIL] if pool.expected_every_step else []
+            if self._sweep.is_sweeping and i in self._sweep.pools:
+                stages.append(Stage.SWEEP)
+            tags[i] = frozenset(CanaryLaunchTag.of(s, h, pool.kind) for s in stages for h in pool.halves)
+        return tags
+
+    # ---- phases --------------------------------------------------------------------------------------------------------
+    def begin_step(self, stream: Any = None, *, idle: bool = False) -> None:
+        """Begin an outer engine step, outside any capture.
+
+        Args:
+            stream: the stream on which this step's graphs and forwards are launched; host-driven work is ordered on it.
+            idle: this step runs no forward, so the health check expects nothing of it.
+        """
+        if self._backend is None:
+            return
+        self._phases.begin_step()
+        self._stream, self._is_idle = stream, idle
+
+    def head(self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None) -> None:
+        """HEAD of a forward, before the model; may run inside a capture, where it only adds launches to the graph.
+
+        Args:
+            batch: the arrays of this forward; a captured graph reads their contents anew at every replay.
+            stream: the stream of the forward, or of the capture (a graph builder is one).
+            index: number of this forward within its step; 0 clears the taint.
+            pools: names or indices of the pools that this forward writes; None = all.
+
+        Raises:
+            BatchError: arrays that do not fit. PhaseError: HEAD of the forward before has no TAIL yet.
+        """
+        if self._backend is None:
+            return
+        calls = self._bind(batch, index == 0, pools).calls
+        self._phases.head()
+        self._open_forward = (calls, batch)
+        try:
+            self._backend.head(calls, stream)
+        except BaseException:
+            self.abandon_forward()
+            raise
+
+    def tail(self, batch: StepBatch, stream: Any = None) -> None:
+        """TAIL of the forward that `head` began, after the model; may run inside a capture."""
+        if self._backend is None:
+            return
+        if self._open_forward is not None and self._open_forward[1] is not batch:
+            raise PhaseError("tail() came with another batch than head(): give the same StepBatch object to both")
+        self._phases.tail()
+        assert self._open_forward is not None
+        calls, self._open_forward = self._open_forward[0], None
+        self._backend.tail(calls, stream)
+
+    def end_step(self) -> None:
+        """End the outer step: sweep if due, count the step, then violations, health and stats; never waits for the device.
+
+        Raises:
+            KvCanaryViolation: mode "raise" and new violations. CanaryStalledError: the guard stopped running.
+        """
+        if self._backend is None:
+            return
+        self._phases.end_step()
+        self._post_ops_outside_graph()
+
+    def abandon_forward(self) -> None:
+        """The model raised after `head`: forget the open forward. Its slots are neither reported nor trusted."""
+        self._phases.abandon_forward()
+        self._open_forward = None
+
+    def abandon_step(self) -> None:
+        """The engine raised inside a step: report what is there without raising, and be ready for the next step."""
+        if self._backend is None:
+            return
+        self.abandon_forward()
+        self._phases.abandon_step()
+        self._violations.poll()
+
+    def step(self, stream: Any = None, *, idle: bool = False) -> AbstractContextManager[None]:
+        """`begin_step` ... `end_step`; an exception of the body is never masked."""
+        return nullcontext() if self._backend is None else _Step(self, stream, idle)
+
+    def forward(
+        self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
+    ) -> AbstractContextManager[None]:
+        """`head` ... `tail`; may run inside a capture."""
+        return nullcontext() if self._backend is None else _Forward(self, batch, stream, index, pools)
+
+    def _post_ops_outside_graph(self) -> None:
+        assert self._backend is not None
+        counted = not (self._is_idle or self._is_paused)
+        if not self._is_paused:
+            self._sweep.step(self._step + 1, self._backend, self._stream)
+        self._step += 1
+        self._n_counted_steps += counted
+        facts = StepFacts(
+            step=self._step,
+            stream=self._stream,
+            state=self._backend.state,
+            n_counted_steps=self._n_counted_steps,
+            sweep_passes=self._sweep.sweep_passes,
+            is_sweeping=self._sweep.is_sweeping,
+            violations_total=self._violations.violations_total,
+            observations_total=self._violations.observations_total,
+        )
+        errors: list[KvCanaryError] = []
+        for observer in (self._violations, self._health, self._stats_logger):
+            try:
+                observer.step(facts)
+            except KvCanaryError as error:  # the others still get their step; the first error is the one raised
+                errors.append(error)
+        self._note_dropped()
+        if errors:
+            for later in errors[1:]:
+                logger.error("%s", later)
+            raise errors[0]
+
+    def _note_dropped(self) -> None:
+        latest = self._stats_logger.latest
+        if latest is not None:
+            self._violations.note_dropped(CanaryStats.dropped_in(latest))
+
+    # ---- binding -------------------------------------------------------------------------------------------------------
+    def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
+        key = (is_first, None if pools is None else tuple(pools))
+        known = self._bound.setdefault(batch, {})
+        if key not in known:
+            self._phases.need_open("head()")
+            chosen = range(len(self.pools)) if pools is None else [self._pool_index(p) for p in pools]
+            bound = batch.validate(
+                [self.pools[i] for i in chosen], self.max_requests, self.max_new_tokens, self._device_kind
+            )
+            calls = [self.backend.bind(i, b, is_first) for i, b in zip(chosen, bound, strict=True)]
+            known[key] = _Bound(calls, bound)
+        return known[key]
+
+    def _pool_index(self, pool: str | int) -> int:
+        names = [p.name for p in self.pools]
+        if isinstance(pool, str) and pool in names:
+            return names.index(pool)
+        if isinstance(pool, int) and 0 <= pool < len(names):
+            return pool
+        raise ConfigError(f"pool {pool!r}: the pools are {', '.join(names)} (0 to {len(names) - 1})")
+
+    # ---- host-driven calls ---------------------------------------------------------------------------------------------
+    def _host_driven(self, call: str) -> Backend:
+        self._phases.need_outside_forward(call)
+        backend = self.backend
+        if self._handlers and self._handlers[0].is_capturing(self._stream):
+            raise CaptureError(f"{call} came while the step's stream is being captured: call it outside the capture")
+        return backend
+
+    def pause(self) -> None:
+        """Stop judging from the next forward on, also in captured graphs; stamps and digests are still written.
+
+        So nothing that was written in between is reported after `resume`. Ordered on the stream of the current step.
+        """
+        if self._backend is not None:
+            self._host_driven("pause()").set_paused(True, self._stream)
+            self._is_paused = True
+
+    def resume(self) -> None:
+        """Judge again, from the next forward on."""
+        if self._backend is not None:
+            self._host_driven("resume()").set_paused(False, self._stream)
+            self._is_paused = False
+
+    def reset(self, pool: str | int | None = None) -> None:
+        """Forget all stamps, digests and registers (of one pool): for cache flush, sleep and wake, weight reload.
+
+        Counters go on. Ordered on the stream of the current step.
+        """
+        if self._backend is not None:
+            index = None if pool is None else self._pool_index(pool)
+            self._host_driven("reset()").reset(index, self._stream)
+            self._violations.forget()
+
+    def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
+        """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
+        if self._backend is not None:
+            self._sweep.attach(self._pool_index(pool), provider)
+            self._health.active_tags = self._stats_logger.active_tags = self.active_tags
+
+    @staticmethod
+    def chain(tokens: Sequence[int] | npt.NDArray[Any], salt: int = 0) -> int:
+        """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix."""
+        return hashing.prefix_chain(tokens, salt)
+
+    def prove(self, batch: StepBatch, stream: Any = None) -> Proof:
+        """Show that the wiring is right: flip one bit in each plane of a live slot and see that exactly it is named.
+
+        Every bit is restored. Waits for the device and allocates: for start-up and tests, between steps, with a batch
+        whose tables still hold after its forward.
+
+        Raises:
+            BatchError: no row of the batch has a position that was written and digested.
+        """
+        backend = self._host_driven("prove()")
+        bound = self._bind(batch, True, None)
+        return prove_batch(backend, self.pools, self.config, list(zip(bound.calls, bound.batches, strict=True)), stream)
+
+    # ---- what it knows -------------------------------------------------------------------------------------------------
+    def on_violation(self, callback: Callable[[Violation], None]) -> None:
+        """Call back for every first sighting of a violation, on the thread that ends the step (or polls)."""
+        if self._backend is not None:
+            self._violations.on_violation(callback)
+
+    def poll(self) -> tuple[Violation, ...]:
+        """Read what is new in the ring now, without waiting and without raising; from any thread."""
+        return self._violations.poll() if self._backend is not None else ()
+
+    def violations(self) -> tuple[Violation, ...]:
+        """Recent first sightings, oldest first; from any thread."""
+        return self._violations.violations() if self._backend is not None else ()
+
+    def stats(self) -> CanaryStats:
+        """What is known on the host now, without asking the device; from any thread."""
+        if self._backend is None:
+            return CanaryStats()
+        snapshots = [o.latest for o in (self._health, self._stats_logger) if o.latest is not None]
+        newest = max(snapshots, key=lambda s: s.step, default=None)
+        return CanaryStats.of(
+            self._step,
+            self._sweep.sweep_passes,
+            self._violations.violations_total,
+            self._violations.observations_total,
+            newest,
+        )
+
+    def describe(self) -> str:
+        """Per pool: bytes per slot, memory, expected cost, and which reasons are on, or off for lack of which input."""
+        used: set[str] = set()
+        for batch in self._bound:
+            used |= {name for name in StepBatch.__dataclass_fields__ if getattr(batch, name) is not None}
+        return describe_pools(self.config, self.pools, self.max_requests, used if len(self._bound) else None)
+
+    @staticmethod
+    def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:
+        """Device and pinned memory that a manager of these would take, in bytes; nothing is allocated."""
+        return estimate_bytes(config, pools, max_requests)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device and pinned memory that the guard holds, in bytes."""
+        return self._backend.memory_bytes if self._backend is not None else 0
+
+    # ---- end -----------------------------------------------------------------------------------------------------------
+    def synchronize(self) -> None:
+        """Wait for all that the guard has launched, then deliver all snapshots and read all violations (no raise)."""
+        if self._backend is not None:
+            self._phases.need_outside_forward("synchronize()")
+            self._backend.synchronize()
+            for handler in self._handlers:
+                handler.drain()
+            while self._violations.poll():
+                pass
+
+    def close(self) -> None:
+        """Give everything back; waits for the device. Graphs that hold the guard's launches must not be replayed after it."""
+        if self._backend is None or self._phases.phase.name == "CLOSED":
+            return
+        self._phases.close()
+        self._open_forward = None
+        self._violations.poll()
+        for handler in self._handlers:
+            handler.close()
+        self._backend.close()
+
+    def __enter__(self) -> CanaryManager:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Step(AbstractContextManager[None]):
+    """See `CanaryManager.step`."""
+
+    def __init__(self, manager: CanaryManager, stream: Any, idle: bool) -> None:
+        self._manager, self._stream, self._idle = manager, stream, idle
+
+    def __enter__(self) -> None:
+        self._manager.begin_step(self._stream, idle=self._idle)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._manager.end_step()
+        else:
+            self._manager.abandon_step()
+
+
+class _Forward(AbstractContextManager[None]):
+    """See `CanaryManager.forward`."""
+
+    def __init__(
+        self, manager: CanaryManager, batch: StepBatch, stream: Any, index: int, pools: Sequence[str | int] | None
+    ) -> None:
+        self._manager, self._batch, self._stream, self._index, self._pools = manager, batch, stream, index, pools
+
+    def __enter__(self) -> None:
+        self._manager.head(self._batch, self._stream, index=self._index, pools=self._pools)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._manager.tail(self._batch, self._stream)
+        else:
+            self._manager.abandon_forward()
+
+
+def _pool_names(pool: KvPool, real_data: str) -> PoolNames:
+    return PoolNames(pool.name, pool.page_size, tuple((u.name, u.layer) for u in pool.digest_units(real_data)))
+
+
+def _check_capacities(pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:
+    if not pools:
+        raise ConfigError("no pools: give at least one KvPool, see kvcanary.layouts")
+    names = [p.name for p in pools]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"pool names {', '.join(names)}: give each pool a name of its own")
+    for name, value, high in (("max_requests", max_requests, 1 << 20), ("max_new_tokens", max_new_tokens, 1 << 30)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise ConfigError(f"{name}={value!r}: give an integer from 1 to {high}")
+    if len({p.device for p in pools if p.device}) > 1:
+        raise ConfigError("the pools lie on several devices: make a manager per device")
+
+
+def _choose_backend(backend: str, pools: Sequence[KvPool]) -> str:
+    if backend not in ("auto", "host", "cuda"):
+        raise ConfigError(f"backend={backend!r}: choose one of auto, host, cuda")
+    if backend != "auto":
+        return backend
+    device = next((p.device for p in pools if p.device), None)
+    if device is None:
+        raise ConfigError("backend='auto' and no pool has planes to tell the device by: choose 'host' or 'cuda'")
+    return "host" if device == "cpu" else "cuda"
+
+
+def _make_backend(
+    kind: str | Callable[..., Backend],
+    config: CanaryConfig,
+    pools: Sequence[KvPool],
+    max_requests: int,
+    max_new_tokens: int,
+) -> Backend:
+    if kind == "host":
+        return HostBackend(config, pools, max_requests, max_new_tokens)
+    if kind == "cuda":
+        from kvcanary.backends.cuda import make_cuda_backend
+
+        return make_cuda_backend(config, pools, max_requests, max_new_tokens)
+    assert callable(kind)
+    return kind(config, pools, max_requests, max_new_tokens)
+
+

@@ -1,0 +1,33 @@
+"""What an observer is told at a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvcanary.state import CanaryDeviceState
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One outer step, as the host post-ops see it: after the sweep and the step increment.
+
+    Attributes:
+        step: the step that just ended; the first one is 1.
+        stream: the step's stream, as the backend names it.
+        state: the device state; an observer reads it through a deferred handler only.
+        n_counted_steps: steps so far that had a forward and were not paused.
+        sweep_passes: sweeps launched so far while not paused.
+        is_sweeping: whether ``sweep_interval`` is above 0 and a resident set is attached.
+        violations_total: first sightings so far.
+        observations_total: violations so far, repeated and dropped ones too.
+    """
+
+    step: int
+    stream: Any
+    state: CanaryDeviceState
+    n_counted_steps: int
+    sweep_passes: int
+    is_sweeping: bool
+    violations_total: int
+    observations_total: int

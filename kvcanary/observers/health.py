@@ -1,0 +1,175 @@
+"""Does the guard itself still run? Its launch counters must rise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import DelayedDeviceHostHandler, Words
+from kvcanary.errors import CanaryCounterError, CanaryStalledError
+from kvcanary.observers.facts import StepFacts
+from kvcanary.state import StateSnapshot
+from kvcanary.tags import CanaryLaunchTag, Stage
+from kvcanary.violations import PoolNames
+
+logger = logging.getLogger("kvcanary")
+
+ActiveTags: TypeAlias = Mapping[int, frozenset[CanaryLaunchTag]]
+
+
+class CounterChange(NamedTuple):
+    """One counter between two snapshots, in launches."""
+
+    pool: int
+    tag: CanaryLaunchTag
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class CounterVerdict:
+    """What two snapshots of the launch counters say, by pool and tag."""
+
+    stalled: list[CounterChange]  #: expected to rise and did not move
+    fallen: list[CounterChange]  #: lower than before, expected or not
+
+
+def counter_deltas(
+    previous: npt.NDArray[np.uint64], current: npt.NDArray[np.uint64], expected: ActiveTags
+) -> CounterVerdict:
+    """Compare two snapshots of kernel_run_counters.
+
+    Args:
+        previous: u64[pools, 12], launches; zeros before the first snapshot.
+        current: the same, later.
+        expected: pool index -> tags that must have risen in between.
+    """
+    is_expected = np.zeros(current.shape, bool)
+    for pool, tags in expected.items():
+        is_expected[pool, list(tags)] = True
+
+    def changes(where: npt.NDArray[np.bool_]) -> list[CounterChange]:
+        return [
+            CounterChange(pool, CanaryLaunchTag(tag), int(previous[pool, tag]), int(current[pool, tag]))
+            for pool, tag in np.argwhere(where).tolist()
+        ]
+
+    return CounterVerdict(stalled=changes(is_expected & (current == previous)), fallen=changes(current < previous))
+
+
+class KernelRunCounterHealthChecker:
+    """Raises, or logs, when a launch tag that should run at every forward has stopped running.
+
+    Every ``health_check_every_n_steps`` steps from ``health_check_warmup_steps`` on it takes a snapshot and, when that
+    arrives, compares it with the one that arrived before (the first with zero). Both carry the facts of their own step,
+    so a late delivery confuses nothing. A stall is reported at every check while it lasts.
+
+    Args:
+        config: whether, when and how loudly.
+        active_tags: pool index -> tags that every counted step launches, and the SWEEP tags. May be replaced; empty: no
+            check.
+        pool_names: by pool index, all pools.
+        handler: over ``state.layout.n_words`` words; this checker is its only user.
+    """
+
+    def __init__(
+        self,
+        config: CanaryConfig,
+        active_tags: ActiveTags,
+        pool_names: Sequence[PoolNames],
+        handler: DelayedDeviceHostHandler,
+    ) -> None:
+        self.active_tags = active_tags
+        self.latest: StateSnapshot | None = None  #: the last snapshot that was delivered
+        self._every = config.health_check_every_n_steps
+        self._warmup = config.health_check_warmup_steps
+        self._raises = config.health_raises
+        self._pool_names = pool_names
+        self._handler = handler
+        self._baseline_steps = 0  # labels of the snapshot before, for the deltas
+        self._baseline_sweeps = 0
+        self._n_resets = 0
+
+    def step(self, facts: StepFacts) -> None:
+        """Deliver earlier snapshots, take a new one when due; never blocks, must not run inside a capture.
+
+        Raises:
+            CanaryStalledError: a snapshot that arrived shows a stall, and the health policy is to raise.
+            CanaryCounterError: it shows a counter that fell; likewise.
+            CaptureError: ``facts.stream`` is being captured.
+        """
+        if self._every == 0:
+            return
+        receive = partial(self._postprocess_on_host, facts=facts, n_resets=self._n_resets)
+        self._handler.step(partial(self._compute_on_device, facts), receive, facts.stream)
+
+    def reset(self, n_counted_steps: int, sweep_passes: int) -> None:
+        """The device counters were set to zero on purpose, after this many steps and sweeps: start over from zero."""
+        self._n_resets += 1  # snapshots from before it, still in flight, say nothing any more
+        self.latest = None
+        self._baseline_steps, self._baseline_sweeps = n_counted_steps, sweep_passes
+
+    def _compute_on_device(self, facts: StepFacts) -> Any:
+        """The device words, when a check is due."""
+        is_due = facts.step >= self._warmup and facts.step % self._every == 0
+        return facts.state.words if is_due and any(self.active_tags.values()) else None
+
+    def _postprocess_on_host(self, words: Words, facts: StepFacts, n_resets: int = 0) -> None:
+        """Judge the snapshot ``words`` (u64[n_words], taken at ``facts.step``) against the one before."""
+        if n_resets != self._n_resets:
+            return
+        expected = self._expected_active_tags_for_health_check(facts)
+        before, now = self.latest, StateSnapshot(facts.step, facts.state.layout, words.copy())
+        counters = now.kernel_run_counters
+        baseline = np.zeros_like(counters) if before is None else before.kernel_run_counters
+        verdict = counter_deltas(baseline, counters, expected)
+        since = f"since step {before.step}" if before else "since the start"
+        n_steps = facts.n_counted_steps - self._baseline_steps
+        self.latest = now
+        self._baseline_steps, self._baseline_sweeps = facts.n_counted_steps, facts.sweep_passes
+        if any(self.active_tags.values()) and (verdict.stalled or verdict.fallen):
+            self._report(verdict, facts.step, since, n_steps)
+
+    def _expected_active_tags_for_health_check(self, facts: StepFacts) -> ActiveTags:
+        """Tags that must have risen since the last snapshot: none without a counted step, SWEEP only after a sweep."""
+        if facts.n_counted_steps <= self._baseline_steps:
+            return {}
+        if facts.is_sweeping and facts.sweep_passes > self._baseline_sweeps:
+            return self.active_tags
+        return {
+            pool: frozenset(tag for tag in tags if tag.stage != Stage.SWEEP) for pool, tags in self.active_tags.items()
+        }
+
+    def _report(self, verdict: CounterVerdict, step: int, since: str, n_steps: int) -> None:
+        changes = verdict.fallen or verdict.stalled
+        tags = sorted({change.tag for change in changes})
+        text = f"[canary] health check of step {step}: "
+        if verdict.fallen:
+            text += (
+                f"launch counters fell {since}: {self._list(verdict.fallen)}. Something wrote into the guard's device "
+                "memory, so nothing in it can be trusted. Look for the stray write, then call reset() "
+            )
+        if verdict.stalled:
+            text += (
+                f"the guard did not run {since}, over {n_steps} steps with a forward: no launch of "
+                f"{self._list(verdict.stalled)}. The graph that is replayed does not hold the guard's launches: "
+                "capture it again inside forward(). Steps that have no forward must be marked idle "
+            )
+        text += "(health_check_every_n_steps=0 turns this check off)"
+        error = (CanaryCounterError if verdict.fallen else CanaryStalledError)(text, tags, step)
+        if self._raises:
+            raise error
+        logger.error("%s", error)
+
+    def _list(self, changes: list[CounterChange]) -> str:
+        return ", ".join(
+            f"{tag.name} of pool '{self._pool_names[pool].name}' ({before} -> {after})"
+            for pool, tag, before, after in changes
+        )

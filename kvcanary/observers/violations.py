@@ -1,0 +1,182 @@
+"""The violation observer: from the ring to people and callbacks, each finding once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary.config import CanaryConfig
+from kvcanary.errors import KvCanaryViolation
+from kvcanary.observers.facts import StepFacts
+from kvcanary.tags import Detail
+from kvcanary.violations import PoolNames, RingReader, Violation, decode
+
+logger = logging.getLogger("kvcanary")
+
+Callback: TypeAlias = Callable[[Violation], None]
+
+MAX_SEEN = 65536  # findings remembered; the least recently seen is forgotten first
+MAX_HISTORY = 1024  # violations kept for `violations()`
+MAX_LINES = 20  # violations of one step that are written out
+MAX_NEW = 256  # first sightings after which a step reads no further (some 4 ms); the rest waits in the ring
+MAX_RECORDS = 4096  # records of any kind, likewise
+
+
+class ViolationObserver:
+    """Reads new records, reports each finding once, keeps the counts of all.
+
+    A finding is (pool, slot, plane, reasons) under one stamp: checks of K and V, at HEAD, TAIL and SWEEP, at every
+    forward, see the same one until the slot is rewritten. A value that is no slot of the pool has no stamp; it is one
+    finding per request.
+
+    `step` belongs to the host thread, everything else may be called from any thread: the lock is held while records are
+    read and decoded, never while a callback or a log handler runs.
+
+    Args:
+        config: mode and log_tokens.
+        reader: the ring; this observer is its only user.
+        pool_names: by pool index.
+        secret: what masks the chains (`kvcanary.violations.new_secret`).
+    """
+
+    def __init__(self, config: CanaryConfig, reader: RingReader, pool_names: Sequence[PoolNames], secret: int) -> None:
+        self.violations_total = 0  #: first sightings
+        self.history: deque[Violation] = deque(maxlen=MAX_HISTORY)  #: the newest first sightings
+        self._raises = config.mode == "raise"
+        self._log_tokens = config.log_tokens
+        self._reader = reader
+        self._pool_names = pool_names
+        self._secret = secret
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._unraised: deque[Violation] = deque(maxlen=MAX_HISTORY)
+        self._callbacks: tuple[Callback, ...] = ()
+        self._n_dropped = 0
+
+    @property
+    def observations_total(self) -> int:
+        """All violations: records read, repeated ones too, and those known to have found the ring full."""
+        return self._reader.n_read + self._n_dropped
+
+    def step(self, facts: StepFacts) -> None:
+        """Report what is new; one NumPy read when nothing is. Touches no stream, so it may run beside a capture.
+
+        Only ``facts.step`` is used: the totals in the facts are this observer's own.
+
+        Raises:
+            KvCanaryViolation: in mode "raise", once for all first sightings since it raised last.
+        """
+        if self._reader.has_new:
+            self.poll()
+        if self._raises and self._unraised:
+            self._raise(facts.step)
+
+    def poll(self) -> tuple[Violation, ...]:
+        """Report what is new without raising (the next `step` will): the first sightings, oldest first."""
+        if not self._reader.has_new:
+            return ()
+        with self._lock:
+            new = self._take()
+            self.violations_total += len(new)
+            self.history.extend(new)
+            if self._raises:
+                self._unraised.extend(new)
+        for violation in new:
+            self._call(violation)
+        self._log(new)
+        return new
+
+    def violations(self) -> tuple[Violation, ...]:
+        """The newest first sightings, oldest first (at most MAX_HISTORY)."""
+        with self._lock:
+            return tuple(self.history)
+
+    def on_violation(self, callback: Callback) -> None:
+        """Call ``callback(violation)`` for every first sighting, on the thread that reads it; its errors are logged."""
+        with self._lock:
+            self._callbacks += (callback,)
+
+    def note_dropped(self, n_dropped: int) -> None:
+        """Tell how many violations found the ring full so far (``abi.STATE_DROPPED`` of a snapshot)."""
+        with self._lock:
+            n_new = n_dropped - self._n_dropped
+            self._n_dropped = max(self._n_dropped, n_dropped)
+        if n_new > 0:
+            logger.warning(
+                "[canary] %d violations more found the ring full: counted, but without a record (%d so far); "
+                "raise ring_capacity, or look at the records before them",
+                n_new,
+                n_dropped,
+            )
+
+    def forget(self) -> None:
+        """Forget which findings were reported (the cache was flushed); the counts and the history stay."""
+        with self._lock:
+            self._seen.clear()
+
+    def _take(self) -> tuple[Violation, ...]:
+        new: list[Violation] = []
+        end = self._reader.n_read + MAX_RECORDS
+        while len(new) < MAX_NEW and (n_left := end - self._reader.n_read) > 0:
+            records = self._reader.read(min(MAX_NEW, n_left))
+            if len(records) == 0:
+                break
+            is_new = np.fromiter((self._is_new(key) for key in _findings(records)), bool, len(records))
+            new.extend(decode(records[is_new], self._pool_names, self._secret, self._log_tokens))
+        return tuple(new)
+
+    def _is_new(self, key: tuple[int, ...]) -> bool:
+        if key in self._seen:
+            self._seen.move_to_end(key)
+            return False
+        self._seen[key] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return True
+
+    def _call(self, violation: Violation) -> None:
+        for callback in self._callbacks:
+            try:
+                callback(violation)
+            except Exception:
+                logger.exception("[canary] a violation callback raised: %r", callback)
+
+    def _log(self, new: tuple[Violation, ...]) -> None:
+        for violation in new[:MAX_LINES]:
+            logger.warning("[canary] violation %s", violation.summary())
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("[canary] %s", violation.details())
+        if len(new) > MAX_LINES:
+            logger.warning(
+                "[canary] and %d more violations in this step (violations_total=%d): see violations()",
+                len(new) - MAX_LINES,
+                self.violations_total,
+            )
+
+    def _raise(self, step: int) -> None:
+        with self._lock:
+            new = tuple(self._unraised)
+            self._unraised.clear()
+        lines = [f"{len(new)} new violations of the KV cache at step {step}, {self.violations_total} so far:"]
+        lines.extend(f"  {violation.summary()}" for violation in new[:MAX_LINES])
+        if len(new) > MAX_LINES:
+            lines.append(f"  and {len(new) - MAX_LINES} more")
+        lines.append("Stop serving the requests named here and keep .violations; mode='log' reports without raising")
+        raise KvCanaryViolation("\n".join(lines), new)
+
+
+def _findings(records: npt.NDArray[Any]) -> list[tuple[int, ...]]:
+    """What makes each record the same finding as another."""
+    names = ["detail", "pool", "slot", "plane", "reasons", "stamp_step", "request_id", "row"]
+    in_pool = (int(Detail.SLOT), int(Detail.UNFINISHED))
+    return [
+        # An unnamed request (id 0) is told apart by its row.
+        key[:6] if key[0] in in_pool else (*key[:6], key[6], 0 if key[6] else key[7])
+        for key in records[names].tolist()
+    ]

@@ -1,0 +1,66 @@
+"""The order of calls: which phase the manager is in, and what may come next."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from kvcanary.errors import PhaseError
+
+
+class Phase(Enum):
+    """Where the manager stands; the value says what may come next."""
+
+    OUTSIDE = "begin_step() before the next replay or forward, or head() to capture or warm up"
+    STEP = "head() for an eager forward, or end_step()"
+    FORWARD = "tail() with the same batch, on the same stream"
+    FORWARD_IN_STEP = "tail() with the same batch, on the same stream, then end_step()"
+    CLOSED = "nothing: the manager is closed; make a new one"
+
+
+class PhaseChecker:
+    """Refuses calls in the wrong order and says what came and what was expected."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.OUTSIDE
+
+    def begin_step(self) -> None:
+        self._move("begin_step()", {Phase.OUTSIDE: Phase.STEP})
+
+    def end_step(self) -> None:
+        self._move("end_step()", {Phase.STEP: Phase.OUTSIDE})
+
+    def head(self) -> None:
+        self._move("head()", {Phase.OUTSIDE: Phase.FORWARD, Phase.STEP: Phase.FORWARD_IN_STEP})
+
+    def tail(self) -> None:
+        self._move("tail()", {Phase.FORWARD: Phase.OUTSIDE, Phase.FORWARD_IN_STEP: Phase.STEP})
+
+    def abandon_forward(self) -> None:
+        """The model raised between HEAD and TAIL."""
+        self.phase = {Phase.FORWARD: Phase.OUTSIDE, Phase.FORWARD_IN_STEP: Phase.STEP}.get(self.phase, self.phase)
+
+    def abandon_step(self) -> None:
+        """The engine raised inside a step."""
+        if self.phase is not Phase.CLOSED:
+            self.phase = Phase.OUTSIDE
+
+    def need_open(self, call: str) -> None:
+        """Any phase but CLOSED."""
+        if self.phase is Phase.CLOSED:
+            self._refuse(call)
+
+    def need_outside_forward(self, call: str) -> None:
+        """Not between HEAD and TAIL, not closed."""
+        if self.phase not in (Phase.OUTSIDE, Phase.STEP):
+            self._refuse(call)
+
+    def close(self) -> None:
+        self.phase = Phase.CLOSED
+
+    def _move(self, call: str, allowed: dict[Phase, Phase]) -> None:
+        if self.phase not in allowed:
+            self._refuse(call)
+        self.phase = allowed[self.phase]
+
+    def _refuse(self, call: str) -> None:
+        raise PhaseError(f"{call} came in phase {self.phase.name}; expected: {self.phase.value}")

@@ -1,0 +1,351 @@
+"""Violations: from the guard's fixed-size records to something that a person on call can read."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary import abi
+from kvcanary.hashing import mix64_int
+from kvcanary.tags import CanaryLaunchTag, Detail, Reason
+
+# What a reason says, and what is usually behind it; in the order of telling, since the first says most about the cause.
+READINGS: dict[Reason, tuple[str, str]] = {
+    Reason.OUT_OF_RANGE: (
+        "it points outside the pool, so the guard touched nothing there",
+        "a table row or slot mapping that was overwritten, is too short for the row, or belongs to another pool",
+    ),
+    Reason.FOREIGN_WRITE: (
+        "the write went into a block that another request owns, or that is shared",
+        "a write that came late, after its block was freed, or a stale slot mapping",
+    ),
+    Reason.STALE_EPOCH: (
+        "the block was freed or handed to another request since this KV was written",
+        "use after free: a table row that still names the block, or a late write into the reallocated block",
+    ),
+    Reason.UNWRITTEN: (
+        "no KV was ever written here, but the request reads it",
+        "a lost write (slot mapping -1 or wrong), a prefix hit before the prefix was computed, an unguarded transfer",
+    ),
+    Reason.DUPLICATE_WRITE: (
+        "two tokens of one forward were written to this slot and this one lost",
+        "an allocator that handed the slot out twice, or padding that is mapped to a live slot",
+    ),
+    Reason.WRITE_POSITION: (
+        "slot_mapping sends this token to another slot than the block table gives for its position",
+        "slot mapping and block table of different steps, or a wrong position offset",
+    ),
+    Reason.WRITE_TOKEN: (
+        "the model was given another token id than the one that was expected",
+        "input ids of another step or row (a buffer overwritten before the forward had read it)",
+    ),
+    Reason.TOKEN: (
+        "the slot holds the KV of another token than the request has at this position",
+        "another request's slot in the table row, or a wrong prefix hit",
+    ),
+    Reason.POSITION: (
+        "the slot holds the KV of another position",
+        "a table row that is shifted or stale, or a slot that another request has rewritten",
+    ),
+    Reason.CHAIN: (
+        "the slot does not continue the text that this request has in front of it",
+        "a stale or foreign block table row, a wrong prefix hit, or a slot that another request has rewritten",
+    ),
+    Reason.DATA: (
+        "the bytes in the slot are no longer the bytes that were written there",
+        "a kernel or copy that wrote outside its own slots, a late or partial transfer, or bits that flipped in memory",
+    ),
+    Reason.NONFINITE_RESERVED: (
+        "a reserved block holds NaN or Inf",
+        "padded rows that write there; a masked attention lane turns it into NaN in live rows (0 * NaN)",
+    ),
+}
+_HALF_WRITTEN = (
+    "its HEAD and TAIL stamps come from different forwards, both of which completed",
+    "a copy or transfer that moved only some of the layers, or a write that reached only one of the two stamps",
+)
+# What `slot` holds: its key, and its words when it is no slot of the pool.
+_PLACES: dict[Detail, tuple[str, str]] = {
+    Detail.SLOT: ("slot", "slot {}"),
+    Detail.TABLE_ENTRY: ("table_entry", "the block table (or slot LUT) entry {}"),
+    Detail.SLOT_MAPPING: ("slot_mapping", "the slot_mapping value {}"),
+    Detail.SEQ_LEN: ("seq_len", "the row's seq_len {} (beyond its block table row)"),
+    Detail.QUERY_START_LOC: ("query_end", "the end {} of the row's token range (outside the batch)"),
+    Detail.REQUEST_SLOT: ("bad_request_slot", "the request slot {} (at or above max_requests)"),
+    Detail.UNFINISHED: ("slot", "slot {}"),
+}
+
+
+@dataclass(frozen=True)
+class PoolNames:
+    """What a pool's numbers mean to a reader: its name, its page size (slots) and (name, layer) of each digest."""
+
+    name: str
+    page_size: int
+    digests: tuple[tuple[str, int | None], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """One thing that is wrong in the cache, as one check saw it.
+
+    Attributes:
+        step: outer step, as the device counts them.
+        forward: forward, from 1.
+        tag: the check that saw it.
+        reasons: why it was reported.
+        pool: pool index; ``pool_name`` and ``page_size`` (slots) come with it.
+        plane: index of the digest whose bytes differ (``plane_name``, ``layer``), or None when it is not about bytes.
+        slot: slot of the pool; unless ``is_in_pool``, the raw value that ``detail`` names.
+        position: position in the request that was being checked.
+        row: batch row; -1 outside a batch (sweep).
+        request_id: the row's request, 0 unknown; ``request_slot`` its request slot, -1 unknown.
+        stored_token: token id in the stamp, None when not known or withheld; ``expected_token`` likewise.
+        stored_chain: chain in the stamp, None when not known; see `decode` for the mask; ``expected_chain`` likewise.
+        stored_digest: digest at write time, ``found_digest`` now; None when not compared.
+        stored_position: position in the stamp; ``prev_slot`` its predecessor's slot (or ``abi.PREV_*``).
+        stamp_owner: request that wrote the stamp, 0 unknown; in forward ``stamp_step``, 0 never; under ``stamp_epoch``.
+        detail: what ``slot`` holds, or which kind of UNWRITTEN it is.
+        flags: ``abi.ROW_*`` bits of the row.
+        is_redacted: whether token ids were withheld and chains masked.
+    """
+
+    step: int
+    forward: int
+    tag: CanaryLaunchTag
+    reasons: Reason
+    pool: int
+    pool_name: str
+    page_size: int
+    plane: int | None
+    plane_name: str | None
+    layer: int | None
+    slot: int
+    position: int
+    row: int
+    request_id: int
+    request_slot: int
+    stored_token: int | None
+    expected_token: int | None
+    stored_chain: int | None
+    expected_chain: int | None
+    stored_digest: int | None
+    found_digest: int | None
+    stored_position: int
+    prev_slot: int
+    stamp_owner: int
+    stamp_step: int
+    stamp_epoch: int
+    detail: Detail
+    flags: int
+    is_redacted: bool
+
+    @property
+    def is_in_pool(self) -> bool:
+        """Whether ``slot`` is a slot of the pool (else it is a raw value that the engine handed in)."""
+        return self.detail in (Detail.SLOT, Detail.UNFINISHED) and self.slot >= 0
+
+    def summary(self) -> str:
+        """One line: the facts as key=value, then what they mean."""
+        return f"{self._facts()}: {self._words()}"
+
+    def details(self) -> str:
+        """A block of lines with everything that the record holds; ends without a newline."""
+        tokens = _pair(self.expected_token, self.stored_token, str)
+        chains = _pair(self.expected_chain, self.stored_chain, hex)
+        request = f"{_request(self.request_id)}, request slot {self.request_slot}, batch row {self.row}"
+        lines = [
+            f"violation {self._names()} seen by {self.tag.name} at step {self.step}, forward {self.forward}",
+            f"  request   {request} (flags 0x{self.flags:x}), position {self.position}",
+            f"  place     pool {self.pool} '{self.pool_name}', {self._place()}{self._plane()}",
+            f"  stamp     {self._stamp()}; epoch {self.stamp_epoch}, predecessor in slot {self.prev_slot}",
+            f"  token     {'withheld (log_tokens=False)' if self.is_redacted else tokens}",
+            f"  chain     {chains}{' (masked)' if self.is_redacted else ''}",
+            f"  digest    {_pair(self.stored_digest, self.found_digest, hex, ('at write time', 'now'))}",
+        ]
+        for reason in self._in_order():
+            what, likely = self._reading(reason)
+            lines.append(f"  {reason.name}: {what}. Likely: {likely}.")
+        return "\n".join(lines)
+
+    def _facts(self) -> str:
+        facts = [
+            f"reasons={self._names()} tag={self.tag.name} step={self.step} forward={self.forward}",
+            f"pool={self.pool_name} request={self.request_id} request_slot={self.request_slot} row={self.row}",
+            f"position={self.position} {_PLACES[self.detail][0]}={self.slot}",
+        ]
+        if self.is_in_pool:
+            facts.append(f"block={self.slot // self.page_size}:{self.slot % self.page_size}")
+        if self.plane is not None:
+            facts.append(f"plane={self.plane_name} layer={self.layer}")
+        return " ".join(facts)
+
+    def _words(self) -> str:
+        """What happened, who is in the slot, and what is usually behind it."""
+        reasons = self._in_order()
+        what = " and ".join(self._reading(reason)[0] for reason in reasons) or "no reason is set in the record"
+        parts = [f"{_request(self.request_id)} at position {self.position}, {self._place()}{self._plane()}: {what}"]
+        if self.is_in_pool:
+            parts.append(self._stamp())
+        known = self.expected_token, self.stored_token
+        if None not in known and (Reason.TOKEN | Reason.WRITE_TOKEN) & self.reasons:
+            parts.append(f"expected token {known[0]}, found {known[1]}")
+        if reasons:
+            parts.append(f"likely {self._reading(reasons[0])[1]}")
+        return "; ".join(parts)
+
+    def _reading(self, reason: Reason) -> tuple[str, str]:
+        is_half = reason == Reason.UNWRITTEN and self.detail == Detail.UNFINISHED
+        return _HALF_WRITTEN if is_half else READINGS[reason]
+
+    def _names(self) -> str:
+        return "|".join(self.reasons.names())
+
+    def _in_order(self) -> list[Reason]:
+        return [reason for reason in READINGS if reason in self.reasons]
+
+    def _place(self) -> str:
+        if self.is_in_pool:
+            return f"slot {self.slot} (block {self.slot // self.page_size}, offset {self.slot % self.page_size})"
+        return _PLACES[self.detail][1].format(self.slot)
+
+    def _plane(self) -> str:
+        if self.plane is None:
+            return ""
+        layer = "" if self.layer is None else f" of layer {self.layer}"
+        return f", {self.plane_name}{layer}"
+
+    def _stamp(self) -> str:
+        """Who the slot says is in it."""
+        if not self.is_in_pool:
+            return "none was read: this is not about a slot of the pool"
+        if self.stamp_step == 0:
+            return "the slot carries no stamp"
+        whose = ""
+        if self.stamp_owner and self.request_id:
+            whose = " (the same request)" if self.stamp_owner == self.request_id else " (ANOTHER request)"
+        who = f"its stamp says that {_request(self.stamp_owner)}{whose} wrote it in forward {self.stamp_step}"
+        return f"{who} as position {self.stored_position}"
+
+
+def _request(request_id: int) -> str:
+    return f"request {request_id}" if request_id else "an unnamed request"
+
+
+def _pair(a: int | None, b: int | None, show: Any, names: tuple[str, str] = ("expected", "stored")) -> str:
+    return ", ".join(f"{name} {'unknown' if x is None else show(x)}" for name, x in zip(names, (a, b), strict=True))
+
+
+def new_secret() -> int:
+    """A secret of 64 bits that masks the chains which one process shows."""
+    return secrets.randbits(64)
+
+
+def decode(
+    records: npt.NDArray[Any], pools: Sequence[PoolNames], secret: int, log_tokens: bool
+) -> tuple[Violation, ...]:
+    """Decode committed records.
+
+    Args:
+        records: VIOLATION[n].
+        pools: names by pool index.
+        secret: from :func:`new_secret`. Chains are shown as ``mix64(chain ^ secret)``: equal chains stay equal, but
+            two neighbours no longer give away the token between them.
+        log_tokens: keep token ids (user content) and raw chains.
+    """
+    fields = records.dtype.names
+    assert fields is not None
+    assert fields == abi.VIOLATION.names
+    return tuple(_decode(dict(zip(fields, row, strict=True)), pools, secret, log_tokens) for row in records.tolist())
+
+
+def _decode(r: dict[str, int], pools: Sequence[PoolNames], secret: int, log_tokens: bool) -> Violation:
+    pool = pools[r["pool"]] if 0 <= r["pool"] < len(pools) else PoolNames(f"unknown-{r['pool']}", 1)
+    plane = r["plane"] if r["plane"] >= 0 else None
+    name: str | None = None
+    layer: int | None = None
+    if plane is not None:
+        name, layer = pool.digests[plane] if plane < len(pool.digests) else (f"plane-{plane}", None)
+
+    def chain(value: int) -> int | None:
+        return None if value == 0 else value if log_tokens else mix64_int(value ^ secret)
+
+    def token(value: int) -> int | None:
+        return value if log_tokens and value != abi.NO_TOKEN else None
+
+    same = ("step", "forward", "pool", "slot", "position", "row", "request_id", "request_slot", "stored_position")
+    stamp = ("prev_slot", "stamp_owner", "stamp_step", "stamp_epoch", "flags")
+    return Violation(
+        **{field: r[field] for field in same + stamp},
+        tag=CanaryLaunchTag(r["tag"]),
+        reasons=Reason(r["reasons"]),
+        detail=Detail(r["detail"]),
+        pool_name=pool.name,
+        page_size=pool.page_size,
+        plane=plane,
+        plane_name=name,
+        layer=layer,
+        stored_token=token(r["stored_token"]),
+        expected_token=token(r["expected_token"]),
+        stored_chain=chain(r["stored_chain"]),
+        expected_chain=chain(r["expected_chain"]),
+        stored_digest=r["stored_digest"] or None,
+        found_digest=r["found_digest"] or None,
+        is_redacted=not log_tokens,
+    )
+
+
+class RingReader:
+    """The host's end of the violation ring; one reader per ring, not thread-safe.
+
+    Record 0 of a lifetime has place 0, record c >= 1 has place ``1 + (c - 1) % capacity``. Record c is complete when
+    its commit word is c + 1; the alarm word says the same a moment later, so it decides nothing here.
+
+    Args:
+        violation_log: VIOLATION[capacity + 1], written by the device.
+        control: u64[N_CONTROL_WORDS]; this end writes CONTROL_READ, which tells the writers how much room there is.
+        capacity: records.
+    """
+
+    def __init__(self, violation_log: npt.NDArray[Any], control: npt.NDArray[np.uint64], capacity: int) -> None:
+        assert violation_log.dtype == abi.VIOLATION
+        assert violation_log.shape == (capacity + 1,)
+        self._log = violation_log
+        self._commits = violation_log["commit"]
+        self._control = control
+        self._capacity = capacity
+        self._n_read = int(control[abi.CONTROL_READ])
+
+    @property
+    def n_read(self) -> int:
+        """Records read so far, by this reader and those before it."""
+        return self._n_read
+
+    @property
+    def has_new(self) -> bool:
+        """Whether the next record is complete: one NumPy read."""
+        c = self._n_read
+        return bool(self._commits[0 if c == 0 else 1 + (c - 1) % self._capacity] == c + 1)
+
+    def read(self, limit: int | None = None) -> npt.NDArray[Any]:
+        """Copy the complete records that are next in order, then hand their places back: VIOLATION[n].
+
+        Stops at a record that is claimed but not yet complete; never blocks. Up to ``capacity`` records, or ``limit``.
+        """
+        if not self.has_new:
+            return np.empty(0, abi.VIOLATION)
+        n = self._capacity if limit is None else min(limit, self._capacity)
+        records = np.arange(self._n_read, self._n_read + n)
+        places = np.where(records == 0, 0, 1 + (records - 1) % self._capacity)
+        # Commit words first, rows after: the writer made the row visible before its commit word.
+        is_open = self._commits[places] != (records + 1).astype(np.uint64)
+        n_complete = int(is_open.argmax()) if is_open.any() else n
+        out = self._log[places[:n_complete]]
+        self._n_read += n_complete
+        self._control[abi.CONTROL_READ] = self._n_read
+        return out
