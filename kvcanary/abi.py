@@ -55,7 +55,7 @@ ROW_BAD_LENGTH = 128  # seq_len goes beyond the table row
 ROW_BAD_REQUEST_SLOT = 256
 ROW_START_UNJUDGED = 512  # the chain of its first new token does not continue the predecessor's stamp
 
-# ---- device state: one flat u64 array, header words first ---------------------------------------------------------------
+# ---- device state: one flat u64 array, header words first ------------------------------------------------------------
 STATE_FORWARD = 0  # number of the forward in progress, or of the last one
 STATE_FORWARD_DONE = 1  # the same, published after every block of kvc_begin has read it
 STATE_STEP = 2  # first forwards begun = outer steps seen by the device
@@ -72,7 +72,7 @@ STATE_ADOPTED_SLOTS = 12
 STATE_FORWARDS_JUDGED = 13  # forwards begun while not paused
 N_STATE_WORDS = 16
 
-# ---- mapped control block, u64 words, each on a cache line of its own -----------------------------------------------------
+# ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
 CONTROL_ALARM = 0  # device -> host: some record was committed (a hint)
 CONTROL_READ = 8  # host -> device: records read so far
 N_CONTROL_WORDS = 16

@@ -84,6 +84,10 @@ class DelayedDeviceHostHandler:
         """Snapshots staged and not yet delivered, at most ``depth``."""
         return len(self._in_flight)
 
+    def is_capturing(self, stream: Any) -> bool:
+        """Whether ``stream`` is being captured, so that `step` would refuse it."""
+        return self._staging.is_capturing(stream)
+
     def step(
         self, compute_on_device: ComputeOnDevice, postprocess_on_host: PostprocessOnHost, stream: Any = None
     ) -> None:
@@ -101,7 +105,7 @@ class DelayedDeviceHostHandler:
         """
         if self._is_closed:
             raise PhaseError(f"handler {self._name!r} is closed: step() came after close(); make a new manager")
-        if self._staging.is_capturing(stream):
+        if self.is_capturing(stream):
             raise CaptureError(
                 f"handler {self._name!r}: stream {stream!r} is being captured, and a snapshot inside a graph would be "
                 "copied at every replay. Call end_step() outside the capture, for the stream that launches the graph"

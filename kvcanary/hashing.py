@@ -30,6 +30,7 @@ U64: TypeAlias = npt.NDArray[np.uint64]
 Ints: TypeAlias = npt.NDArray[Any]
 MASK = (1 << 64) - 1
 N_DIGEST_WORDS = MAX_PLANE_BYTES // 4
+_WORDS_AT_ONCE = 1 << 17
 
 
 def mix64_int(x: int) -> int:
@@ -47,7 +48,7 @@ def mix64(x: U64) -> U64:
     return x ^ (x >> np.uint64(31))
 
 
-# ---- chain -------------------------------------------------------------------------------------------------------------
+# ---- chain -----------------------------------------------------------------------------------------------------------
 def token_mix(tokens: Ints, positions: Ints) -> U64:
     """``mix64(u64(token) << 32 | position)`` of each pair; tokens and positions are taken mod 2^32."""
     low = np.uint64(0xFFFFFFFF)
@@ -81,7 +82,8 @@ def chain_scan(start: int, tokens: Ints, first_position: int) -> U64:
     mixed = token_mix(tokens, np.arange(first_position, first_position + n))
     down = powers(pow(CHAIN_P, -1, 1 << 64), n + 1)[1:]
     up = powers(CHAIN_P, n + 1)[1:]
-    return up * (np.uint64(start) + np.add.accumulate(mixed * down))
+    chains: U64 = up * (np.uint64(start) + np.cumsum(mixed * down, dtype=np.uint64))
+    return chains
 
 
 def prefix_chain(tokens: Sequence[int] | Ints, salt: int = 0, first_position: int = 0) -> int:
@@ -98,7 +100,7 @@ def prefix_chain(tokens: Sequence[int] | Ints, salt: int = 0, first_position: in
     return int(chain_scan(start, ids, first_position)[-1]) if len(ids) else start
 
 
-# ---- digest ------------------------------------------------------------------------------------------------------------
+# ---- digest ----------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def digest_constants() -> U64:
     """K_i of words 0 .. 16383, all odd: ``K_i = k[i mod 128] * R^(i div 128)``, ``k[j] = mix64(SEED + j) | 1``."""
@@ -118,11 +120,15 @@ def digest(data: npt.NDArray[np.uint8], digest_index: int, positions: Ints) -> U
     """
     rows, n_bytes = data.shape
     n = -(-n_bytes // 4)
-    words = np.zeros((rows, n * 4), np.uint8)
-    words[:, :n_bytes] = data
-    total = (words.view("<u4").astype(np.uint64) * digest_constants()[:n]).sum(axis=1, dtype=np.uint64)
-    total += np.uint64(n * DIGEST_C0 + digest_index * DIGEST_C1 & MASK)
+    constants = digest_constants()[:n]
+    total = np.full(rows, n * DIGEST_C0 + digest_index * DIGEST_C1 & MASK, np.uint64)
     total += (positions.astype(np.int64).astype(np.uint64) & np.uint64(0xFFFFFFFF)) * np.uint64(DIGEST_C2)
+    at_once = max(1, _WORDS_AT_ONCE // max(n, 1))  # words widened to 64 bits at a time, so that they stay in the cache
+    for start in range(0, rows, at_once):
+        part = data[start : start + at_once]
+        words = np.zeros((len(part), n * 4), np.uint8)
+        words[:, :n_bytes] = part
+        total[start : start + at_once] += words.view("<u4").astype(np.uint64) @ constants
     d = mix64(total)
     return np.where(d == 0, np.uint64(1), d)
 

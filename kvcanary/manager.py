@@ -104,7 +104,7 @@ class CanaryManager:
         self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0])
         self._stats_logger = PeriodicCanaryStatsLogger(config, self.active_tags, handlers[1])
 
-    # ---- what it is ----------------------------------------------------------------------------------------------------
+    # ---- what it is --------------------------------------------------------------------------------------------------
     @property
     def is_on(self) -> bool:
         """Whether the guard runs at all (mode is not "off")."""
@@ -150,7 +150,7 @@ class CanaryManager:
             tags[i] = frozenset(CanaryLaunchTag.of(s, h, pool.kind) for s in stages for h in pool.halves)
         return tags
 
-    # ---- phases --------------------------------------------------------------------------------------------------------
+    # ---- phases ------------------------------------------------------------------------------------------------------
     def begin_step(self, stream: Any = None, *, idle: bool = False) -> None:
         """Begin an outer engine step, outside any capture.
 
@@ -265,7 +265,7 @@ class CanaryManager:
         if latest is not None:
             self._violations.note_dropped(CanaryStats.dropped_in(latest))
 
-    # ---- binding -------------------------------------------------------------------------------------------------------
+    # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
         key = (is_first, None if pools is None else tuple(pools))
         known = self._bound.setdefault(batch, {})
@@ -287,7 +287,7 @@ class CanaryManager:
             return pool
         raise ConfigError(f"pool {pool!r}: the pools are {', '.join(names)} (0 to {len(names) - 1})")
 
-    # ---- host-driven calls ---------------------------------------------------------------------------------------------
+    # ---- host-driven calls -------------------------------------------------------------------------------------------
     def _host_driven(self, call: str) -> Backend:
         self._phases.need_outside_forward(call)
         backend = self.backend
@@ -344,7 +344,7 @@ class CanaryManager:
         bound = self._bind(batch, True, None)
         return prove_batch(backend, self.pools, self.config, list(zip(bound.calls, bound.batches, strict=True)), stream)
 
-    # ---- what it knows -------------------------------------------------------------------------------------------------
+    # ---- what it knows -----------------------------------------------------------------------------------------------
     def on_violation(self, callback: Callable[[Violation], None]) -> None:
         """Call back for every first sighting of a violation, on the thread that ends the step (or polls)."""
         if self._backend is not None:
@@ -389,7 +389,7 @@ class CanaryManager:
         """Device and pinned memory that the guard holds, in bytes."""
         return self._backend.memory_bytes if self._backend is not None else 0
 
-    # ---- end -----------------------------------------------------------------------------------------------------------
+    # ---- end ---------------------------------------------------------------------------------------------------------
     def synchronize(self) -> None:
         """Wait for all that the guard has launched, then deliver all snapshots and read all violations (no raise)."""
         if self._backend is not None:

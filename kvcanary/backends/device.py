@@ -130,8 +130,9 @@ class DeviceBackend:
         self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
         self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
         self._pools = [self._pool_record(i) for i in range(len(pools))]
+        driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
-    # ---- memory --------------------------------------------------------------------------------------------------------
+    # ---- memory ------------------------------------------------------------------------------------------------------
     def _allocate(self, pool: KvPool) -> dict[str, Any]:
         driver, n, halves = self._driver, pool.n_slots, range(len(pool.halves))
         digests = pool.digest_records(self._config.real_data)
@@ -195,7 +196,7 @@ class DeviceBackend:
         state = (self.state.words, self.state.taint, self._pool_states, self.state.violation_log, self.state.control)
         return sum(int(a.nbytes) for a in (*arrays, *state))
 
-    # ---- binding -------------------------------------------------------------------------------------------------------
+    # ---- binding -----------------------------------------------------------------------------------------------------
     def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:
         config, record = self._config, bound.record.copy()
         record["check_write_position"] = config.check_write_position
@@ -230,7 +231,7 @@ class DeviceBackend:
         params["guard"], params["pool"], params["batch"] = guard, pool, batch
         return params[()]
 
-    # ---- a forward -----------------------------------------------------------------------------------------------------
+    # ---- a forward ---------------------------------------------------------------------------------------------------
     def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for i, call in enumerate(calls):
             (call.batch.begin_other if i else call.batch.begin_first).launch(stream)
@@ -243,7 +244,7 @@ class DeviceBackend:
             for bound in call.batch.tail:
                 bound.launch(stream)
 
-    # ---- host-driven ---------------------------------------------------------------------------------------------------
+    # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         params, n = abi.zeros_of(abi.PARAMS["SweepParams"]), len(resident.slots)
         addresses = self._driver.upload_lists(tuple(resident), max(n, SWEEP_SLOTS), stream)
@@ -285,7 +286,7 @@ class DeviceBackend:
         self._arrays.clear()
         self._driver.close()
 
-    # ---- prove -----------------------------------------------------------------------------------------------------------
+    # ---- prove -------------------------------------------------------------------------------------------------------
     def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:
         arrays = self._arrays[pool]
 

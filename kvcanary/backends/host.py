@@ -189,7 +189,7 @@ class HostBackend:
         flags = rows["flags"][new.row]
         rewritten = (previous >= 0) & (pool.claims[np.maximum(previous, 0)] >> np.uint64(32) == self._forward)
         unknown = rewritten | (flags & abi.ROW_START_UNJUDGED != 0)
-        starts = (new.index == 0) & (new.position > 0) & (flags & abi.ROW_ANCHORED == 0)
+        starts = (new.nth == 0) & (new.position > 0) & (flags & abi.ROW_ANCHORED == 0)
         return np.where(starts & unknown, abi.PREV_UNJUDGED, previous)
 
     def _keep_in_register(self, pool: PoolArrays, row: Array, r: int, chain: Array) -> None:
@@ -316,7 +316,7 @@ class HostBackend:
         state = (self.state.words, self.state.taint, self.state.violation_log, self.state.control)
         return sum(a.nbytes for a in (*arrays, *state))
 
-    # ---- prove ---------------------------------------------------------------------------------------------------------
+    # ---- prove -------------------------------------------------------------------------------------------------------
     def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:
         p = self._pools[pool]
         return [(head[slots].copy(), tail[slots].copy()) for head, tail in zip(p.head, p.tail, strict=True)]
@@ -372,8 +372,8 @@ def _batch_arrays(bound: BoundBatch, config: CanaryConfig, is_first_forward: boo
     record, table = bound.record, bound.host("block_table")
     query_start_loc, input_ids, slot_mapping = (bound.host(n) for n in ("query_start_loc", "input_ids", "slot_mapping"))
     assert query_start_loc is not None and input_ids is not None and slot_mapping is not None
-    names = ("kv_indptr", "kv_last_page_len", "seq_lens", "request_slots", "request_ids", "salts", "prefix_chain")
-    names += ("token_history", "expected_tokens", "pending", "verify_all")
+    names = ["kv_indptr", "kv_last_page_len", "seq_lens", "request_slots", "request_ids", "salts", "prefix_chain"]
+    names += ["token_history", "expected_tokens", "pending", "verify_all"]
     return BatchArrays(
         rows=bound.rows,
         n_tokens=bound.n_tokens,

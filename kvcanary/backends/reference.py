@@ -93,7 +93,7 @@ class Slots(NamedTuple):
     status: Array
 
 
-# ---- slots ---------------------------------------------------------------------------------------------------------------
+# ---- slots -----------------------------------------------------------------------------------------------------------
 def engine_slots(pool: PoolArrays, named: Array, raw: Array) -> Slots:
     """Slots as the engine names them (through the look-up table where the pool has one)."""
     slot = named.astype(np.int64)
@@ -151,7 +151,7 @@ def write_slots(pool: PoolArrays, batch: BatchArrays, tokens: Array) -> Slots:
     return engine_slots(pool, named, named)
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 def find_rows(pool: PoolArrays, batch: BatchArrays, forward: int) -> Array:
     """Facts of each row of the batch, its anchor and its claims: ROW[rows] (kvc_begin)."""
     out = np.zeros(batch.rows, abi.ROW)
@@ -257,7 +257,7 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     return abi.ROW_START_UNJUDGED
 
 
-# ---- violations ------------------------------------------------------------------------------------------------------------
+# ---- violations ------------------------------------------------------------------------------------------------------
 def new_records(n: int, pool: PoolArrays, tag: int) -> Array:
     """``n`` empty records of a pool: VIOLATION[n]."""
     v = np.zeros(n, abi.VIOLATION)
@@ -309,10 +309,10 @@ def table_entry_records(pool: PoolArrays, tag: int, rows: Array, index: Array, p
 
 
 class NewTokens(NamedTuple):
-    """The new tokens of the live rows: row i64[n], index in the row i64[n], flat token index i64[n], position i64[n]."""
+    """The new tokens of the live rows: row i64[n], number in the row i64[n], flat token index i64[n], position i64[n]."""
 
     row: Array
-    index: Array
+    nth: Array
     token: Array
     position: Array
 
@@ -349,7 +349,8 @@ def judge_writes(pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewToke
         v["expected_token"] = np.where(wrong, expected, abi.NO_TOKEN)
     v["position"], v["stored_token"] = new.position, token
     v["prev_slot"] = np.where(home.status == OK, home.slot, -1)
-    return v[(v["reasons"] != 0) & (target.status != EMPTY)]
+    bad: Array = v[(v["reasons"] != 0) & (target.status != EMPTY)]
+    return bad
 
 
 def judge_new_tokens(
@@ -378,7 +379,7 @@ def judge_new_tokens(
     return out
 
 
-# ---- prefix stamps -----------------------------------------------------------------------------------------------------------
+# ---- prefix stamps ---------------------------------------------------------------------------------------------------
 class Entries(NamedTuple):
     """Positions of a verified range: row i64[n], position i64[n], where the table puts them, and the slot before each."""
 
@@ -468,13 +469,14 @@ def judge_stamps(
     v["expected_chain"] = np.where(unanchored, anchor, np.where(broken, chain, 0))
     put_stamps(v, stamp)
     adopted = never_stamped(pool, at) if batch.adopt and stage == Stage.HEAD else np.zeros(len(row), bool)
-    return v[(reasons != 0) & ~adopted]
+    bad: Array = v[(reasons != 0) & ~adopted]
+    return bad
 
 
 def never_stamped(pool: PoolArrays, at: Slots) -> Array:
     """Slots for which no half was ever stamped: bool[n]."""
     slot = np.maximum(at.slot, 0)
-    never = at.status == OK
+    never: Array = at.status == OK
     for stamps in (*pool.head, *pool.tail):
         never &= stamps["step"][slot] == 0
     return never
@@ -489,7 +491,7 @@ def history_tokens(pool: PoolArrays, batch: BatchArrays, rows: Array, row: Array
     return np.where(inside, batch.token_history[np.where(inside, slot, 0), np.where(inside, at, 0)], abi.NO_TOKEN)
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------------------------
 def judgeable(pool: PoolArrays, half: int, slots: Array, forward: int) -> Array:
     """Whether the data of each slot may be judged: HEAD and TAIL stamps are of one earlier forward: bool[n]."""
     step = pool.head[half]["step"][slots]
@@ -508,7 +510,7 @@ def due_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entrie
 
 
 
-# ---- sweep -----------------------------------------------------------------------------------------------------------------
+# ---- sweep -----------------------------------------------------------------------------------------------------------
 def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) -> Array:
     """UNWRITTEN, POSITION, TOKEN and CHAIN of resident slots (those ``inside`` the pool) of one half: VIOLATION[n]."""
     slots, positions, before = (np.asarray(a)[inside].astype(np.int64) for a in resident[:3])
@@ -535,4 +537,5 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     v["expected_token"] = np.where(wrong_token, expected, abi.NO_TOKEN)
     v["expected_chain"] = np.where(broken, chain, 0)
     put_stamps(v, stamp)
-    return v[reasons != 0]
+    bad: Array = v[reasons != 0]
+    return bad

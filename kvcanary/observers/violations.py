@@ -73,24 +73,16 @@ class ViolationObserver:
             KvCanaryViolation: in mode "raise", once for all first sightings since it raised last.
         """
         if self._reader.has_new:
-            self.poll()
+            self._report_some()
         if self._raises and self._unraised:
             self._raise(facts.step)
 
     def poll(self) -> tuple[Violation, ...]:
-        """Report what is new without raising (the next `step` will): the first sightings, oldest first."""
-        if not self._reader.has_new:
-            return ()
-        with self._lock:
-            new = self._take()
-            self.violations_total += len(new)
-            self.history.extend(new)
-            if self._raises:
-                self._unraised.extend(new)
-        for violation in new:
-            self._call(violation)
-        self._log(new)
-        return new
+        """Report all that is new without raising (the next `step` will): the first sightings, oldest first."""
+        new: list[Violation] = []
+        while self._reader.has_new:
+            new.extend(self._report_some())
+        return tuple(new)
 
     def violations(self) -> tuple[Violation, ...]:
         """The newest first sightings, oldest first (at most MAX_HISTORY)."""
@@ -119,6 +111,18 @@ class ViolationObserver:
         """Forget which findings were reported (the cache was flushed); the counts and the history stay."""
         with self._lock:
             self._seen.clear()
+
+    def _report_some(self) -> tuple[Violation, ...]:
+        with self._lock:
+            new = self._take()
+            self.violations_total += len(new)
+            self.history.extend(new)
+            if self._raises:
+                self._unraised.extend(new)
+        for violation in new:
+            self._call(violation)
+        self._log(new)
+        return new
 
     def _take(self) -> tuple[Violation, ...]:
         new: list[Violation] = []

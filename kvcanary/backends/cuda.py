@@ -1,0 +1,292 @@
+"""The CUDA driver of the device backend: CuPy for kernels and memory, cuda.core for pinned memory, events and side streams.
+
+The only module that talks to a GPU. Importing it needs neither CuPy nor a driver; making the backend does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary import abi
+from kvcanary.arrays import stream_pointer, view_of
+from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
+from kvcanary.backends.device import DeviceBackend
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import Staging, Words
+from kvcanary.errors import BackendError, BatchError
+from kvcanary.layout import KvPool
+
+Array = npt.NDArray[Any]
+_LEGACY_STREAMS = (0, 1)  # cudaStreamLegacy by either of its names; it can never be captured
+
+
+def make_cuda_backend(
+    config: CanaryConfig, pools: Sequence[KvPool], max_requests: int, max_new_tokens: int
+) -> DeviceBackend:
+    """The device backend on the GPU where the pools' planes lie (or the current one).
+
+    Raises:
+        BackendError: no driver, no CuPy or cuda.core, kernels that do not compile, or not enough memory.
+    """
+    device = next((int(p.device.split(":")[1]) for p in pools if p.device), None)
+    driver = CudaDriver(device)
+    try:
+        with driver.current():
+            return DeviceBackend("cuda", driver, config, pools, max_requests, max_new_tokens)
+    except driver.out_of_memory as error:
+        driver.close()
+        raise BackendError(f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes") from error
+
+
+def check_driver() -> None:
+    """Raise `BackendError` unless the NVIDIA driver is there and sees a GPU; never hangs, imports nothing."""
+    try:
+        libcuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendError("no NVIDIA driver (libcuda.so.1): install it, or use backend='host'") from error
+    count = ctypes.c_int()
+    status = libcuda.cuInit(0) or libcuda.cuDeviceGetCount(ctypes.byref(count))
+    if status or not count.value:
+        raise BackendError(f"the NVIDIA driver sees no GPU (status {status}): check nvidia-smi, or use backend='host'")
+
+
+def import_cuda() -> tuple[Any, Any]:
+    """CuPy and cuda.core, or a `BackendError` with the install command."""
+    try:
+        import cupy
+        from cuda import core
+    except ImportError as error:
+        raise BackendError(f"backend='cuda' needs CuPy and cuda.core ({error}): {INSTALL}") from error
+    return cupy, core
+
+
+class _Handle:
+    """A raw stream pointer as an object of the CUDA stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+class CudaDriver:
+    """`kvcanary.backends.device.Driver` on one GPU, in its primary context."""
+
+    def __init__(self, device: int | None) -> None:
+        check_driver()
+        self._cupy, self._core = import_cuda()
+        self._runtime = self._cupy.cuda.runtime
+        self.device_id = int(self._runtime.getDevice()) if device is None else device
+        self._device = self._core.Device(self.device_id)
+        with self.current():
+            self.n_multiprocessors = int(self._cupy.cuda.Device().attributes["MultiProcessorCount"])
+        self.out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
+        self._modules: dict[str, Any] = {}
+        self._streams: dict[int, Any] = {}
+        self._pinned: list[Any] = []
+        self._lists: _ListUploader | None = None
+
+    @contextlib.contextmanager
+    def current(self) -> Any:
+        """Make the device current in this thread for CuPy and cuda.core, and restore what was."""
+        with self._cupy.cuda.Device(self.device_id):
+            self._device.set_current()
+            yield
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        dtype = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else shape
+        if dtype.fields is None:
+            return self._cupy.zeros(shape, dtype)
+        return self._cupy.zeros((*shape, dtype.itemsize), np.uint8)
+
+    def pointer(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+    def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
+        dtype = np.dtype(dtype)
+        buffer = self._core.LegacyPinnedMemoryResource().allocate(n * dtype.itemsize)
+        self._pinned.append(buffer)
+        # The view keeps the buffer alive: a host thread may still poll the ring when the driver is closed.
+        array: Array = np.from_dlpack(buffer).view(np.uint8)
+        array[:] = 0
+        return array[: n * dtype.itemsize].view(dtype), int(buffer.handle)
+
+    def fill_zero(self, array: Any, stream: Any) -> None:
+        self._runtime.memsetAsync(array.data.ptr, 0, array.nbytes, stream_pointer(stream))
+
+    def upload(self, array: Any, values: Array, stream: Any) -> None:
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        pointer = stream_pointer(stream)
+        kind = self._runtime.memcpyHostToDevice
+        self._runtime.memcpyAsync(array.data.ptr, flat.ctypes.data, flat.nbytes, kind, pointer)
+        self._runtime.streamSynchronize(pointer)
+
+    def set_word(self, array: Any, index: int, value: int, stream: Any) -> None:
+        # The words are 0 or 1: their lowest byte, which comes first, is all there is to set.
+        assert value in (0, 1)
+        self._runtime.memsetAsync(array.data.ptr + 8 * index, value, 1, stream_pointer(stream))
+
+    def download(self, array: Any) -> Array:
+        self.synchronize()
+        host: Array = array.get()
+        return host
+
+    def read_memory(self, pointer: int, n_bytes: int) -> npt.NDArray[np.uint8]:
+        self.synchronize()
+        out = np.empty(n_bytes, np.uint8)
+        if n_bytes:
+            self._runtime.memcpy(out.ctypes.data, pointer, n_bytes, self._runtime.memcpyDeviceToHost)
+        return out
+
+    def flip_byte(self, address: int, mask: int, stream: Any) -> None:
+        byte = self.read_memory(address, 1) ^ np.uint8(mask)
+        self._runtime.memcpy(address, byte.ctypes.data, 1, self._runtime.memcpyHostToDevice)
+        self.synchronize()
+
+    # ---- launches ----------------------------------------------------------------------------------------------------
+    def kernel(self, source: str, name: str) -> Any:
+        if source not in self._modules:
+            directory = kernels_dir()
+            code = (directory / f"{source}.cu").read_text()
+            # CuPy's disk cache does not look into included headers: their hash is part of the options.
+            options = ("-std=c++17", f"-I{directory}", f"-DKVC_SOURCES_{source_hash()[:16]}")
+            self._modules[source] = self._cupy.RawModule(code=code, options=options, backend="nvrtc")
+        try:
+            kernel = self._modules[source].get_function(name)
+            n_registers = kernel.num_regs  # asks the driver about the function, which loads it now and not in a capture
+        except Exception as error:  # CuPy's compile errors share no public base class
+            raise BackendError(f"kernel {name} of {source}.cu cannot be compiled or loaded: {error}") from error
+        assert n_registers > 0
+        return kernel
+
+    def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
+        with self._cupy_stream(stream):
+            kernel(grid, (abi.THREADS,), (params,))
+
+    def _cupy_stream(self, stream: Any) -> Any:
+        pointer = stream_pointer(stream)
+        if pointer not in self._streams:
+            if pointer in _LEGACY_STREAMS:
+                self._streams[pointer] = self._cupy.cuda.Stream.null
+            else:
+                self._streams[pointer] = self._cupy.cuda.Stream.from_external(_Handle(pointer))
+        return self._streams[pointer]
+
+    def staging(self, n_words: int, depth: int) -> Staging:
+        with self.current():
+            return CudaStaging(self, n_words, depth)
+
+    def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
+        if self._lists is None:
+            self._lists = _ListUploader(self, len(lists))
+        return self._lists.upload(lists, capacity, stream)
+
+    def synchronize(self) -> None:
+        with self.current():
+            self._runtime.deviceSynchronize()
+
+    def close(self) -> None:
+        self._streams.clear()
+        self._modules.clear()
+        self._pinned.clear()
+        self._lists = None
+
+
+class CudaStaging:
+    """`kvcanary.deferred.Staging`: clone on the step's stream, copy to pinned memory on a side stream, an event each."""
+
+    def __init__(self, driver: CudaDriver, n_words: int, depth: int) -> None:
+        self._driver = driver
+        self._runtime = driver._runtime
+        self._n_bytes = 8 * n_words
+        self._on_device = driver.zeros((depth, n_words), np.uint64)
+        host, _address = driver.mapped(depth * n_words, np.uint64)
+        self._host = host.reshape(depth, n_words)
+        self._side = driver._device.create_stream()
+        self._cloned = [driver._device.create_event() for _ in range(depth)]
+        self._arrived = [driver._device.create_event() for _ in range(depth)]
+        self._engine_streams: dict[int, Any] = {}
+
+    def copy(self, index: int, source: Any, stream: Any) -> None:
+        pointer = stream_pointer(stream)
+        clone = self._on_device.data.ptr + index * self._n_bytes
+        kind = self._runtime.memcpyDeviceToDevice
+        self._runtime.memcpyAsync(clone, source.data.ptr, self._n_bytes, kind, pointer)
+        self._engine_stream(pointer).record(self._cloned[index])
+        self._side.wait(self._cloned[index])
+        host, kind = self._host[index].ctypes.data, self._runtime.memcpyDeviceToHost
+        self._runtime.memcpyAsync(host, clone, self._n_bytes, kind, int(self._side.handle))
+        self._side.record(self._arrived[index])
+
+    def is_done(self, index: int) -> bool:
+        return bool(self._arrived[index].is_done)
+
+    def wait(self, index: int) -> None:
+        self._arrived[index].sync()
+
+    def host(self, index: int) -> Words:
+        words: Words = self._host[index]
+        return words
+
+    def is_capturing(self, stream: Any) -> bool:
+        pointer = stream_pointer(stream)
+        return pointer not in _LEGACY_STREAMS and bool(self._runtime.streamIsCapturing(pointer))
+
+    def close(self) -> None:
+        self._side.sync()
+        self._side.close()
+
+    def _engine_stream(self, pointer: int) -> Any:
+        if pointer not in self._engine_streams:
+            core = self._driver._core
+            stream = core.LEGACY_DEFAULT_STREAM if pointer in _LEGACY_STREAMS else core.Stream.from_handle(pointer)
+            self._engine_streams[pointer] = stream
+        return self._engine_streams[pointer]
+
+
+class _ListUploader:
+    """Pinned and device buffers for the sweep's lists; grows when a longer list comes, otherwise allocates nothing."""
+
+    def __init__(self, driver: CudaDriver, n_lists: int) -> None:
+        self._driver, self._n_lists, self._capacity = driver, n_lists, 0
+        self._copied = driver._device.create_event()
+        self._is_used = False
+
+    def upload(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
+        if self._is_used and not self._copied.is_done:
+            return None
+        driver, pointer = self._driver, stream_pointer(stream)
+        if capacity > self._capacity:
+            with driver.current():
+                self._host = driver.mapped(self._n_lists * capacity, np.int32)[0].reshape(self._n_lists, capacity)
+                self._on_device = driver.zeros((self._n_lists, capacity), np.int32)
+                driver.synchronize()  # zeroed on CuPy's stream, written on the step's
+            self._capacity = capacity
+        addresses = []
+        for i, values in enumerate(lists):
+            if values is None:
+                addresses.append(0)
+                continue
+            view = view_of(values, "resident slots", BatchError)
+            if not view.is_host:
+                addresses.append(view.pointer)
+                continue
+            n = view.shape[0]
+            self._host[i, :n] = view.host
+            target = self._on_device.data.ptr + 4 * i * self._capacity
+            kind = driver._runtime.memcpyHostToDevice
+            driver._runtime.memcpyAsync(target, self._host[i].ctypes.data, 4 * n, kind, pointer)
+            addresses.append(target)
+        stream_object = driver._core.Stream.from_handle(pointer) if pointer not in _LEGACY_STREAMS else None
+        (stream_object or driver._core.LEGACY_DEFAULT_STREAM).record(self._copied)
+        self._is_used = True
+        return addresses
