@@ -50,7 +50,9 @@ KVC_DEVICE void kvc_report(const Guard& guard, const Pool& pool, Violation v) {
     kvc_atomic_add_u64(state + KVC_STATE_OBSERVATIONS, 1);
     uint64_t claim = kvc_load_volatile_u64(state + KVC_STATE_CLAIMED);
     for (;;) {
-        if (claim - kvc_load_volatile_u64(control + KVC_CONTROL_READ) >= guard.ring_capacity) {
+        // Signed: between the two loads others may have claimed and the host read on, so that READ is above this claim.
+        const uint64_t n_read = kvc_load_volatile_u64(control + KVC_CONTROL_READ);
+        if ((int64_t)(claim - n_read) >= (int64_t)guard.ring_capacity) {
             kvc_atomic_add_u64(state + KVC_STATE_DROPPED, 1);
             return;
         }

@@ -261,6 +261,10 @@ KVC_DEVICE void kvc_judge_write(const StepParams& p, const Row& row, int32_t ind
     if (!v.reasons) return;
     v.position = (int32_t)(row.prefix + i);
     v.stored_token = token;
+    if (target.status == KVC_SLOT_OK) {  // the stamp that is being written
+        v.stamp_owner = row.request_id;
+        v.stamp_step = kvc_forward_number(p.guard);
+    }
     v.prev_slot = home.status == KVC_SLOT_OK ? (int32_t)home.slot : -1;  // where the table says the write belongs
     kvc_report(p.guard, p.pool, v);
 }

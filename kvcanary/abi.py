@@ -242,7 +242,9 @@ BATCH = np.dtype(
     ]
 )
 PARAMS: dict[str, np.dtype[Any]] = {
-    "BeginParams": np.dtype([("guard", GUARD), ("pool", POOL), ("batch", BATCH), ("is_first_pool", "<u4"), ("unused", "<u4")]),
+    "BeginParams": np.dtype(
+        [("guard", GUARD), ("pool", POOL), ("batch", BATCH), ("is_first_pool", "<u4"), ("unused", "<u4")]
+    ),
     "StepParams": np.dtype([("guard", GUARD), ("pool", POOL), ("batch", BATCH)]),
     "SweepParams": np.dtype(
         [

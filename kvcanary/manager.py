@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from kvcanary import hashing
+from kvcanary import abi, hashing
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.backends.host import HostBackend
 from kvcanary.batch import BoundBatch, StepBatch
@@ -28,7 +28,7 @@ from kvcanary.observers import (
 )
 from kvcanary.phases import PhaseChecker
 from kvcanary.prove import Proof, prove_batch
-from kvcanary.state import CanaryDeviceState
+from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import ResidentSet, SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Stage
@@ -78,9 +78,7 @@ class CanaryManager:
         self._is_idle = False
         self._is_paused = False
         self._stream: Any = None
-        self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = weakref.WeakKeyDictionary()
         self._open_forward: tuple[list[BoundCall], Any] | None = None
         if config.mode == "off":
             return
@@ -163,7 +161,9 @@ class CanaryManager:
         self._phases.begin_step()
         self._stream, self._is_idle = stream, idle
 
-    def head(self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None) -> None:
+    def head(
+        self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
+    ) -> None:
         """HEAD of a forward, before the model; may run inside a capture, where it only adds launches to the graph.
 
         Args:
@@ -238,32 +238,36 @@ class CanaryManager:
             self._sweep.step(self._step + 1, self._backend, self._stream)
         self._step += 1
         self._n_counted_steps += counted
-        facts = StepFacts(
+        errors: list[KvCanaryError] = []
+        # The order is violations, health, stats; the totals in the facts are those after the first.
+        for observer in (self._violations, self._health, self._stats_logger):
+            try:
+                observer.step(self._facts(self._backend))
+            except KvCanaryError as error:  # the others still get their step; the first error is the one raised
+                errors.append(error)
+        newest = self._newest_snapshot()
+        if newest is not None:
+            self._violations.note_dropped(newest.word(abi.STATE_DROPPED))
+        for later in errors[1:]:
+            logger.error("%s", later)
+        if errors:
+            raise errors[0]
+
+    def _facts(self, backend: Backend) -> StepFacts:
+        return StepFacts(
             step=self._step,
             stream=self._stream,
-            state=self._backend.state,
+            state=backend.state,
             n_counted_steps=self._n_counted_steps,
             sweep_passes=self._sweep.sweep_passes,
             is_sweeping=self._sweep.is_sweeping,
             violations_total=self._violations.violations_total,
             observations_total=self._violations.observations_total,
         )
-        errors: list[KvCanaryError] = []
-        for observer in (self._violations, self._health, self._stats_logger):
-            try:
-                observer.step(facts)
-            except KvCanaryError as error:  # the others still get their step; the first error is the one raised
-                errors.append(error)
-        self._note_dropped()
-        if errors:
-            for later in errors[1:]:
-                logger.error("%s", later)
-            raise errors[0]
 
-    def _note_dropped(self) -> None:
-        latest = self._stats_logger.latest
-        if latest is not None:
-            self._violations.note_dropped(CanaryStats.dropped_in(latest))
+    def _newest_snapshot(self) -> StateSnapshot | None:
+        taken = [o.latest for o in (self._health, self._stats_logger) if o.latest is not None]
+        return max(taken, key=lambda snapshot: snapshot.step, default=None)
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
@@ -362,14 +366,12 @@ class CanaryManager:
         """What is known on the host now, without asking the device; from any thread."""
         if self._backend is None:
             return CanaryStats()
-        snapshots = [o.latest for o in (self._health, self._stats_logger) if o.latest is not None]
-        newest = max(snapshots, key=lambda s: s.step, default=None)
         return CanaryStats.of(
             self._step,
             self._sweep.sweep_passes,
             self._violations.violations_total,
             self._violations.observations_total,
-            newest,
+            self._newest_snapshot(),
         )
 
     def describe(self) -> str:
@@ -391,14 +393,16 @@ class CanaryManager:
 
     # ---- end ---------------------------------------------------------------------------------------------------------
     def synchronize(self) -> None:
-        """Wait for all that the guard has launched, then deliver all snapshots and read all violations (no raise)."""
+        """Wait for all that the guard has launched, then deliver all snapshots and read all violations.
+
+        Violations are not raised here (the next `end_step` does); a stall that a delivered snapshot shows is.
+        """
         if self._backend is not None:
             self._phases.need_outside_forward("synchronize()")
             self._backend.synchronize()
+            self._violations.poll()
             for handler in self._handlers:
                 handler.drain()
-            while self._violations.poll():
-                pass
 
     def close(self) -> None:
         """Give everything back; waits for the device. Graphs that hold the guard's launches must not be replayed after it."""
@@ -499,5 +503,3 @@ def _make_backend(
         return make_cuda_backend(config, pools, max_requests, max_new_tokens)
     assert callable(kind)
     return kind(config, pools, max_requests, max_new_tokens)
-
-

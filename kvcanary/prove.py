@@ -53,7 +53,11 @@ class Proof:
 
 
 def prove_batch(
-    backend: Backend, pools: Sequence[KvPool], config: CanaryConfig, bound: Sequence[tuple[BoundCall, BoundBatch]], stream: Any
+    backend: Backend,
+    pools: Sequence[KvPool],
+    config: CanaryConfig,
+    bound: Sequence[tuple[BoundCall, BoundBatch]],
+    stream: Any,
 ) -> Proof:
     """Flip, look and restore, plane after plane, in every pool that digests anything; waits for the device."""
     backend.synchronize()

@@ -58,9 +58,5 @@ class CanaryStats:
             unjudged_slots=snapshot.word(abi.STATE_UNJUDGED_SLOTS),
             unanchored_rows=snapshot.word(abi.STATE_UNANCHORED_ROWS),
             adopted_slots=snapshot.word(abi.STATE_ADOPTED_SLOTS),
-            dropped=cls.dropped_in(snapshot),
+            dropped=snapshot.word(abi.STATE_DROPPED),
         )
-
-    @staticmethod
-    def dropped_in(snapshot: StateSnapshot) -> int:
-        return snapshot.word(abi.STATE_DROPPED)

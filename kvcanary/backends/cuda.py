@@ -41,7 +41,9 @@ def make_cuda_backend(
             return DeviceBackend("cuda", driver, config, pools, max_requests, max_new_tokens)
     except driver.out_of_memory as error:
         driver.close()
-        raise BackendError(f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes") from error
+        raise BackendError(
+            f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes"
+        ) from error
 
 
 def check_driver() -> None:

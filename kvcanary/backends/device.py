@@ -357,5 +357,3 @@ def _grids(n_multiprocessors: int, pool: Array, bound: BoundBatch) -> dict[str, 
         "kvc_digests_write": (blocks(digest, abi.WARPS, split), split),
         "kvc_digests_adopt": (blocks(verify, abi.WARPS), 1),
     }
-
-

@@ -167,7 +167,7 @@ class HostBackend:
             chain[mine] = hashing.chain_scan(int(rows["anchor"][r]), token[mine], int(rows["prefix"][r]))
             self._keep_in_register(pool, rows[r], int(r), chain[mine])
         if self._is_judging:
-            self._recorder.report(ref.judge_writes(pool, batch, rows, new, target))
+            self._recorder.report(ref.judge_writes(pool, batch, rows, new, target, self._forward))
             self._recorder.report(ref.bad_rows(pool, rows))
             unanchored = rows["flags"] & (abi.ROW_LIVE | abi.ROW_ANCHORED) == abi.ROW_LIVE
             self._recorder.add(abi.STATE_UNANCHORED_ROWS, int(unanchored.sum()))

@@ -330,7 +330,9 @@ def _expand(counts: Array) -> tuple[Array, Array]:
     return group, index
 
 
-def judge_writes(pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewTokens, target: Slots) -> Array:
+def judge_writes(
+    pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewTokens, target: Slots, forward: int
+) -> Array:
     """WRITE_TOKEN, WRITE_POSITION and OUT_OF_RANGE of the new tokens: VIOLATION[n]."""
     home = table_slots(pool, batch, new.row, new.position)
     token = batch.input_ids[new.token].astype(np.int64).astype(np.int32)
@@ -348,6 +350,7 @@ def judge_writes(pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewToke
         v["reasons"] |= np.where(wrong, Reason.WRITE_TOKEN, 0).astype(np.uint32)
         v["expected_token"] = np.where(wrong, expected, abi.NO_TOKEN)
     v["position"], v["stored_token"] = new.position, token
+    v["stamp_owner"], v["stamp_step"] = np.where(out, 0, v["request_id"]), np.where(out, 0, forward)
     v["prev_slot"] = np.where(home.status == OK, home.slot, -1)
     bad: Array = v[(v["reasons"] != 0) & (target.status != EMPTY)]
     return bad
