@@ -1,4 +1,4 @@
-// abi.cuh: the C twin of kvcanary/abi.py, rendered by it (python -m kvcanary.abi > kernels/abi.cuh); not edited by hand.
+// abi.cuh: the C twin of kvcanary/abi.py, rendered by it: python -m kvcanary.abi > kernels/abi.cuh
 #pragma once
 #include "device.cuh"
 

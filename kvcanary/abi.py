@@ -286,7 +286,7 @@ def zeros_of(dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
 def c_header() -> str:
     """Render ``kernels/abi.cuh``."""
     out = [
-        "// abi.cuh: the C twin of kvcanary/abi.py, rendered by it (python -m kvcanary.abi > kernels/abi.cuh); not edited by hand.",
+        "// abi.cuh: the C twin of kvcanary/abi.py, rendered by it: python -m kvcanary.abi > kernels/abi.cuh",
         "#pragma once",
         '#include "device.cuh"',
         "",

@@ -43,7 +43,7 @@ _LATER = "STALE_EPOCH, FOREIGN_WRITE (block ownership) and NONFINITE_RESERVED ar
 def describe_pools(
     config: CanaryConfig, pools: Sequence[KvPool], max_requests: int, inputs: Collection[str] | None
 ) -> str:
-    """What is guarded, at which cost, and what is off for lack of which input (``inputs`` None: no batch was seen yet)."""
+    """What is guarded, at which cost, and what is off for lack of which input (None: no batch yet)."""
     if config.mode == "off":
         return "kvcanary is off (mode='off'): nothing is allocated, launched or checked"
     lines = [f"kvcanary: mode {config.mode}, real data {config.real_data}, {max_requests} requests"]
@@ -51,13 +51,13 @@ def describe_pools(
         memory, n_digests = pool_bytes(config, pool, max_requests), len(pool.digest_units(config.real_data))
         kv = pool.bytes_per_slot * pool.n_slots
         window = f", window {pool.window}" if pool.window else ""
+        data = f", and on average 1/{config.verify_data_every} of its KV bytes" if n_digests else ""
         share = f" ({memory / kv:.2%} of the KV bytes)" if kv else ""
         lines += [
-            f"pool {pool.name!r} ({pool.kind.name}{window}): {pool.n_slots} slots in pages of {pool.page_size}, "
-            f"{pool.bytes_per_slot} KV bytes a slot in {len(pool.planes)} planes, {n_digests} digests",
+            f"pool {pool.name!r} ({pool.kind.name}{window}): {pool.n_slots} slots in pages of {pool.page_size}",
+            f"  guards: {pool.bytes_per_slot} KV bytes a slot in {len(pool.planes)} planes, {n_digests} digests",
             f"  memory: {memory} bytes{share}",
-            f"  reads a forward, per prefix slot: {2 * len(pool.halves) * abi.STAMP.itemsize} bytes of stamps"
-            + (f", and on average 1/{config.verify_data_every} of its KV bytes" if n_digests else ""),
+            f"  reads a forward, per prefix slot: {2 * len(pool.halves) * abi.STAMP.itemsize} bytes of stamps{data}",
         ]
         if not n_digests:
             lines.append("  off: DATA (real_data='none', or no planes): damaged bytes are not seen")

@@ -76,7 +76,7 @@ def powers(base: int, n: int) -> U64:
 def chain_scan(start: int, tokens: Ints, first_position: int) -> U64:
     """chain after each of ``tokens``, which continue a chain whose last value is ``start``: u64[n].
 
-    chain_k = P^(k+1) (start + sum_{j<=k} m_j P^-(j+1)): P is odd, so it has an inverse and the scan is a plain cumulative sum.
+    chain_k = P^(k+1) (start + sum_{j<=k} m_j P^-(j+1)): P is odd, so it has an inverse and the scan is a running sum.
     """
     n = len(tokens)
     mixed = token_mix(tokens, np.arange(first_position, first_position + n))
@@ -111,7 +111,7 @@ def digest_constants() -> U64:
 
 
 def digest(data: npt.NDArray[np.uint8], digest_index: int, positions: Ints) -> U64:
-    """Digest of each row of bytes: ``mix64(sum_i w_i K_i + n C0 + plane C1 + position C2)``, 0 replaced by 1: u64[rows].
+    """Digest of each row: ``mix64(sum_i w_i K_i + n C0 + plane C1 + position C2)``, 0 replaced by 1: u64[rows].
 
     Args:
         data: u8[rows, bytes]; chunks concatenated; padded here with zeros to whole little-endian 32-bit words.

@@ -137,7 +137,7 @@ class CanaryManager:
 
     @property
     def active_tags(self) -> dict[int, frozenset[CanaryLaunchTag]]:
-        """Pool index -> tags that are launched for it: HEAD and TAIL of its halves, SWEEP where a resident set is attached."""
+        """Pool index -> tags launched for it: HEAD and TAIL of its halves, SWEEP where a resident set is attached."""
         if self._backend is None:
             return {}
         tags = {}
@@ -198,7 +198,7 @@ class CanaryManager:
         self._backend.tail(calls, stream)
 
     def end_step(self) -> None:
-        """End the outer step: sweep if due, count the step, then violations, health and stats; never waits for the device.
+        """End the outer step: sweep if due, count it, then violations, health and stats; never waits for the device.
 
         Raises:
             KvCanaryViolation: mode "raise" and new violations. CanaryStalledError: the guard stopped running.
@@ -405,7 +405,7 @@ class CanaryManager:
                 handler.drain()
 
     def close(self) -> None:
-        """Give everything back; waits for the device. Graphs that hold the guard's launches must not be replayed after it."""
+        """Give everything back; waits for the device. Graphs with the guard's launches must not be replayed after."""
         if self._backend is None or self._phases.phase.name == "CLOSED":
             return
         self._phases.close()

@@ -97,11 +97,12 @@ def _difference(found: npt.NDArray[Any], clean: npt.NDArray[Any], d: int, slot: 
     named = [(int(v["plane"]), int(v["slot"]), int(v["request_id"]), int(v["row"])) for v in found]
     if named == [(d, slot, target.request_id, target.row)]:
         return ""
-    return f"named {named or 'nothing'} as (digest, slot, request, row), expected {(d, slot, target.request_id, target.row)}"
+    wanted = (d, slot, target.request_id, target.row)
+    return f"named {named or 'nothing'} as (digest, slot, request, row), expected {wanted}"
 
 
 def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatch) -> tuple[ProbeTarget, int]:
-    """A position of the batch whose HEAD and TAIL stamps are of one forward, the latest of the first row that has one."""
+    """The latest position of the first row that has one whose HEAD and TAIL stamps are of one forward."""
     batch = host_copy(backend, bound)
     facts = ref.PoolArrays(
         index=call.pool, kind=int(pool.kind), n_slots=pool.n_slots, page_size=pool.page_size, window=pool.window or 0,
@@ -124,8 +125,8 @@ def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatc
             rs = int(batch.request_slots[r]) if batch.request_slots is not None else -1
             return ProbeTarget(r, p, rid, rs), int(at.slot[p])
     raise BatchError(
-        f"prove(): no row of the batch has a position in pool {pool.name!r} that was written under the guard: run a guarded "
-        "forward first, and give a batch whose tables and lengths still hold"
+        f"prove(): no row of the batch has a position in pool {pool.name!r} that was written under the guard: "
+        "run a guarded forward first, and give a batch whose tables and lengths still hold"
     )
 
 

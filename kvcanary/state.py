@@ -101,5 +101,5 @@ class StateSnapshot:
 
     @property
     def protected_tokens(self) -> int:
-        """Sum of all slot_run_counters: a slot counts once per tag and stage, so a token counts several times a step."""
+        """Sum of all slot_run_counters: a slot counts once per tag and launch, so a token several times a step."""
         return int(self.slot_run_counters.sum())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from base import full_config
+
 from kvcanary import CanaryConfig, CanaryManager, KvPool, StepBatch, layouts
 
 N_BLOCKS, PAGE, MAX_LEN = 16, 4, 64

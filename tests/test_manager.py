@@ -96,9 +96,12 @@ class TestForward:
         engine = ToyEngine(verify_data_every=1)
         engine.step((0, 0, 5))
         batch = engine.batch((0, 5, 3))
-        with pytest.raises(RuntimeError, match="out of luck"), engine.manager.step():
-            with engine.manager.forward(batch):
-                raise RuntimeError("out of luck")
+        with (
+            pytest.raises(RuntimeError, match="out of luck"),
+            engine.manager.step(),
+            engine.manager.forward(batch),
+        ):
+            raise RuntimeError("out of luck")
         engine.write(batch)  # the bytes may come or not; nobody vouches for them
         engine.step((0, 8, 1))
         assert engine.manager.violations() == ()
@@ -109,10 +112,15 @@ class TestForward:
         engine.step((0, 0, 6))
         flip(engine, 0, 5)
         batch = engine.batch((0, 6, 1))
-        with pytest.raises(ZeroDivisionError), engine.manager.step():
-            with engine.manager.forward(batch):
-                engine.write(batch)
-            raise ZeroDivisionError
+
+        def step() -> None:
+            with engine.manager.step():
+                with engine.manager.forward(batch):
+                    engine.write(batch)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            step()
         with pytest.raises(KvCanaryViolation) as caught:  # it was kept for the next step
             engine.step((0, 7, 1))
         assert caught.value.violations[0].slot == 5
@@ -471,6 +479,7 @@ class TestConstruction:
         import subprocess
         import sys
 
-        code = "import sys, kvcanary; print([m for m in ('torch','jax','cupy','cuda','vllm','sglang') if m in sys.modules])"
+        names = ("torch", "jax", "cupy", "cuda", "vllm", "sglang")
+        code = f"import sys, kvcanary; print([m for m in {names} if m in sys.modules])"
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert out.stdout.strip() == "[]"

@@ -27,7 +27,7 @@ class BoundCall:
 
 
 class Resident(NamedTuple):
-    """Resident slots of a pool: each array i32[n]; ``predecessors`` -1 = none; ``tokens`` may be None, or -1 = unknown."""
+    """Resident slots of a pool, each array i32[n]; predecessor -1 = none; ``tokens`` may be None, or -1 = unknown."""
 
     slots: Any
     positions: Any
@@ -56,7 +56,7 @@ class ProbeTarget:
 class Backend(Protocol):
     """Everything the manager asks of a device. ``stream`` is whatever the engine handed in.
 
-    `head` and `tail` may run inside a capture and neither allocate nor wait; the rest is host-driven and never captured.
+    `head` and `tail` may run inside a capture and neither allocate nor wait; the rest is host-driven, never captured.
     """
 
     name: str
@@ -107,4 +107,4 @@ class Backend(Protocol):
         """XOR one byte of the engine's memory with ``mask``."""
 
     def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> npt.NDArray[Any]:
-        """Compare all digests of one (row, position), apart from the guard's own state; VIOLATION[n] of what differs."""
+        """Compare all digests of one (row, position), apart from the guard's state; VIOLATION[n] of what differs."""

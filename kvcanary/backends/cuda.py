@@ -1,4 +1,4 @@
-"""The CUDA driver of the device backend: CuPy for kernels and memory, cuda.core for pinned memory, events and side streams.
+"""The driver of the device backend on a GPU: CuPy for kernels and memory, cuda.core for streams, events, pinned memory.
 
 The only module that talks to a GPU. Importing it needs neither CuPy nor a driver; making the backend does.
 """
@@ -204,7 +204,7 @@ class CudaDriver:
 
 
 class CudaStaging:
-    """`kvcanary.deferred.Staging`: clone on the step's stream, copy to pinned memory on a side stream, an event each."""
+    """`kvcanary.deferred.Staging`: a clone on the step's stream, a copy to pinned memory on a side stream."""
 
     def __init__(self, driver: CudaDriver, n_words: int, depth: int) -> None:
         self._driver = driver

@@ -1,7 +1,7 @@
 """The launches of a step on a device: parameters packed once, grids chosen once; a step only launches.
 
-`DeviceBackend` knows the kernels and nothing of CuPy or cuda-python; a `Driver` gives it memory and launches. `cuda.py` has the
-real one; a test has one that runs the same kernels on the CPU.
+`DeviceBackend` knows the kernels and nothing of CuPy or cuda-python; a `Driver` gives it memory and launches. `cuda.py`
+has the real one; a test has one that runs the same kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ class Driver(Protocol):
         """Buffers for the deferred handler."""
 
     def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
-        """Device addresses of i32 lists (0 for None): host lists go through pinned buffers of ``capacity`` entries and are
-        copied on the stream without waiting; None if the buffers are still being read by the copies before."""
+        """Device addresses of i32 lists (0 for None); None if the buffers are still being read by the copies before.
+
+        Host lists go through pinned buffers of ``capacity`` entries and are copied on the stream without waiting.
+        """
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -332,7 +334,7 @@ class DeviceBackend:
 
 
 def _grids(n_multiprocessors: int, pool: Array, bound: BoundBatch) -> dict[str, tuple[int, int]]:
-    """Grid of each kernel, from capacities alone: what a captured graph replays must fit every batch in those arrays."""
+    """Grid of each kernel, from capacities alone: a captured graph must fit every batch in those arrays."""
     full, rows, batch = n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR, bound.rows, bound.record
     entries = int(batch["table_width"]) * (rows if batch["table_kind"] == abi.TABLE_DENSE else 1)
     if batch["table_kind"] == abi.TABLE_STATIC:

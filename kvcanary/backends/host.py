@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from kvcanary import abi, hashing
-from kvcanary.backends import reference as ref
 from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends import reference as ref
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
@@ -312,9 +312,9 @@ class HostBackend:
 
     @property
     def memory_bytes(self) -> int:
-        arrays = [a for p in self._pools for a in (*p.head, *p.tail, p.claims, p.digests, p.registers, p.register_claims)]
+        lists = [(*p.head, *p.tail, p.claims, p.digests, p.registers, p.register_claims) for p in self._pools]
         state = (self.state.words, self.state.taint, self.state.violation_log, self.state.control)
-        return sum(a.nbytes for a in (*arrays, *state))
+        return sum(a.nbytes for arrays in (*lists, state) for a in arrays)
 
     # ---- prove -------------------------------------------------------------------------------------------------------
     def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:

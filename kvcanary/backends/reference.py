@@ -1,7 +1,7 @@
 """The semantics of the guard in NumPy: what the kernels must agree with bit for bit.
 
-Pure functions from the engine's arrays and the guard's arrays to facts and violation records; `host.py` calls them in the
-order of a step. Names follow ``kernels/``: each function here is the twin of the device function of that name.
+Pure functions from the engine's arrays and the guard's arrays to facts and violation records; `host.py` calls them in
+the order of a step. Names follow ``kernels/``: each function here is the twin of the device function of that name.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _identify_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array, flag
 
 
 def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
-    """The chain at the row's prefix from the best source there is; sets ``anchor`` and ``share``, returns flags."""
+    """Set the row's ``anchor`` (from the best source there is) and ``share``; returns flags."""
     salt = int(batch.salts[r]) if batch.salts is not None else 0
     prefix, slot = int(row["prefix"]), int(row["request_slot"])
     row["anchor"] = hashing.mix64_int(abi.CHAIN_ANCHOR ^ salt)
@@ -237,8 +237,8 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
         return abi.ROW_ANCHORED
     if row["request_id"] and slot >= 0:
         reg = pool.registers[slot]
-        first, length = int(reg["first_length"]), int(reg["length"])
-        if reg["request_id"] == row["request_id"] and max(first, length - abi.N_REGISTER_LENGTHS + 1) <= prefix <= length:
+        oldest = max(int(reg["first_length"]), int(reg["length"]) - abi.N_REGISTER_LENGTHS + 1)
+        if reg["request_id"] == row["request_id"] and oldest <= prefix <= int(reg["length"]):
             row["anchor"] = reg["chain"][prefix % abi.N_REGISTER_LENGTHS]
             row["share"] = reg["forwards"]
             return abi.ROW_ANCHORED | abi.ROW_REGISTERED
@@ -309,7 +309,7 @@ def table_entry_records(pool: PoolArrays, tag: int, rows: Array, index: Array, p
 
 
 class NewTokens(NamedTuple):
-    """The new tokens of the live rows: row i64[n], number in the row i64[n], flat token index i64[n], position i64[n]."""
+    """The new tokens of the live rows, i64[n] each: row, number in the row, flat token index, position."""
 
     row: Array
     nth: Array
@@ -384,7 +384,7 @@ def judge_new_tokens(
 
 # ---- prefix stamps ---------------------------------------------------------------------------------------------------
 class Entries(NamedTuple):
-    """Positions of a verified range: row i64[n], position i64[n], where the table puts them, and the slot before each."""
+    """Positions of a verified range (row and position i64[n]), where the table puts them, and the slot before each."""
 
     row: Array
     position: Array
@@ -506,8 +506,8 @@ def due_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entrie
     """Which entries' data fall due in this forward: bool[n]."""
     flags = rows["flags"][entries.row]
     share = hashing.share_of(np.maximum(entries.at.slot, 0), abi.SHARE_RUN, batch.verify_data_every)
-    full = flags & abi.ROW_FULL_DATA != 0
-    due: Array = (entries.at.status == OK) & (flags & abi.ROW_PENDING == 0) & (full | (share == rows["share"][entries.row]))
+    due: Array = (flags & abi.ROW_FULL_DATA != 0) | (share == rows["share"][entries.row])
+    due &= (entries.at.status == OK) & (flags & abi.ROW_PENDING == 0)
     return due
 
 
