@@ -163,6 +163,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
         kvc_scan_work(pool, batch);
         if (kvc_thread() == 0) kvc_number_forward(p, forward);
     }
+    if (index >= batch.rows) return;  // a batch without rows still numbers its forward
     const RowExtent e = kvc_row_extent(pool, batch, index);
     Row row = {};
     row.first_token = (int32_t)e.first_token;

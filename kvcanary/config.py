@@ -83,8 +83,6 @@ class CanaryConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.black_box_path is not None and not isinstance(self.black_box_path, str):
             raise ConfigError(f"black_box_path={self.black_box_path!r}: give a path as a string, or None")
-        if self.scrub_bytes_per_step and not self.lifecycle:
-            raise ConfigError("scrub_bytes_per_step needs lifecycle=True: the patrol must know which blocks are in use")
         _refuse_unbuilt(self)
 
     @classmethod
@@ -99,8 +97,8 @@ class CanaryConfig:
         names = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, text in env.items():
-            if not key.startswith(ENV_PREFIX):
-                continue
+            if not key.startswith(ENV_PREFIX) or not text.strip():
+                continue  # set to nothing, as container files do, is not set
             name = key[len(ENV_PREFIX) :].lower()
             if name not in names:
                 raise ConfigError(f"{key}: unknown; the settings are {', '.join(sorted(names))} (upper case)")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given
+from hypothesis import strategies as st
 from strategies import Form, any_forms, digested_offsets, nested_forms
 
 from kvcanary import abi
 from kvcanary.errors import LayoutError
-from kvcanary.layout import KvPool, Plane
+from kvcanary.layout import KvPool, Plane, plane_address
 from kvcanary.tags import Half, PoolKind
 
 
@@ -31,7 +33,7 @@ def test_a_group_is_drawn_together_behind_its_first_member() -> None:
     pool = pool_of(
         plane(8, 0, name="a", group="g"),
         plane(16, 1, name="b"),
-        plane(6, 2, name="c", group="g"),
+        plane(6, 2, name="c", group="g", n_chunks=3, chunk_bytes=2, chunk_stride=32, token_stride=2, page_stride=8),
         plane(3, 3, half=Half.V, layer=1),
         plane(8, 4, name="d", group="g"),
     )
@@ -84,6 +86,19 @@ def test_a_nested_form_addresses_what_its_strides_say(form: Form) -> None:
         assert pool.gather(pool.planes[0], np.array([slot]))[0].tolist() == flat[expected].tolist()
 
 
+@given(nested_forms(), st.integers(0, 16))
+def test_loads_are_as_wide_as_every_chunk_allows(form: Form, offset: int) -> None:
+    pool = form.pool((1 << 20, (form.span + offset,), None, 1), offset)
+    (record,) = pool.plane_records()
+    n_bytes = int(record["chunk_bytes"])
+    every_chunk = [
+        plane_address(record, slot, form.page_size, chunk * n_bytes)
+        for slot in range(pool.n_slots)
+        for chunk in range(record["n_chunks"])
+    ]
+    assert record["load_bytes"] == math.gcd(16, n_bytes, *every_chunk)
+
+
 @given(nested_forms())
 def test_one_byte_too_few_is_refused(form: Form) -> None:
     data = (1 << 20, (form.span - 1,), None, 1)
@@ -103,6 +118,12 @@ def test_a_form_is_accepted_exactly_if_no_two_runs_share_a_byte(form: Form) -> N
     else:
         with pytest.raises(LayoutError, match="slots overlap"):
             form.pool(data)
+
+
+@pytest.mark.parametrize(("page", "token"), [(1 << 17, 16), (16, 1 << 14)], ids=["pages outside", "pages inside"])
+def test_a_large_form_is_accepted_by_its_strides_alone(page: int, token: int) -> None:
+    plane = Plane(data=(1 << 20, (1 << 27,), None, 1), page_stride=page, token_stride=token, chunk_bytes=16)
+    assert KvPool(planes=(plane,), page_size=1 << 13).n_slots == 1 << 23
 
 
 def test_a_large_form_that_is_not_nested_is_refused_unseen() -> None:
@@ -153,6 +174,10 @@ def test_refused(case: str) -> None:
     build, message = REFUSED[case]
     with pytest.raises(LayoutError, match=message):
         build()
+
+
+def test_a_plane_may_have_64_kib() -> None:
+    pool_of(plane(65536)).check("all", "cuda")
 
 
 def test_a_large_plane_may_be_digested_in_part() -> None:

@@ -351,7 +351,7 @@ def _grids(n_multiprocessors: int, pool: Array, bound: BoundBatch) -> dict[str, 
         return max(1, min(-(-units // per_block), max(1, full // n_y)))
 
     return {
-        "kvc_begin": (rows, 1),
+        "kvc_begin": (max(1, rows), 1),
         "kvc_stamps_write": (blocks(write, 1), 1),
         "kvc_stamps_verify": (blocks(verify, abi.WARPS), 1),
         "kvc_stamps_tail": (blocks(verify + digest, abi.WARPS), 1),

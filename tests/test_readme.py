@@ -1,0 +1,103 @@
+"""The README's embedding code runs as it stands there, and its words agree with the code."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvcanary import CanaryConfig, Reason, StepBatch
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+if not README.is_file():
+    pytest.skip("README.md is not beside the tests", allow_module_level=True)
+TEXT = README.read_text()
+LOOP, CAPTURE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PAGE, ROWS, MAX_LEN = 16, 2, 64
+
+
+def run(tamper_at: int | None) -> Any:
+    """The README's loop over a toy model: two requests decode from an empty cache, one position a step."""
+    rng = np.random.default_rng(0)
+    k_layers, v_layers = ([rng.random((9, PAGE, 2, 8), np.float32) for _ in range(3)] for _ in range(2))
+    table = np.arange(1, 9, dtype=np.int32).reshape(ROWS, 4)
+    names: dict[str, Any] = {
+        "k_layers": k_layers,
+        "v_layers": v_layers,
+        "block_table": table,
+        "seq_lens": np.zeros(ROWS, np.int32),
+        "query_start_loc": np.arange(ROWS + 1, dtype=np.int32),
+        "input_ids": np.zeros(ROWS, np.int32),
+        "slot_mapping": np.zeros(ROWS, np.int64),
+        "request_slots": np.arange(ROWS, dtype=np.int32),
+        "request_ids": np.arange(1, ROWS + 1, dtype=np.uint32),
+        "token_history": np.full((8, MAX_LEN), -1, np.int32),
+        "stream": None,
+    }
+    step = -1
+
+    def serving() -> bool:
+        nonlocal step
+        step += 1
+        names["seq_lens"][:] = step + 1
+        names["input_ids"][:] = names["token_history"][:ROWS, step] = rng.integers(0, 1000, ROWS)
+        names["slot_mapping"][:] = table[:, step // PAGE] * PAGE + step % PAGE
+        if step == tamper_at:
+            table[0], table[1] = table[1].copy(), table[0].copy()
+        return step < 40
+
+    def model(batch: StepBatch) -> None:
+        for layer in (*k_layers, *v_layers):
+            layer.reshape(-1, 2, 8)[batch.slot_mapping] = rng.random((ROWS, 2, 8), np.float32)
+
+    def capture(_stream: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    names |= {"serving": serving, "model": model, "capture": capture}
+    exec(LOOP, names)
+    exec(CAPTURE, names)
+    return names["manager"]
+
+
+def test_the_ten_lines_are_silent_over_an_honest_engine() -> None:
+    manager = run(tamper_at=None)
+    assert manager.step_number == 40
+    assert manager.violations() == ()
+    assert manager.prove is not None
+
+
+def test_the_ten_lines_see_swapped_tables() -> None:
+    found = run(tamper_at=20).violations()
+    assert {v.request_id for v in found} == {1, 2}
+    assert Reason.TOKEN in {r for v in found for r in Reason if r in v.reasons}
+
+
+def test_the_loop_is_about_ten_lines_and_gives_the_history() -> None:
+    lines = [line for line in LOOP.splitlines() if line.strip()]
+    assert len(lines) <= 12
+    assert "token_history" in LOOP
+
+
+def test_every_setting_and_reason_named_in_the_text_exists() -> None:
+    settings = {f.name for f in fields(CanaryConfig)}
+    inputs = {f.name for f in fields(StepBatch)}
+    for name in re.findall(r"`([a-z_]+)=[^`]*`", TEXT):
+        assert name in settings, name
+    for name in ("salts", "expected_tokens", "prefix_chain", "pending", "verify_all"):
+        assert name in inputs
+    for cell in re.findall(r"^\| (`[A-Z_]+`(?: / `[A-Z_]+`)?) \|", TEXT, re.MULTILINE):
+        for name in re.findall(r"`([A-Z_]+)`", cell):
+            assert name in Reason.__members__, name
+
+
+def test_the_defaults_in_the_text_are_the_defaults() -> None:
+    config = CanaryConfig()
+    assert f"`verify_data_every` ({config.verify_data_every})" in TEXT
+    assert f"`full_verify_min_tokens` ({config.full_verify_min_tokens})" in TEXT
+    assert (config.stats_print_every_n_steps, config.health_check_every_n_steps) == (100, 100)
+    assert config.health_check_warmup_steps == 100
