@@ -221,9 +221,13 @@ class Violation:
         return f", {self.plane_name}{layer}"
 
     def _stamp(self) -> str:
-        """Who the slot says is in it."""
+        """Who the slot says is in it; of a write, where the block table says that it belongs."""
         if not self.is_in_pool:
             return "none was read: this is not about a slot of the pool"
+        if self.reasons & (Reason.WRITE_POSITION | Reason.WRITE_TOKEN):
+            block, offset = divmod(self.prev_slot, self.page_size)
+            where = f"slot {self.prev_slot} (block {block}, offset {offset})" if self.prev_slot >= 0 else "none"
+            return f"the slot of this position by the block table is {where}"
         if self.stamp_step == 0:
             return "the slot carries no stamp"
         whose = ""
@@ -231,6 +235,42 @@ class Violation:
             whose = " (the same request)" if self.stamp_owner == self.request_id else " (ANOTHER request)"
         who = f"its stamp says that {_request(self.stamp_owner)}{whose} wrote it in forward {self.stamp_step}"
         return f"{who} as position {self.stored_position}"
+
+
+def fold_runs(violations: Sequence[Violation], shortest: int = 4) -> list[tuple[Violation, Violation]]:
+    """Draw together what a substituted row or a lost block gives: (first, last) of each line that is worth writing.
+
+    A run is the same finding (request, row, check, reasons, plane, owner of the stamps) at ``shortest`` or more
+    consecutive positions; everything else stands alone, as (v, v). Longer runs do not hide what is different about one
+    slot, and the order is by row and position, as records of many warps come in any order.
+    """
+
+    def kind(v: Violation) -> tuple[int, ...]:
+        plane = -1 if v.plane is None else v.plane
+        return (v.step, v.pool, v.row, v.request_id, v.tag, v.reasons, plane, v.stamp_owner, v.detail)
+
+    lines: list[tuple[Violation, Violation]] = []
+    run: list[Violation] = []
+
+    def flush() -> None:
+        lines.extend([(run[0], run[-1])] if len(run) >= shortest else [(v, v) for v in run])
+        run.clear()
+
+    for v in sorted(violations, key=lambda v: (*kind(v), v.position)):
+        if run and (kind(run[-1]) != kind(v) or v.position != run[-1].position + 1):
+            flush()
+        run.append(v)
+    if run:
+        flush()
+    return sorted(lines, key=lambda line: (line[0].step, line[0].pool, line[0].row, line[0].position, line[0].tag))
+
+
+def line_of(first: Violation, last: Violation) -> str:
+    """One readable line for a run of `fold_runs`."""
+    if first is last:
+        return first.summary()
+    n = last.position - first.position + 1
+    return f"{first.summary()}; THE SAME AT {n} POSITIONS, {first.position} to {last.position} (to slot {last.slot})"
 
 
 def _request(request_id: int) -> str:

@@ -15,7 +15,7 @@ from kvcanary.config import CanaryConfig
 from kvcanary.errors import KvCanaryViolation
 from kvcanary.observers.facts import StepFacts
 from kvcanary.tags import Detail
-from kvcanary.violations import PoolNames, RingReader, Violation, decode
+from kvcanary.violations import PoolNames, RingReader, Violation, decode, fold_runs, line_of
 
 logger = logging.getLogger("kvcanary")
 
@@ -152,14 +152,15 @@ class ViolationObserver:
                 logger.exception("[canary] a violation callback raised: %r", callback)
 
     def _log(self, new: tuple[Violation, ...]) -> None:
-        for violation in new[:MAX_LINES]:
-            logger.warning("[canary] violation %s", violation.summary())
+        lines = fold_runs(new)
+        for first, last in lines[:MAX_LINES]:
+            logger.warning("[canary] violation %s", line_of(first, last))
             if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("[canary] %s", violation.details())
-        if len(new) > MAX_LINES:
+                logger.debug("[canary] %s", first.details())
+        if len(lines) > MAX_LINES:
             logger.warning(
-                "[canary] and %d more violations in this step (violations_total=%d): see violations()",
-                len(new) - MAX_LINES,
+                "[canary] and %d more findings in this step (violations_total=%d): see violations()",
+                len(lines) - MAX_LINES,
                 self.violations_total,
             )
 
@@ -168,9 +169,10 @@ class ViolationObserver:
             new = tuple(self._unraised)
             self._unraised.clear()
         lines = [f"{len(new)} new violations of the KV cache at step {step}, {self.violations_total} so far:"]
-        lines.extend(f"  {violation.summary()}" for violation in new[:MAX_LINES])
-        if len(new) > MAX_LINES:
-            lines.append(f"  and {len(new) - MAX_LINES} more")
+        runs = fold_runs(new)
+        lines.extend(f"  {line_of(first, last)}" for first, last in runs[:MAX_LINES])
+        if len(runs) > MAX_LINES:
+            lines.append(f"  and {len(runs) - MAX_LINES} more")
         lines.append("Stop serving the requests named here and keep .violations; mode='log' reports without raising")
         raise KvCanaryViolation("\n".join(lines), new)
 

@@ -85,7 +85,7 @@ def _request(
     length = int(rng.integers(1, room - n_tokens))
     shared = int(rng.integers(0, length + 1))
     own = rng.integers(32, 127, length - shared, dtype=np.uint8).tobytes()
-    return families[rng.integers(len(families))][:shared] + own, n_tokens
+    return families[int(rng.integers(len(families)))][:shared] + own, n_tokens
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -206,8 +206,24 @@ class TestLogMode:
         assert len(messages(caplog)) == violations.MAX_LINES + 1
         assert (
             messages(caplog)[-1]
-            == "[canary] and 30 more violations in this step (violations_total=50): see violations()"
+            == "[canary] and 30 more findings in this step (violations_total=50): see violations()"
         )
+
+
+    def test_a_substituted_row_is_two_lines_and_not_forty(self, caplog: pytest.LogCaptureFixture) -> None:
+        rig = Rig()
+        order = [*range(38, -1, -2), *range(37, 0, -2)]  # warps finish in any order
+        for p in order:
+            rig.put(slot=100 + p, position=p, row=2, request_id=7, stamp_owner=9)
+        rig.put(slot=139, position=39, row=2, request_id=7, stamp_owner=9, reasons=int(Reason.CHAIN | Reason.TOKEN))
+        rig.put(slot=300, position=3, row=3, request_id=8)
+        rig.put(slot=301, position=4, row=3, request_id=8)
+        rig.step()
+        lines = messages(caplog)
+        assert len(lines) == 4 and rig.observer.violations_total == 42
+        assert "position=0 slot=100 " in lines[0]
+        assert lines[0].endswith("; THE SAME AT 39 POSITIONS, 0 to 38 (to slot 138)")
+        assert "reasons=CHAIN|TOKEN" in lines[1] and "THE SAME" not in lines[1] + lines[2] + lines[3]
 
 
 class TestRaiseMode:
