@@ -120,7 +120,9 @@ struct Judgeable {
 };
 KVC_DEVICE Judgeable kvc_judgeable(const Pool& pool, int64_t slot, uint32_t forward) {
     Judgeable j = {0, {0, 0}};
-    for (uint32_t half = 0; half < pool.n_halves; ++half) {
+#pragma unroll  // constant indices keep the positions in registers
+    for (uint32_t half = 0; half < 2; ++half) {
+        if (half >= pool.n_halves) break;
         const Stamp& head = kvc_pointer<Stamp>(pool.head[half])[slot];
         const uint32_t step = head.step;
         j.position[half] = head.position;
@@ -139,7 +141,7 @@ KVC_DEVICE uint64_t kvc_verify_slot(const Guard& guard, const Pool& pool, const 
         const uint64_t stored = *kvc_digest_at(pool, d, slot);
         if (!stored) continue;
         n_compared += 1;
-        const uint64_t found = kvc_slot_digest(pool, d, slot, judgeable.position[half], c);
+        const uint64_t found = kvc_slot_digest(pool, d, slot, half ? judgeable.position[1] : judgeable.position[0], c);
         if (found == stored || kvc_lane() != 0) continue;
         Violation v = about;
         v.reasons = KVC_REASON_DATA;

@@ -1,6 +1,6 @@
 // stamps.cu: who is in each slot. HEAD and TAIL of a forward, and the sweep.
 //
-// kvc_begin          one block per row: facts of the row, its anchor, claims on the slots it writes; block 0 also numbers the forward
+// kvc_begin          a block per row: facts of the row, its anchor, claims on the slots it writes; block 0 numbers the forward
 // kvc_stamps_write   a block per tile of 1024 new tokens of a row: HEAD stamps of both halves by an affine scan, the register
 // kvc_stamps_verify  a warp per 128 consecutive positions of a row: HEAD stamps of both halves against table, register, history
 // kvc_stamps_tail    the same for TAIL stamps of the prefix, then the new tokens: looked up through the table, TAIL stamps written
@@ -113,18 +113,26 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
     }
 }
 
-// Claim the slots of the row's new tokens: the highest token index wins. Returns whether the row writes any real slot.
-KVC_DEVICE bool kvc_claim_slots(const Pool& pool, const Batch& batch, const RowExtent& e, uint32_t forward) {
+// Claim the slots of the row's new tokens: the highest token index wins. The blocks of grid.y share the tokens.
+KVC_DEVICE void kvc_claim_slots(const Pool& pool, const Batch& batch, const RowExtent& e, uint32_t forward) {
     uint64_t* claims = kvc_mutable_pointer<uint64_t>(pool.claims);
-    uint64_t n_real = 0;
-    for (int64_t i = kvc_thread(); i < e.n_new; i += KVC_THREADS) {
+    const int64_t stride = (int64_t)kvc_n_blocks_y() * KVC_THREADS;
+    for (int64_t i = (int64_t)kvc_block_y() * KVC_THREADS + kvc_thread(); i < e.n_new; i += stride) {
         const int64_t t = e.first_token + i;
         const KvcSlot target = kvc_write_slot(pool, batch, t);
-        if (target.status == KVC_SLOT_EMPTY) continue;
-        n_real += 1;
         if (target.status == KVC_SLOT_OK) kvc_atomic_max_u64(claims + target.slot, (uint64_t)forward << 32 | (uint64_t)(t + 1));
     }
-    return kvc_block_sum(n_real) != 0;
+}
+
+// Whether any new token of the row has a real slot, or one outside the pool; mostly the first 256 tokens tell.
+KVC_DEVICE bool kvc_is_live(const Pool& pool, const Batch& batch, const RowExtent& e) {
+    for (int64_t base = 0; base < e.n_new; base += KVC_THREADS) {
+        const int64_t i = base + kvc_thread();
+        uint64_t is_real = 0;
+        if (i < e.n_new) is_real = kvc_write_slot(pool, batch, e.first_token + i).status != KVC_SLOT_EMPTY;
+        if (kvc_block_sum(is_real)) return true;
+    }
+    return false;
 }
 
 KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
@@ -146,7 +154,8 @@ KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
     pool_state.head_forward = forward;
 }
 
-// One block per row. The chain of a first forward may need the row's whole history: the block walks it together.
+// A block per row, and more along grid.y that only claim slots where rows bring many tokens. The chain of a first forward may
+// need the row's whole history: the block walks it together.
 KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     const Pool& pool = p.pool;
     const Batch& batch = p.batch;
@@ -154,6 +163,10 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     // FORWARD is changed by block 0 of this very launch; FORWARD_DONE only by a later one.
     const uint32_t forward = (uint32_t)(p.is_first_pool ? state[KVC_STATE_FORWARD_DONE] + 1 : state[KVC_STATE_FORWARD]);
     const int32_t index = (int32_t)kvc_block();
+    if (kvc_block_y() > 0) {
+        if (index < batch.rows) kvc_claim_slots(pool, batch, kvc_row_extent(pool, batch, index), forward);
+        return;
+    }
     if (p.is_first_pool && batch.is_first_forward) {
         uint32_t* taint = kvc_mutable_pointer<uint32_t>(p.guard.taint);
         const uint32_t n = kvc_n_blocks() * KVC_THREADS;
@@ -175,8 +188,8 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     row.bad_value = (int32_t)e.bad_value;
     row.request_slot = batch.request_slots ? kvc_pointer<int32_t>(batch.request_slots)[index] : -1;
     row.request_id = batch.request_ids ? kvc_pointer<uint32_t>(batch.request_ids)[index] : 0;
-    const bool is_live = kvc_claim_slots(pool, batch, e, forward);
-    if (is_live) {
+    kvc_claim_slots(pool, batch, e, forward);
+    if (kvc_is_live(pool, batch, e)) {
         row.flags |= KVC_ROW_LIVE;
         if (row.request_slot >= (int32_t)pool.max_requests) {
             row.flags |= KVC_ROW_BAD_REQUEST_SLOT;
@@ -486,7 +499,9 @@ KVC_DEVICE void kvc_verify_chunk(const StepParams& p, const KvcUnit& unit, uint3
     Link carried[2] = {{0, 0, 0}, {0, 0, 0}};  // of the position before the 32 at hand
     if (begin > 0) {
         const KvcSlot before = kvc_table_slot(pool, p.batch, unit.row, begin - 1);
-        for (uint32_t half = 0; half < pool.n_halves && before.status == KVC_SLOT_OK; ++half) {
+#pragma unroll  // constant indices keep `carried` in registers
+        for (uint32_t half = 0; half < 2; ++half) {
+            if (half >= pool.n_halves || before.status != KVC_SLOT_OK) break;
             carried[half] = kvc_link_of(kvc_see_stamp(p.guard, pool, stage, half, before.slot, forward));
         }
     }
@@ -506,7 +521,9 @@ KVC_DEVICE void kvc_verify_chunk(const StepParams& p, const KvcUnit& unit, uint3
             is_adopted = kvc_pointer<Stamp>(pool.head[half])[at.slot].step == 0 &&
                          kvc_pointer<Stamp>(pool.tail[half])[at.slot].step == 0;
         }
-        for (uint32_t half = 0; half < pool.n_halves; ++half) {
+#pragma unroll
+        for (uint32_t half = 0; half < 2; ++half) {
+            if (half >= pool.n_halves) break;
             SeenStamp seen = {};
             Link own = {0, 0, 0};
             if (is_slot) {

@@ -27,6 +27,7 @@ KERNELS = {
 }
 BLOCKS_PER_MULTIPROCESSOR = 8  # of 256 threads: a persistent grid that fills the device
 MAX_DIGEST_SPLIT = 16  # parts that the digests of a slot are split into, for warps to work on side by side
+MAX_BEGIN_BLOCKS = 2048  # of kvc_begin: enough to claim the slots of a long prefill side by side
 SWEEP_SLOTS = 1 << 16  # resident slots that a sweep copies at once; longer lists go in parts
 
 Array = npt.NDArray[Any]
@@ -351,7 +352,7 @@ def _grids(n_multiprocessors: int, pool: Array, bound: BoundBatch) -> dict[str, 
         return max(1, min(-(-units // per_block), max(1, full // n_y)))
 
     return {
-        "kvc_begin": (max(1, rows), 1),
+        "kvc_begin": (max(1, rows), max(1, min(bound.n_tokens // abi.WRITE_TILE, MAX_BEGIN_BLOCKS // max(1, rows)))),
         "kvc_stamps_write": (blocks(write, 1), 1),
         "kvc_stamps_verify": (blocks(verify, abi.WARPS), 1),
         "kvc_stamps_tail": (blocks(verify + digest, abi.WARPS), 1),
