@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: bench/on_gpu.sh [DIRECTORY FOR LOGS AND JSON]
+# Runs from a checkout, without installing it. Ends with a table; the exit status is the number of failed parts.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+out=${1:-$(mktemp -d)}
+mkdir -p "$out"
+failed=0
+table=""
+
+part() { # NAME COMMAND...
+    local name=$1 start=$SECONDS status=0
+    shift
+    printf '\n== %s\n' "$name"
+    "$@" 2>&1 | tee "$out/$name.log" | tail -n 40
+    status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || failed=$((failed + 1))
+    table+=$(printf '%-22s %-6s %4d s' "$name" "$([ "$status" -eq 0 ] && echo ok || echo "FAIL $status")" $((SECONDS - start)))$'\n'
+}
+
+part versions "$python" -c 'import cupy, cuda.core, numpy, sys; r = cupy.cuda.runtime
+print(sys.version.split()[0], "cupy", cupy.__version__, "cuda.core", cuda.core.__version__, "numpy", numpy.__version__)
+print(r.getDeviceProperties(0)["name"].decode(), "driver", r.driverGetVersion(), "runtime", r.runtimeGetVersion())'
+part doctor "$python" -m kvcanary doctor
+for fault in none bit-flip stale-table lost-write; do
+    part "demo-$fault" "$python" -m kvcanary demo --backend cuda --fault "$fault" --json "$out/demo-$fault.json"
+done
+part pytest-gpu "$python" -m pytest -q -m gpu -p no:cacheprovider -s
+part bench-replay "$python" bench/bench_replay.py --json "$out/bench_replay.json"
+if command -v compute-sanitizer >/dev/null; then
+    # CuPy's pool would hide an access beyond one array in the next one.
+    part memcheck env KVC_TEST_NO_POOL=1 timeout 240 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu -k "memcheck or silent_and_then_find or sweep or prove"
+else
+    printf '\ncompute-sanitizer is not on the PATH: memcheck left out\n'
+fi
+printf '\n%s' "$table"
+exit "$failed"
