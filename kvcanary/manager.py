@@ -6,16 +6,16 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from kvcanary import abi, hashing
 from kvcanary.backends import Backend, BoundCall
-from kvcanary.backends.host import HostBackend
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.config import CanaryConfig
+from kvcanary.construct import check_capacities, choose_backend, make_backend, pool_names
+from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.errors import CaptureError, ConfigError, KvCanaryError, PhaseError
@@ -32,7 +32,7 @@ from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import ResidentSet, SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Stage
-from kvcanary.violations import PoolNames, RingReader, Violation, new_secret
+from kvcanary.violations import RingReader, Violation, new_secret
 
 logger = logging.getLogger("kvcanary")
 
@@ -82,19 +82,19 @@ class CanaryManager:
         self._open_forward: tuple[list[BoundCall], Any] | None = None
         if config.mode == "off":
             return
-        _check_capacities(self.pools, max_requests, max_new_tokens)
-        kind = backend if callable(backend) else _choose_backend(backend, self.pools)
+        check_capacities(self.pools, max_requests, max_new_tokens)
+        kind = backend if callable(backend) else choose_backend(backend, self.pools)
         device_kind = "cpu" if kind == "host" else "cuda"
         for pool in self.pools:
             pool.check(config.real_data, None if callable(kind) else device_kind)
         self._device_kind = next((p.device.split(":")[0] for p in self.pools if p.device), device_kind)
-        self._backend = _make_backend(kind, config, self.pools, max_requests, max_new_tokens)
+        self._backend = make_backend(kind, config, self.pools, max_requests, max_new_tokens)
         self._sweep = SweepOrchestrator(config.sweep_interval)
         self._make_observers(self._backend)
 
     def _make_observers(self, backend: Backend) -> None:
         config, state = self.config, backend.state
-        names = [_pool_names(p, config.real_data) for p in self.pools]
+        names = [pool_names(p, config.real_data) for p in self.pools]
         reader = RingReader(state.violation_log, state.control, config.ring_capacity)
         self._violations = ViolationObserver(config, reader, names, new_secret())
         handlers = [DelayedDeviceHostHandler(backend.staging(4), name) for name in ("health", "stats")]
@@ -223,13 +223,13 @@ class CanaryManager:
 
     def step(self, stream: Any = None, *, idle: bool = False) -> AbstractContextManager[None]:
         """`begin_step` ... `end_step`; an exception of the body is never masked."""
-        return nullcontext() if self._backend is None else _Step(self, stream, idle)
+        return nullcontext() if self._backend is None else StepContext(self, stream, idle)
 
     def forward(
         self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
     ) -> AbstractContextManager[None]:
         """`head` ... `tail`; may run inside a capture."""
-        return nullcontext() if self._backend is None else _Forward(self, batch, stream, index, pools)
+        return nullcontext() if self._backend is None else ForwardContext(self, batch, stream, index, pools)
 
     def _post_ops_outside_graph(self) -> None:
         assert self._backend is not None
@@ -420,86 +420,3 @@ class CanaryManager:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-class _Step(AbstractContextManager[None]):
-    """See `CanaryManager.step`."""
-
-    def __init__(self, manager: CanaryManager, stream: Any, idle: bool) -> None:
-        self._manager, self._stream, self._idle = manager, stream, idle
-
-    def __enter__(self) -> None:
-        self._manager.begin_step(self._stream, idle=self._idle)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._manager.end_step()
-        else:
-            self._manager.abandon_step()
-
-
-class _Forward(AbstractContextManager[None]):
-    """See `CanaryManager.forward`."""
-
-    def __init__(
-        self, manager: CanaryManager, batch: StepBatch, stream: Any, index: int, pools: Sequence[str | int] | None
-    ) -> None:
-        self._manager, self._batch, self._stream, self._index, self._pools = manager, batch, stream, index, pools
-
-    def __enter__(self) -> None:
-        self._manager.head(self._batch, self._stream, index=self._index, pools=self._pools)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._manager.tail(self._batch, self._stream)
-        else:
-            self._manager.abandon_forward()
-
-
-def _pool_names(pool: KvPool, real_data: str) -> PoolNames:
-    return PoolNames(pool.name, pool.page_size, tuple((u.name, u.layer) for u in pool.digest_units(real_data)))
-
-
-def _check_capacities(pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:
-    if not pools:
-        raise ConfigError("no pools: give at least one KvPool, see kvcanary.layouts")
-    names = [p.name for p in pools]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"pool names {', '.join(names)}: give each pool a name of its own")
-    for name, value, high in (("max_requests", max_requests, 1 << 20), ("max_new_tokens", max_new_tokens, 1 << 30)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise ConfigError(f"{name}={value!r}: give an integer from 1 to {high}")
-    if len({p.device for p in pools if p.device}) > 1:
-        raise ConfigError("the pools lie on several devices: make a manager per device")
-
-
-def _choose_backend(backend: str, pools: Sequence[KvPool]) -> str:
-    if backend not in ("auto", "host", "cuda"):
-        raise ConfigError(f"backend={backend!r}: choose one of auto, host, cuda")
-    if backend != "auto":
-        return backend
-    device = next((p.device for p in pools if p.device), None)
-    if device is None:
-        raise ConfigError("backend='auto' and no pool has planes to tell the device by: choose 'host' or 'cuda'")
-    return "host" if device == "cpu" else "cuda"
-
-
-def _make_backend(
-    kind: str | Callable[..., Backend],
-    config: CanaryConfig,
-    pools: Sequence[KvPool],
-    max_requests: int,
-    max_new_tokens: int,
-) -> Backend:
-    if kind == "host":
-        return HostBackend(config, pools, max_requests, max_new_tokens)
-    if kind == "cuda":
-        from kvcanary.backends.cuda import make_cuda_backend
-
-        return make_cuda_backend(config, pools, max_requests, max_new_tokens)
-    assert callable(kind)
-    return kind(config, pools, max_requests, max_new_tokens)

@@ -1,0 +1,57 @@
+"""What is decided once, when a manager is made: capacities, the backend, the names in reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvcanary.backends import Backend
+from kvcanary.backends.host import HostBackend
+from kvcanary.config import CanaryConfig
+from kvcanary.errors import ConfigError
+from kvcanary.layout import KvPool
+from kvcanary.violations import PoolNames
+
+
+def pool_names(pool: KvPool, real_data: str) -> PoolNames:
+    return PoolNames(pool.name, pool.page_size, tuple((u.name, u.layer) for u in pool.digest_units(real_data)))
+
+
+def check_capacities(pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:
+    if not pools:
+        raise ConfigError("no pools: give at least one KvPool, see kvcanary.layouts")
+    names = [p.name for p in pools]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"pool names {', '.join(names)}: give each pool a name of its own")
+    for name, value, high in (("max_requests", max_requests, 1 << 20), ("max_new_tokens", max_new_tokens, 1 << 30)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise ConfigError(f"{name}={value!r}: give an integer from 1 to {high}")
+    if len({p.device for p in pools if p.device}) > 1:
+        raise ConfigError("the pools lie on several devices: make a manager per device")
+
+
+def choose_backend(backend: str, pools: Sequence[KvPool]) -> str:
+    if backend not in ("auto", "host", "cuda"):
+        raise ConfigError(f"backend={backend!r}: choose one of auto, host, cuda")
+    if backend != "auto":
+        return backend
+    device = next((p.device for p in pools if p.device), None)
+    if device is None:
+        raise ConfigError("backend='auto' and no pool has planes to tell the device by: choose 'host' or 'cuda'")
+    return "host" if device == "cpu" else "cuda"
+
+
+def make_backend(
+    kind: str | Callable[..., Backend],
+    config: CanaryConfig,
+    pools: Sequence[KvPool],
+    max_requests: int,
+    max_new_tokens: int,
+) -> Backend:
+    if kind == "host":
+        return HostBackend(config, pools, max_requests, max_new_tokens)
+    if kind == "cuda":
+        from kvcanary.backends.cuda import make_cuda_backend
+
+        return make_cuda_backend(config, pools, max_requests, max_new_tokens)
+    assert callable(kind)
+    return kind(config, pools, max_requests, max_new_tokens)
