@@ -1,0 +1,33 @@
+"""The command line: `kvcanary demo` and `kvcanary doctor`.
+
+An exit code of 0 says that all is as it should be, 1 that it is not, 2 that the command could not do its work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import kvcanary
+from kvcanary.cli import demo, doctor
+from kvcanary.errors import KvCanaryError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code; wrong arguments, --help and --version exit as argparse does."""
+    parser = argparse.ArgumentParser(prog="kvcanary", description=kvcanary.__doc__)
+    parser.add_argument("--version", action="version", version=f"kvcanary {kvcanary.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (demo, doctor):
+        module.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (KvCanaryError, OSError) as error:
+        print(f"kvcanary {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"kvcanary {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    return code

@@ -1,0 +1,247 @@
+"""The self-test of `kvcanary doctor`: one short guarded sequence on two backends, compared kernel by kernel.
+
+What the kernels leave behind (stamps, digests, registers, counters, violations) must be what the host backend leaves,
+bit for bit. It needs no GPU itself: a `Device` says where arrays lie and how launches are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary import abi
+from kvcanary.backends import Backend, Resident
+from kvcanary.backends.device import KERNELS, DeviceBackend
+from kvcanary.backends.host import HostBackend
+from kvcanary.batch import StepBatch
+from kvcanary.cli.script import N_ROWS, N_TOKENS, Script, pools_over
+from kvcanary.config import CanaryConfig
+from kvcanary.tags import Reason, Stage
+
+Array: TypeAlias = npt.NDArray[Any]
+Facts: TypeAlias = dict[str, dict[str, Array]]  # kernel -> what it left behind
+MakeBackend: TypeAlias = Callable[..., Backend]
+
+# What the damaged script must make the guard say.
+EXPECTED = (
+    *(Reason.CHAIN, Reason.POSITION, Reason.DATA, Reason.WRITE_POSITION, Reason.TOKEN, Reason.UNWRITTEN),
+    *(Reason.OUT_OF_RANGE, Reason.DUPLICATE_WRITE),
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the arrays of a guard lie.
+
+    Attributes:
+        to_device: a copy of a host array there.
+        to_host: the copy back.
+        assign: overwrite a device array's contents; what is run later sees them.
+        record: make of a function that launches on a stream one that runs those launches at every call and waits for
+            them: by calling it, or by capturing it once and replaying the graph.
+    """
+
+    to_device: Callable[[Array], Any]
+    to_host: Callable[[Any], Array]
+    assign: Callable[[Any, Array], None]
+    record: Callable[[Callable[[Any], None]], Callable[[], None]]
+
+
+HOST = Device(np.array, np.array, np.copyto, lambda launch: partial(launch, None))
+
+
+class KernelCheck(NamedTuple):
+    """One kernel: how many values were compared, and what differed ("" if nothing did)."""
+
+    kernel: str
+    n_values: int
+    problem: str
+
+
+class Side:
+    """A guard, and the copy of the script's memory that it reads."""
+
+    def __init__(self, make_backend: MakeBackend, device: Device, script: Script, config: CanaryConfig) -> None:
+        self._device = device
+        self._planes = [device.to_device(plane) for plane in script.planes]
+        self._arrays = {name: device.to_device(array) for name, array in script.arrays.items()}
+        pools = pools_over(self._planes)
+        self.backend = make_backend(config, pools, N_ROWS, N_TOKENS)
+        kind = (pools[0].device or "cpu").split(":")[0]
+        bound = StepBatch(**self._arrays).validate(pools, N_ROWS, N_TOKENS, kind)
+        calls = [self.backend.bind(i, b, True) for i, b in enumerate(bound)]
+        self.head = device.record(lambda stream: self.backend.head(calls, stream))
+        self.tail = device.record(lambda stream: self.backend.tail(calls, stream))
+        self.n_halves = [len(pool.halves) for pool in pools]
+
+    def publish(self, script: Script) -> None:
+        """Copy what the script's memory holds now."""
+        for mine, theirs in zip(self._planes, script.planes, strict=True):
+            self._device.assign(mine, theirs)
+        for name, array in script.arrays.items():
+            self._device.assign(self._arrays[name], array)
+
+    def sweep(self, resident: Resident) -> None:
+        """Sweep the same resident slots in every pool."""
+        for pool in range(len(self.n_halves)):
+            self.backend.synchronize()
+            assert self.backend.sweep(pool, resident, None), "the lists of the sweep before are still being copied"
+        self.backend.synchronize()
+
+    def array(self, pool: int, name: str) -> Array:
+        """One of the guard's own arrays, on the host."""
+        backend: Any = self.backend
+        if isinstance(backend, DeviceBackend):
+            return self._device.to_host(backend._arrays[pool][name])
+        arrays = backend._pools[pool]
+        is_half = name[:4] in ("head", "tail")
+        found: Array = getattr(arrays, name[:4])[int(name[4])] if is_half else getattr(arrays, name)
+        return found
+
+    def arrays(self, *names: str) -> Array:
+        """Arrays of all pools end to end as bytes; "head" and "tail" stand for both halves."""
+        found: list[Array] = []
+        for pool, n_halves in enumerate(self.n_halves):
+            for name in names:
+                halves = [f"{name}{h}" for h in range(n_halves)] if name in ("head", "tail") else [name]
+                found += [np.ascontiguousarray(self.array(pool, n)).reshape(-1).view(np.uint8) for n in halves]
+        return np.concatenate(found)
+
+    def records(self) -> Array:
+        """The violations, in an order of their own, without their commit words."""
+        state = self.backend.state
+        n = int(self.backend.snapshot_words()[abi.STATE_CLAIMED])
+        records: Array = state.violation_log[:n].copy()
+        records["commit"] = 0
+        return np.array(sorted(records, key=lambda record: record.tobytes()), abi.VIOLATION)
+
+    def facts(self) -> Facts:
+        """What each kernel left behind."""
+        words = self.backend.snapshot_words()
+        layout, records = self.backend.state.layout, self.records()
+        runs, slots, data = layout.kernel_runs(words), layout.slot_runs(words), layout.data_runs(words)
+        stage, is_data = records["tag"] // 4, records["reasons"] & Reason.DATA != 0
+        taint = self._device.to_host(self.backend.state.taint)
+
+        def counters(of: Stage) -> Array:
+            return np.concatenate([c[:, 4 * of : 4 * of + 4] for c in (runs, slots)], axis=None)
+
+        def about(of: Stage, has_data: bool) -> Array:
+            found: Array = records[(stage == of) & (is_data == has_data)]
+            return found.view(np.uint8)
+
+        return {
+            "kvc_begin": {"forwards": words[: abi.STATE_JUDGING], "claims": self.arrays("claims", "register_claims")},
+            "kvc_stamps_write": {"HEAD stamps": self.arrays("head"), "registers": self.arrays("registers")},
+            "kvc_stamps_verify": {
+                "HEAD counters": counters(Stage.HEAD),
+                "HEAD violations": about(Stage.HEAD, False),
+                "taint": taint,
+            },
+            "kvc_stamps_tail": {
+                "TAIL stamps": self.arrays("tail"),
+                "TAIL counters": counters(Stage.TAIL),
+                "TAIL violations": about(Stage.TAIL, False),
+            },
+            "kvc_stamps_sweep": {
+                "SWEEP counters": counters(Stage.SWEEP),
+                "SWEEP violations": about(Stage.SWEEP, False),
+            },
+            "kvc_digests_verify": {
+                "data launches": data[:, Stage.HEAD],
+                "slots compared": words[abi.STATE_DATA_SLOTS : abi.STATE_DATA_SLOTS + 1],
+                "DATA violations": about(Stage.HEAD, True),
+            },
+            "kvc_digests_write": {"data launches": data[:, Stage.TAIL], "digests": self.arrays("digests")},
+            "kvc_digests_sweep": {"data launches": data[:, Stage.SWEEP], "DATA violations": about(Stage.SWEEP, True)},
+        }
+
+    def adopted(self) -> Facts:
+        """What the adopting launch left behind."""
+        n = self.backend.snapshot_words()[abi.STATE_ADOPTED_SLOTS : abi.STATE_ADOPTED_SLOTS + 1]
+        return {"kvc_digests_adopt": {"adopted slots": n, "stamps and digests": self.arrays("head", "tail", "digests")}}
+
+
+def self_test(make_backend: MakeBackend, devices: Mapping[str, Device]) -> list[KernelCheck]:
+    """Compare every kernel of a backend with the host backend.
+
+    Args:
+        make_backend: as `HostBackend`: (config, pools, max_requests, max_new_tokens).
+        devices: ways to run its launches, by name ("eager", "captured").
+
+    Returns:
+        One check per kernel of `kvcanary.backends.device.KERNELS`, in that order.
+    """
+    n_values: dict[str, int] = {}
+    problems: dict[str, list[str]] = {}
+    for way, device in devices.items():
+        for found, wanted in _both_facts(make_backend, device):
+            for kernel, facts in wanted.items():
+                for name, values in facts.items():
+                    n_values[kernel] = n_values.get(kernel, 0) + values.size
+                    text = _difference(name, found[kernel][name], values)
+                    problems.setdefault(kernel, []).extend([f"{text} ({way})"] if text else [])
+    kernels = [kernel for names in KERNELS.values() for kernel in names]
+    return [KernelCheck(k, n_values.get(k, 0), "; ".join(problems.get(k, ["nothing tests it"]))) for k in kernels]
+
+
+def _both_facts(make_backend: MakeBackend, device: Device) -> list[tuple[Facts, Facts]]:
+    """(found, wanted) of the damaged script, once reporting and once adopting slots that were never written."""
+    pairs = []
+    for on_unwritten, facts_of in (("violation", Side.facts), ("adopt", Side.adopted)):
+        script = Script(is_damaged=True)
+        config = _config(on_unwritten)
+        sides = [Side(make_backend, device, script, config), Side(HostBackend, HOST, script, config)]
+        play(script, sides)
+        found, wanted = (facts_of(side) for side in sides)
+        pairs.append((found, wanted))
+        for side in sides:
+            side.backend.close()
+    return pairs
+
+
+def play(script: Script, sides: Sequence[Side]) -> None:
+    """Run the whole script on every side, then a sweep."""
+    for _ in script.steps():
+        for side in sides:
+            side.publish(script)
+            side.head()
+        script.write()
+        for side in sides:
+            side.publish(script)
+            side.tail()
+    for side in sides:
+        side.sweep(script.resident())
+
+
+def host_self_test() -> str:
+    """Whether the host backend is silent over an undamaged script and names every damage; "" or what is wrong."""
+    said: list[Reason] = []
+    for is_damaged in (False, True):
+        script = Script(is_damaged=is_damaged)
+        side = Side(HostBackend, HOST, script, _config("violation"))
+        play(script, [side])
+        said.append(Reason(int(np.bitwise_or.reduce(side.records()["reasons"], initial=0))))
+    clean, damaged = said
+    if clean:
+        return f"it reports {', '.join(clean.names())} where nothing is wrong"
+    missed = [reason.name or "" for reason in EXPECTED if reason not in damaged]
+    return f"it does not report {', '.join(missed)}" if missed else ""
+
+
+def _config(on_unwritten: str) -> CanaryConfig:
+    return CanaryConfig(verify_data_every=2, on_unwritten=on_unwritten, ring_capacity=1 << 14)
+
+
+def _difference(name: str, found: Array, wanted: Array) -> str:
+    if not wanted.any():
+        return f"{name}: the script did not exercise this"
+    if found.shape != wanted.shape:
+        return f"{name}: {found.size} values instead of {wanted.size}"
+    at = np.flatnonzero(found != wanted)
+    return f"{name}: {len(at)} of {wanted.size} values differ, the first at {at[0]}" if len(at) else ""
