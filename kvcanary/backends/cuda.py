@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
-from kvcanary.arrays import stream_pointer, view_of
+from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.config import CanaryConfig
@@ -92,7 +92,6 @@ class CudaDriver:
         self.out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
         self._modules: dict[str, Any] = {}
         self._streams: dict[int, Any] = {}
-        self._pinned: list[Any] = []
         self._lists: _ListUploader | None = None
 
     @contextlib.contextmanager
@@ -115,12 +114,12 @@ class CudaDriver:
 
     def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
         dtype = np.dtype(dtype)
-        buffer = self._core.LegacyPinnedMemoryResource().allocate(n * dtype.itemsize)
-        self._pinned.append(buffer)
+        buffer = self._core.LegacyPinnedMemoryResource().allocate(max(1, n * dtype.itemsize))
+        address = int(buffer.handle)  # the device sees pinned memory at its host address
         # The view keeps the buffer alive: a host thread may still poll the ring when the driver is closed.
-        array: Array = np.from_dlpack(buffer).view(np.uint8)
-        array[:] = 0
-        return array[: n * dtype.itemsize].view(dtype), int(buffer.handle)
+        memory = host_array(address, (n * dtype.itemsize,), (1,), np.uint8, owner=buffer)
+        memory[:] = 0
+        return memory.view(dtype), address
 
     def fill_zero(self, array: Any, stream: Any) -> None:
         self._runtime.memsetAsync(array.data.ptr, 0, array.nbytes, stream_pointer(stream))
@@ -199,7 +198,6 @@ class CudaDriver:
     def close(self) -> None:
         self._streams.clear()
         self._modules.clear()
-        self._pinned.clear()
         self._lists = None
 
 

@@ -1,0 +1,240 @@
+"""As much of CuPy and cuda.core as `backends/cuda.py` uses, over host memory and the CPU build of the kernels.
+
+A stream is a queue that runs only when somebody waits for it or the test pumps it: a device that is behind, held or
+captured is a matter of not pumping. What CuPy and cuda.core really do is for the GPU tests; this shows that our side of
+it is right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from .runner import SimtLibrary
+
+Work = Callable[[], bool]  # False: not yet, try again later
+
+
+class FakeArray:
+    """A device array: host memory that says it is on cuda:0."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.np = array
+        self.data = SimpleNamespace(ptr=array.ctypes.data)
+        self.shape, self.nbytes, self.dtype = array.shape, array.nbytes, array.dtype
+        self.device = SimpleNamespace(id=0)
+        self.__cuda_array_interface__ = {**array.__array_interface__, "version": 3}
+
+    def __len__(self) -> int:
+        return len(self.np)
+
+    def __getitem__(self, index: Any) -> FakeArray:
+        return FakeArray(self.np[index])
+
+    def reshape(self, *shape: int) -> FakeArray:
+        return FakeArray(self.np.reshape(*shape))
+
+    def get(self) -> np.ndarray[Any, Any]:
+        return self.np.copy()
+
+    def tolist(self) -> Any:
+        return self.np.tolist()
+
+
+class FakeStream:
+    """A queue of work under a handle; `captured` collects instead while a capture is open."""
+
+    def __init__(self, world: FakeCuda, handle: int) -> None:
+        self.world, self.handle, self.ptr = world, handle, handle
+        self.queue: deque[Work] = deque()
+        self.captured: list[Work] | None = None
+        self.is_held = False
+
+    def submit(self, work: Callable[[], object]) -> None:
+        def run() -> bool:
+            return work() is not False
+
+        (self.queue if self.captured is None else self.captured).append(run)
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+    def __enter__(self) -> None:
+        self.world.entered.append(self)
+
+    def __exit__(self, *exc: object) -> None:
+        self.world.entered.pop()
+
+    # cuda.core
+    def record(self, event: FakeEvent) -> None:
+        event.is_done = False
+        self.submit(lambda: setattr(event, "is_done", True))
+
+    def wait(self, event: FakeEvent) -> None:
+        self.submit(lambda: event.is_done)
+
+    def sync(self) -> None:
+        self.world.synchronize(self)
+
+    def close(self) -> None:
+        assert not self.queue
+
+    # CuPy
+    synchronize = sync
+
+    def begin_capture(self) -> None:
+        self.captured = []
+
+    def end_capture(self) -> FakeGraph:
+        assert self.captured is not None
+        graph, self.captured = FakeGraph(self.captured), None
+        return graph
+
+
+class FakeGraph:
+    def __init__(self, nodes: list[Work]) -> None:
+        self.nodes = nodes
+
+    def launch(self, stream: FakeStream) -> None:
+        stream.world.calls["graph launch"] += 1
+        for node in self.nodes:
+            stream.submit(node)
+
+
+class FakeEvent:
+    def __init__(self, world: FakeCuda) -> None:
+        self._world = world
+        self.is_done = True
+
+    def sync(self) -> None:
+        self._world.calls["synchronize"] += 1
+        self._world.pump()
+        assert self.is_done, "waits for what nobody will finish"
+
+
+class FakeCuda:
+    """The `cupy` and `core` modules of a world with one device; ``calls`` counts what an engine would feel."""
+
+    def __init__(self, library: SimtLibrary) -> None:
+        self._library = library
+        self.calls: Counter[str] = Counter()
+        self.entered: list[FakeStream] = []
+        self.streams: dict[int, FakeStream] = {0: FakeStream(self, 0)}
+        self._n_launches = 0
+        self.keep: list[Any] = []
+        runtime = SimpleNamespace(
+            getDevice=lambda: 0,
+            memcpyHostToDevice=1,
+            memcpyDeviceToHost=2,
+            memcpyDeviceToDevice=3,
+            memcpyAsync=self._memcpy_async,
+            memcpy=self._memcpy,
+            memsetAsync=self._memset_async,
+            streamSynchronize=lambda handle: self.synchronize(self.streams[handle]),
+            deviceSynchronize=self.synchronize,
+            streamIsCapturing=lambda handle: self.streams[handle].captured is not None,
+        )
+        device = SimpleNamespace(attributes={"MultiProcessorCount": 2})
+        stream = SimpleNamespace(
+            null=self.streams[0], from_external=lambda obj: self.streams[obj.__cuda_stream__()[1]]
+        )
+        self.cupy = SimpleNamespace(
+            zeros=self._zeros,
+            RawModule=lambda code, options, backend: SimpleNamespace(get_function=self._kernel),
+            cuda=SimpleNamespace(
+                runtime=runtime,
+                Device=lambda _id=0: _Context(device),
+                Stream=stream,
+                memory=SimpleNamespace(OutOfMemoryError=MemoryError),
+            ),
+        )
+        self.core = SimpleNamespace(
+            Device=lambda _id: SimpleNamespace(
+                set_current=lambda: None, create_stream=self.new_stream, create_event=lambda: FakeEvent(self)
+            ),
+            Stream=SimpleNamespace(from_handle=lambda handle: self.streams[handle]),
+            LEGACY_DEFAULT_STREAM=self.streams[0],
+            LegacyPinnedMemoryResource=lambda: SimpleNamespace(allocate=self._pinned),
+        )
+
+    def new_stream(self) -> FakeStream:
+        handle = 16 * len(self.streams)
+        self.streams[handle] = FakeStream(self, handle)
+        return self.streams[handle]
+
+    def pump(self) -> None:
+        """Run all queues as far as they go."""
+        progress = True
+        while progress:
+            progress = False
+            for stream in list(self.streams.values()):
+                while stream.queue and not stream.is_held and stream.queue[0]():
+                    stream.queue.popleft()
+                    progress = True
+
+    def synchronize(self, stream: FakeStream | None = None) -> None:
+        self.calls["synchronize"] += 1
+        self.pump()
+        waiting = [s for s in self.streams.values() if s.queue and (stream is None or s is stream)]
+        assert not waiting, "waits for a stream that is held"
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+    def _zeros(self, shape: Any, dtype: Any) -> FakeArray:
+        self.calls["allocate"] += 1
+        return FakeArray(np.zeros(shape, dtype))
+
+    def _pinned(self, n_bytes: int) -> SimpleNamespace:
+        self.calls["allocate"] += 1
+        memory = ctypes.create_string_buffer(b"\xa5" * n_bytes, n_bytes + 64)
+        return SimpleNamespace(handle=(ctypes.addressof(memory) + 63) // 64 * 64, memory=memory)
+
+    def _memcpy_async(self, target: int, source: int, n_bytes: int, kind: int, stream: int) -> None:
+        self.calls["copy"] += 1
+        self.streams[stream].submit(lambda: ctypes.memmove(target, source, n_bytes))
+
+    def _memcpy(self, target: int, source: int, n_bytes: int, kind: int) -> None:
+        self.calls["blocking copy"] += 1
+        ctypes.memmove(target, source, n_bytes)
+
+    def _memset_async(self, pointer: int, value: int, n_bytes: int, stream: int) -> None:
+        self.streams[stream].submit(lambda: ctypes.memset(pointer, value, n_bytes))
+
+    # ---- kernels -----------------------------------------------------------------------------------------------------
+    def _kernel(self, name: str) -> Any:
+        assert name in self._library.kernels
+        return _Kernel(self, name)
+
+    def launch(self, name: str, grid: Sequence[int], block: int, params: np.void) -> None:
+        self.calls["launch"] += 1
+        held = params.copy()
+
+        def run() -> None:
+            self._n_launches += 1
+            self._library.launch(name, tuple(grid), block, held, seed=self._n_launches)
+
+        self.entered[-1].submit(run)
+
+
+class _Kernel:
+    num_regs = 32
+
+    def __init__(self, world: FakeCuda, name: str) -> None:
+        self._world, self._name = world, name
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int], args: tuple[np.void]) -> None:
+        self._world.launch(self._name, grid, block[0], args[0])
+
+
+class _Context(SimpleNamespace):
+    """A CuPy device: attributes, and a context manager."""
+
+    def __init__(self, device: SimpleNamespace) -> None:
+        super().__init__(attributes=device.attributes)
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exc: object) -> None: ...

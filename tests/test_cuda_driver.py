@@ -1,0 +1,237 @@
+"""The CUDA driver's own code over stand-ins for CuPy and cuda.core: order, capture, waits and copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import N_BLOCKS, PAGE, ToyEngine
+from simt.build import build, find_compiler
+from simt.fake_cuda import FakeArray, FakeCuda, FakeStream
+from simt.runner import SimtLibrary
+
+from kvcanary import BackendError, CanaryManager, CaptureError, Reason, StepBatch, layouts
+from kvcanary.backends import compile as compile_module
+from kvcanary.backends import cuda
+from kvcanary.tags import Stage
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler: install g++ or clang++")
+    return SimtLibrary(build(compile_module.kernels_dir(), tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture
+def world(library: SimtLibrary, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    world = FakeCuda(library)
+    monkeypatch.setattr(cuda, "check_driver", lambda: None)
+    monkeypatch.setattr(cuda, "import_cuda", lambda: (world.cupy, world.core))
+    return world
+
+
+class FakeToy(ToyEngine):
+    """The toy engine with its arrays on the stand-in device; a batch keeps its addresses, its contents change."""
+
+    def __init__(self, world: FakeCuda, **config: Any) -> None:
+        super().__init__(**config)
+        self.world, self.stream = world, world.new_stream()
+        on_device = [[FakeArray(a) for a in half] for half in (self.k, self.v)]
+        self.pool = layouts.nhd(k=on_device[0], v=on_device[1], page_size=PAGE)
+        self.manager = CanaryManager(self.config, [self.pool], 4, 64)
+        assert self.manager.backend.name == "cuda"
+        self.host: dict[str, Any] = {}
+        self.device_batch: StepBatch | None = None
+
+    def fill(self, *rows: tuple[int, int, int]) -> StepBatch:
+        """Put these rows into the one set of arrays, all on the device."""
+        new = self.batch(*rows)
+        given = {n: getattr(new, n) for n in StepBatch.__dataclass_fields__ if isinstance(getattr(new, n), np.ndarray)}
+        if self.device_batch is None:
+            self.host = {n: a if n == "token_history" else a.copy() for n, a in given.items()}
+            self.device_batch = StepBatch(**{n: FakeArray(a) for n, a in self.host.items()})
+        for name, array in given.items():
+            self.host[name][...] = array
+        return self.device_batch
+
+    def write_now(self) -> None:
+        host = StepBatch(**{n: self.host[n] for n in ("query_start_loc", "input_ids", "slot_mapping")})
+        self.write(host)
+
+    def forward(self, stream: FakeStream, batch: StepBatch) -> None:
+        with self.manager.forward(batch, stream):
+            stream.submit(self.write_now)
+
+    def capture(self, batch: StepBatch) -> Any:
+        stream = self.world.new_stream()
+        stream.begin_capture()
+        self.forward(stream, batch)
+        return stream.end_capture()
+
+    def replay(self, graph: Any, p: int) -> None:
+        self.fill((0, p, 1), (1, p, 1))
+        with self.manager.step(self.stream):
+            graph.launch(self.stream)
+        self.world.pump()
+
+
+def prefilled(world: FakeCuda, **config: Any) -> tuple[FakeToy, Any]:
+    toy = FakeToy(world, **config)
+    batch = toy.fill((0, 0, 1), (1, 0, 1))
+    with toy.manager.step(toy.stream):
+        toy.forward(toy.stream, batch)
+    world.pump()
+    return toy, toy.capture(batch)
+
+
+def test_eager_then_replayed_and_a_flipped_bit_is_named(world: FakeCuda) -> None:
+    toy, graph = prefilled(world, verify_data_every=1)
+    for p in range(1, 6):
+        toy.replay(graph, p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+    toy.k[1][1, 2, 0, 0] ^= 1
+    toy.replay(graph, 6)
+    toy.replay(graph, 7)  # nothing was waited for: the next step reads the ring
+    (v,) = toy.manager.violations()
+    assert (v.reasons, v.slot, v.layer, v.request_id) == (Reason.DATA, PAGE + 2, 1, 1)
+    assert toy.manager.taint.tolist() == [Reason.DATA, 0, 0, 0]
+
+
+def test_a_forward_is_six_launches(world: FakeCuda) -> None:
+    _toy, graph = prefilled(world)
+    assert len(graph.nodes) == 6 + 1  # and the model
+
+
+def test_steady_steps_allocate_nothing_wait_for_nothing_and_copy_only_snapshots(world: FakeCuda) -> None:
+    toy, graph = prefilled(
+        world, stats_print_every_n_steps=2, health_check_every_n_steps=2, health_check_warmup_steps=0
+    )
+    toy.replay(graph, 1)
+    before = world.calls.copy()
+    for p in range(2, 10):
+        toy.replay(graph, p)
+    assert dict(world.calls - before) == {"graph launch": 8, "copy": 2 * 2 * 4}
+
+
+def test_nothing_waits_while_the_stream_is_held(world: FakeCuda) -> None:
+    toy, graph = prefilled(
+        world, stats_print_every_n_steps=1, health_check_every_n_steps=1, health_check_warmup_steps=0
+    )
+    toy.manager.synchronize()
+    toy.stream.is_held = True
+    before = world.calls["synchronize"]
+    for p in range(1, 9):
+        toy.replay(graph, p)
+    assert world.calls["synchronize"] == before
+    assert [h.n_in_flight for h in toy.manager._handlers] == [4, 4]
+    assert [h.n_not_taken for h in toy.manager._handlers] == [4, 4]
+    toy.stream.is_held = False
+    world.pump()
+    toy.replay(graph, 9)
+    assert toy.manager.stats().snapshot_step == 5  # the oldest four were kept, in order
+
+
+def test_a_snapshot_shows_the_step_it_was_taken_at_and_no_later_one(world: FakeCuda) -> None:
+    toy, graph = prefilled(world, stats_print_every_n_steps=1)
+    for p in range(1, 6):
+        toy.replay(graph, p)
+    stats = toy.manager.stats()
+    assert (stats.snapshot_step, stats.forwards) == (5, 5)
+
+
+def test_pause_resume_and_reset_are_ordered_on_the_stream(world: FakeCuda) -> None:
+    toy, graph = prefilled(world, verify_data_every=1)
+    toy.replay(graph, 1)
+    toy.manager.pause()
+    toy.k[0][1, 0, 0, 0] ^= 1
+    toy.replay(graph, 2)
+    toy.manager.resume()
+    assert toy.manager.violations() == ()
+    toy.k[0][1, 0, 0, 0] ^= 1
+    toy.manager.reset()
+    toy.history[:] = -1
+    toy.replay(graph, 0)
+    toy.replay(graph, 1)
+    toy.replay(graph, 2)
+    assert toy.manager.violations() == ()
+
+
+def test_sweeps_take_host_and_device_lists_and_reuse_their_buffers(world: FakeCuda) -> None:
+    toy, graph = prefilled(world, sweep_interval=1)
+    for p in range(1, 4):
+        toy.replay(graph, p)
+    toy.v[1][1, 3, 0, 0] ^= 1
+    slots = np.arange(PAGE, PAGE + 4, dtype=np.int32)
+    host = slots, np.arange(4, dtype=np.int32), np.concatenate([[-1], slots[:-1]]).astype(np.int32)
+    answers = [host, tuple(FakeArray(a) for a in host), host]
+    toy.manager.attach_resident_set(answers.pop)
+    toy.replay(graph, 4)
+    before = world.calls["allocate"]
+    toy.replay(graph, 5)
+    toy.stream.is_held = True
+    toy.replay(graph, 6)
+    toy.manager.attach_resident_set(lambda: host)
+    with toy.manager.step(toy.stream):
+        pass  # the lists are still being copied: tried again later
+    assert toy.manager.stats().sweep_passes == 3
+    toy.stream.is_held = False
+    world.pump()
+    toy.replay(graph, 7)
+    assert toy.manager.stats().sweep_passes == 4 and world.calls["allocate"] == before
+    toy.manager.synchronize()
+    assert [(v.slot, v.tag.stage) for v in toy.manager.violations()] == [(PAGE + 3, Stage.SWEEP)]
+
+
+def test_prove_names_every_plane(world: FakeCuda) -> None:
+    toy, graph = prefilled(world, n_layers=3)
+    for p in range(1, 5):
+        toy.replay(graph, p)
+    before = [a.copy() for a in (*toy.k, *toy.v)]
+    assert toy.device_batch is not None
+    proof = toy.manager.prove(toy.device_batch, toy.stream)
+    assert proof.ok and len(proof.planes) == 6, str(proof)
+    assert all(np.array_equal(a, b) for a, b in zip(before, (*toy.k, *toy.v), strict=True))
+
+
+def test_host_driven_calls_on_a_capturing_stream_are_refused(world: FakeCuda) -> None:
+    toy, _graph = prefilled(world)
+    toy.manager.begin_step(toy.stream)
+    toy.stream.begin_capture()
+    for call in (toy.manager.pause, toy.manager.reset, toy.manager.end_step):
+        with pytest.raises(CaptureError):
+            call()
+
+
+def test_streams_come_as_objects_integers_and_none(world: FakeCuda) -> None:
+    toy = FakeToy(world)
+    for p, stream in enumerate((toy.stream, toy.stream.handle, None)):
+        batch = toy.fill((0, p, 1))
+        with toy.manager.step(stream), toy.manager.forward(batch, stream):
+            world.pump()
+            toy.write_now()
+        world.pump()
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+
+
+def test_closing_gives_back_and_waits(world: FakeCuda) -> None:
+    toy, graph = prefilled(world)
+    toy.replay(graph, 1)
+    toy.manager.close()
+    assert world.calls["synchronize"] > 0 and toy.manager.violations() == ()
+    assert N_BLOCKS
+
+
+def test_without_a_driver_or_cupy_the_error_names_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", no_library)
+    with pytest.raises(BackendError, match="backend='host'"):
+        cuda.check_driver()
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    with pytest.raises(BackendError, match="pip install"):
+        cuda.import_cuda()
