@@ -10,8 +10,8 @@ from functools import cache
 # Matrices here are small: BLAS threads only get into each other's way. Before NumPy is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+from hypothesis import settings
 
 # Shared runners stall for seconds: no deadline, in either profile. "ci" tries more, the same each time.
 settings.register_profile("default", deadline=None)

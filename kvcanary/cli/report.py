@@ -7,7 +7,7 @@ from typing import Any
 
 from kvcanary.sim.faults import Fault
 from kvcanary.sim.serve import Divergence, Served, divergences
-from kvcanary.violations import READINGS, Violation
+from kvcanary.violations import Violation
 
 MAX_LINES = 10  # violations that are written out
 EXCERPT = 24  # bytes of differing output
@@ -133,18 +133,23 @@ def _steps(n: int) -> str:
 
 
 def _print_violations(outcome: Outcome) -> None:
-    violations, fault = outcome.violations, outcome.fault
-    promised_first = sorted(violations, key=lambda v: fault is None or not fault.is_seen_in(v))
-    for v in promised_first[:MAX_LINES]:
+    """A line per kind of finding, what was promised first, and the first one as the log has it."""
+    fault = outcome.fault
+    kinds: dict[tuple[int, ...], list[Violation]] = {}
+    for v in sorted(outcome.violations, key=lambda v: (fault is None or not fault.is_seen_in(v), v.step, v.position)):
+        kinds.setdefault((v.step, v.request_id, v.reasons, -1 if v.plane is None else v.plane), []).append(v)
+    for same in list(kinds.values())[:MAX_LINES]:
+        v, last = same[0], same[-1]
         plane = "" if v.layer is None else f", layer {v.layer} {(v.plane_name or '').upper()}"
         place = f"slot {v.slot}" if v.is_in_pool else f"{v.detail.name} {v.slot}"
-        names = "|".join(v.reasons.names())
-        print(f"  step {v.step}, {v.tag.name}: {names}: request {v.request_id}, position {v.position}, {place}{plane}")
-    if len(violations) > MAX_LINES:
-        print(f"  and {len(violations) - MAX_LINES} more")
-    seen = [reason for reason in READINGS if any(reason in v.reasons for v in violations)]
-    for reason in seen:
-        print(f"  {reason.name}: {READINGS[reason][0]}")
+        where = f"position {v.position}, {place}{plane}"
+        if len(same) > 1:
+            where = f"{len(same)} positions from {v.position} ({place}) to {last.position}{plane}"
+        print(f"  step {v.step}, {v.tag.name}: {'|'.join(v.reasons.names())}: request {v.request_id}, {where}")
+    if len(kinds) > MAX_LINES:
+        print(f"  and {len(kinds) - MAX_LINES} more kinds")
+    if kinds:
+        print(f"in full:  {next(iter(kinds.values()))[0].summary()}")
 
 
 def _print_divergence(outcome: Outcome) -> None:
