@@ -236,35 +236,30 @@ KVC_KERNEL(KVC_THREADS) kvc_digests_write(KVC_PARAM StepParams p) {
 }
 
 // ---- adoption ------------------------------------------------------------------------------------------------------------
-// A warp per 128 positions, all digests (grid.y is 1): a slot is stamped only after its digests are there. Two rows that
-// share a slot may both adopt it; they write the same.
-KVC_DEVICE uint64_t kvc_adopt_chunk(const StepParams& p, const KvcUnit& unit, uint32_t forward, const LaneConstants& c) {
+// A warp per 128 positions, all digests (grid.y is 1): a slot is stamped only after its digests are there. kvc_stamps_verify
+// has claimed the slots; two rows that have a slot at the same position both adopt it, and write the same.
+KVC_DEVICE void kvc_adopt_chunk(const StepParams& p, const KvcUnit& unit, uint32_t forward, const LaneConstants& c) {
     const Pool& pool = p.pool;
     const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-    if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
+    if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return;
     const int64_t begin = row.verify_start + unit.chunk * KVC_VERIFY_CHUNK;
     const int64_t end = begin + KVC_VERIFY_CHUNK < row.verify_end ? begin + KVC_VERIFY_CHUNK : row.verify_end;
-    uint64_t n_adopted = 0;
     for (int64_t base = begin; base < end; base += 32) {
         const int64_t position = base + kvc_lane();
         KvcSlot at = {-1, 0, KVC_SLOT_EMPTY};
         if (position < end) at = kvc_table_slot(pool, p.batch, unit.row, position);
-        bool is_unknown = at.status == KVC_SLOT_OK;
-        for (uint32_t half = 0; half < pool.n_halves && is_unknown; ++half) {
-            is_unknown = kvc_pointer<Stamp>(pool.head[half])[at.slot].step == 0 &&
-                         kvc_pointer<Stamp>(pool.tail[half])[at.slot].step == 0;
-        }
-        for (uint32_t due = kvc_ballot(is_unknown); due; due &= due - 1) {
+        const bool is_mine = at.status == KVC_SLOT_OK && kvc_pointer<uint64_t>(pool.claims)[at.slot] ==
+                                                            kvc_adoption_claim(forward, position);
+        for (uint32_t due = kvc_ballot(is_mine); due; due &= due - 1) {
             const uint32_t lane = kvc_lowest_bit(due);
             const int64_t slot = (int64_t)kvc_shfl_u64((uint64_t)at.slot, lane);
             for (uint32_t d = 0; d < pool.n_digests; ++d) {
                 const uint64_t digest = kvc_slot_digest(pool, d, slot, (int32_t)(base + lane), c);
                 if (kvc_lane() == 0) *kvc_digest_at(pool, d, slot) = digest;
             }
-            n_adopted += 1;
         }
         kvc_sync_warp();
-        if (is_unknown) {
+        if (is_mine) {
             const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
             for (uint32_t half = 0; half < pool.n_halves; ++half) {
                 kvc_mutable_pointer<Stamp>(pool.head[half])[at.slot] = stamp;
@@ -272,7 +267,6 @@ KVC_DEVICE uint64_t kvc_adopt_chunk(const StepParams& p, const KvcUnit& unit, ui
             }
         }
     }
-    return n_adopted;
 }
 
 KVC_KERNEL(KVC_THREADS) kvc_digests_adopt(KVC_PARAM StepParams p) {
@@ -280,11 +274,9 @@ KVC_KERNEL(KVC_THREADS) kvc_digests_adopt(KVC_PARAM StepParams p) {
     const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
     const LaneConstants c = kvc_lane_constants();
-    uint64_t n_adopted = 0;
     for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
-        n_adopted += kvc_adopt_chunk(p, kvc_find_unit(work, p.batch.rows, u), forward, c);
+        kvc_adopt_chunk(p, kvc_find_unit(work, p.batch.rows, u), forward, c);
     }
-    if (kvc_lane() == 0 && n_adopted) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_ADOPTED_SLOTS, n_adopted);
 }
 
 // ---- sweep ---------------------------------------------------------------------------------------------------------------

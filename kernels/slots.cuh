@@ -14,6 +14,8 @@ struct KvcSlot {
     uint32_t status;
 };
 
+#define KVC_MAX_POSITIONS 0x7fffffff  // of a row: positions are 32-bit everywhere
+
 template <typename T>
 KVC_DEVICE const T* kvc_pointer(uint64_t address) { return (const T*)address; }
 template <typename T>
@@ -97,6 +99,19 @@ KVC_DEVICE const int64_t* kvc_work(const Pool& pool, uint32_t which) {
 #define KVC_WORK_VERIFY 0u
 #define KVC_WORK_WRITE 1u
 #define KVC_WORK_DIGEST 2u
+
+// No half was ever stamped.
+KVC_DEVICE bool kvc_is_never_stamped(const Pool& pool, int64_t slot) {
+    for (uint32_t half = 0; half < pool.n_halves; ++half) {
+        if (kvc_pointer<Stamp>(pool.head[half])[slot].step || kvc_pointer<Stamp>(pool.tail[half])[slot].step) return false;
+    }
+    return true;
+}
+
+// What a slot's claim word holds when it is adopted: above any claim of a write, and highest for the lowest position.
+KVC_DEVICE uint64_t kvc_adoption_claim(uint32_t forward, int64_t position) {
+    return (uint64_t)forward << 32 | (0xffffffffu - (uint32_t)position);
+}
 
 KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
     return (uint32_t)(((kvc_mix64((uint64_t)(slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);

@@ -15,7 +15,7 @@ struct RowExtent {
     uint32_t flags;  // BAD_QUERY or BAD_LENGTH
 };
 
-// What the engine's metadata say of a row, clamped so that nothing derived from it leaves an array.
+// What the engine's metadata say of a row, clamped so that nothing derived from it leaves an array or 32 bits.
 KVC_DEVICE RowExtent kvc_row_extent(const Pool& pool, const Batch& batch, int32_t row) {
     RowExtent e = {};
     const int32_t* query = kvc_pointer<int32_t>(batch.query_start_loc);
@@ -32,6 +32,7 @@ KVC_DEVICE RowExtent kvc_row_extent(const Pool& pool, const Batch& batch, int32_
     } else {
         e.length = entries ? (entries - 1) * batch.table_page + kvc_pointer<int32_t>(batch.kv_last_page_len)[row] : 0;
     }
+    if (e.length > KVC_MAX_POSITIONS) e.length = KVC_MAX_POSITIONS;
     if (q1 - q0 > e.length) return e;  // padding
     e.first_token = q0;
     e.n_new = q1 - q0;
@@ -44,6 +45,21 @@ KVC_DEVICE RowExtent kvc_row_extent(const Pool& pool, const Batch& batch, int32_
     e.verify_end = e.prefix < e.capacity ? e.prefix : e.capacity;
     e.verify_start = start < 0 ? 0 : start < e.verify_end ? start : e.verify_end;
     return e;
+}
+
+// The same, but BAD_QUERY also where query_start_loc descends before the row: its tokens may then be an earlier row's too, and
+// a token that two rows stamp has no one stamp. All threads of the block take part.
+KVC_DEVICE RowExtent kvc_ordered_row_extent(const Pool& pool, const Batch& batch, int32_t row) {
+    const RowExtent e = kvc_row_extent(pool, batch, row);
+    if (e.n_new == 0) return e;
+    const int32_t* query = kvc_pointer<int32_t>(batch.query_start_loc);
+    uint64_t n_descents = 0;
+    for (int32_t r = (int32_t)kvc_thread(); r < row; r += KVC_THREADS) n_descents += query[r + 1] < query[r];
+    if (kvc_block_sum(n_descents) == 0) return e;
+    RowExtent bad = {};
+    bad.flags = KVC_ROW_BAD_QUERY;
+    bad.bad_value = query[row + 1];
+    return bad;
 }
 
 // Units of work before each row, for the three granularities of the later launches.
@@ -164,7 +180,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     const uint32_t forward = (uint32_t)(p.is_first_pool ? state[KVC_STATE_FORWARD_DONE] + 1 : state[KVC_STATE_FORWARD]);
     const int32_t index = (int32_t)kvc_block();
     if (kvc_block_y() > 0) {
-        if (index < batch.rows) kvc_claim_slots(pool, batch, kvc_row_extent(pool, batch, index), forward);
+        if (index < batch.rows) kvc_claim_slots(pool, batch, kvc_ordered_row_extent(pool, batch, index), forward);
         return;
     }
     if (p.is_first_pool && batch.is_first_forward) {
@@ -177,7 +193,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
         if (kvc_thread() == 0) kvc_number_forward(p, forward);
     }
     if (index >= batch.rows) return;  // a batch without rows still numbers its forward
-    const RowExtent e = kvc_row_extent(pool, batch, index);
+    const RowExtent e = kvc_ordered_row_extent(pool, batch, index);
     Row row = {};
     row.first_token = (int32_t)e.first_token;
     row.n_new = (int32_t)e.n_new;
@@ -292,7 +308,9 @@ KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_
     const bool continues = row.flags & KVC_ROW_REGISTERED;
     const int32_t oldest = reg.length - (KVC_N_REGISTER_LENGTHS - 1);
     if (row.n_new < KVC_N_REGISTER_LENGTHS) reg.chain[row.prefix % KVC_N_REGISTER_LENGTHS] = row.anchor;
-    reg.first_length = !continues ? row.prefix : oldest > reg.first_length ? oldest : reg.first_length;
+    // A start that came out of the cache is nothing to hold a later forward against.
+    const int32_t first = row.prefix + (row.flags & KVC_ROW_ANCHORED ? 0 : 1);
+    reg.first_length = !continues ? first : oldest > reg.first_length ? oldest : reg.first_length;
     reg.forwards = continues ? reg.forwards + 1 : 1;
     reg.length = length;
     reg.request_id = row.request_id;
@@ -516,11 +534,8 @@ KVC_DEVICE void kvc_verify_chunk(const StepParams& p, const KvcUnit& unit, uint3
             kvc_report_table_entry(p, row, unit.row, kvc_tag(stage, pool.kind, 0), position, at);
         }
         // Adoption takes a slot that no half was ever stamped for; it is not reported then.
-        bool is_adopted = is_slot && stage == KVC_STAGE_HEAD && p.batch.adopt;
-        for (uint32_t half = 0; half < pool.n_halves && is_adopted; ++half) {
-            is_adopted = kvc_pointer<Stamp>(pool.head[half])[at.slot].step == 0 &&
-                         kvc_pointer<Stamp>(pool.tail[half])[at.slot].step == 0;
-        }
+        const bool is_adopted =
+            is_slot && stage == KVC_STAGE_HEAD && p.batch.adopt && kvc_is_never_stamped(pool, at.slot);
 #pragma unroll
         for (uint32_t half = 0; half < 2; ++half) {
             if (half >= pool.n_halves) break;
@@ -551,12 +566,37 @@ KVC_DEVICE void kvc_verify_chunk(const StepParams& p, const KvcUnit& unit, uint3
 KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
 KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }
 
+// Claims the slots that kvc_digests_adopt will take: rows may share one, and a broken table may name it at two positions;
+// the lowest position has it. Returns the slots that nobody had claimed before.
+KVC_DEVICE uint64_t kvc_claim_unknown(const StepParams& p, const KvcUnit& unit, uint32_t forward) {
+    const Pool& pool = p.pool;
+    const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+    if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
+    const int64_t begin = row.verify_start + unit.chunk * KVC_VERIFY_CHUNK;
+    const int64_t end = begin + KVC_VERIFY_CHUNK < row.verify_end ? begin + KVC_VERIFY_CHUNK : row.verify_end;
+    uint64_t n_claimed = 0;
+    for (int64_t position = begin + kvc_lane(); position < end; position += 32) {
+        const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
+        if (at.status != KVC_SLOT_OK || !kvc_is_never_stamped(pool, at.slot)) continue;
+        uint64_t* claim = kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot;
+        n_claimed += kvc_atomic_max_u64(claim, kvc_adoption_claim(forward, position)) >> 32 != forward;
+    }
+    return n_claimed;
+}
+
 // A warp per 128 positions, both halves in one pass, no plan: a unit finds its row by searching the prefix sums of kvc_begin.
 KVC_KERNEL(KVC_THREADS) kvc_stamps_verify(KVC_PARAM StepParams p) {
-    if (!kvc_is_judging(p.guard)) return;
     const uint32_t forward = kvc_forward_number(p.guard);
     const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
+    if (p.batch.adopt) {
+        uint64_t n_claimed = 0;
+        for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+            n_claimed += kvc_claim_unknown(p, kvc_find_unit(work, p.batch.rows, u), forward);
+        }
+        if (n_claimed) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_ADOPTED_SLOTS, n_claimed);
+    }
+    if (!kvc_is_judging(p.guard)) return;
     if (kvc_block() == 0 && kvc_thread() == 0) kvc_count_launch(p.guard, p.pool, KVC_STAGE_HEAD);
     for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
         kvc_verify_chunk(p, kvc_find_unit(work, p.batch.rows, u), KVC_STAGE_HEAD, forward);

@@ -203,7 +203,9 @@ class HostBackend:
             reg["chain"][prefix % n] = row["anchor"]
         last = np.arange(max(0, len(chain) - n), len(chain))
         reg["chain"][(prefix + last + 1) % n] = chain[last]
-        reg["first_length"] = max(oldest, int(reg["first_length"])) if continues else prefix
+        # A start that came out of the cache is nothing to hold a later forward against.
+        first = prefix if row["flags"] & abi.ROW_ANCHORED else prefix + 1
+        reg["first_length"] = max(oldest, int(reg["first_length"])) if continues else first
         reg["forwards"] = reg["forwards"] + 1 if continues else 1
         reg["length"], reg["request_id"] = prefix + len(chain), row["request_id"]
 
@@ -258,15 +260,18 @@ class HostBackend:
     def _adopt(self, pool: PoolArrays, entries: ref.Entries) -> None:
         pending = self._rows[pool.index]["flags"][entries.row] & abi.ROW_PENDING != 0
         unknown = ref.never_stamped(pool, entries.at) & ~pending
-        slots, first = np.unique(entries.at.slot[unknown], return_index=True)
-        positions = entries.position[unknown][first]
+        slots, claims = entries.at.slot[unknown], ref.adoption_claims(self._forward, entries.position[unknown])
+        np.maximum.at(pool.claims, slots, claims)
+        mine = pool.claims[slots] == claims
+        slots, first = np.unique(slots[mine], return_index=True)
+        positions = entries.position[unknown][mine][first]
         self._write_digests(pool, slots, positions)
         stamps = np.zeros(len(slots), abi.STAMP)
         stamps["token"], stamps["position"], stamps["prev_slot"] = abi.NO_TOKEN, positions, abi.PREV_NONE
         stamps["step"] = self._forward
         for plane in (*pool.head, *pool.tail):
             plane[slots] = stamps
-        self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(unknown.sum()))
+        self._recorder.add(abi.STATE_ADOPTED_SLOTS, len(slots))
 
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:

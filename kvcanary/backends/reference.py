@@ -17,6 +17,7 @@ from kvcanary.tags import Detail, Reason, Stage
 
 Array: TypeAlias = npt.NDArray[Any]
 OK, EMPTY, OUT = 0, 1, 2  # slot status
+MAX_POSITIONS = (1 << 31) - 1  # of a row: positions are 32-bit everywhere
 
 
 @dataclass
@@ -169,9 +170,12 @@ def _find_row(pool: PoolArrays, batch: BatchArrays, r: int, forward: int) -> Arr
         row["flags"], row["bad_value"] = abi.ROW_BAD_QUERY, q1
         return row
     entries = int(table_entries(batch, np.array([r]))[0])
-    length = row_length(batch, r)
+    length = min(row_length(batch, r), MAX_POSITIONS)
     if q1 - q0 > length:
         return row  # padding
+    if q1 > q0 and (np.diff(batch.query_start_loc[: r + 1].astype(np.int64)) < 0).any():
+        row["flags"], row["bad_value"] = abi.ROW_BAD_QUERY, q1  # its tokens may be an earlier row's too
+        return row
     prefix, capacity = length - (q1 - q0), entries * batch.table_page
     end = min(prefix, capacity)
     row["first_token"], row["n_new"], row["prefix"] = q0, q1 - q0, prefix
@@ -483,6 +487,12 @@ def never_stamped(pool: PoolArrays, at: Slots) -> Array:
     for stamps in (*pool.head, *pool.tail):
         never &= stamps["step"][slot] == 0
     return never
+
+
+def adoption_claims(forward: int, positions: Array) -> Array:
+    """What a slot's claim word holds when it is adopted: the highest for the lowest position."""
+    claims: Array = np.uint64(forward << 32) | (np.int64(0xFFFFFFFF) - positions).astype(np.uint64)
+    return claims
 
 
 def history_tokens(pool: PoolArrays, batch: BatchArrays, rows: Array, row: Array, position: Array) -> Array:

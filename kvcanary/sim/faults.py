@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,7 +42,7 @@ def decoding_rows(engine: SimEngine, arrays: StepArrays, min_steps_left: int) ->
     return [c for c in found if c.request.n_known + min_steps_left < len(c.request.tokens) and c.request.n_computed]
 
 
-class Fault:
+class Fault(ABC):
     """A hook for `SimEngine.before_forward` that strikes once, at `at_step` or the first later step that has a target.
 
     It runs between two steps: the batch is filled, neither the guard nor the model has seen it. The choice of the
@@ -67,9 +68,9 @@ class Fault:
         engine.before_forward.append(self._before_forward)
 
     @staticmethod
+    @abstractmethod
     def max_steps(verify_data_every: int) -> int:
         """Steps after the struck one within which the guard promises to report it; 0 = in the same step."""
-        raise NotImplementedError
 
     def is_seen_in(self, violation: Violation) -> bool:
         """Whether this violation is the one that was promised: a promised reason, at the right place."""
@@ -85,11 +86,13 @@ class Fault:
     def _targets(self, arrays: StepArrays, rows: list[Candidate]) -> list[Candidate]:
         return rows
 
+    @abstractmethod
     def _strike(self, arrays: StepArrays, target: Candidate) -> Injected:
-        raise NotImplementedError
+        """Do the damage and say what was done."""
 
+    @abstractmethod
     def _is_place(self, violation: Violation) -> bool:
-        raise NotImplementedError
+        """Whether a violation is at the damaged place."""
 
     def _slot(self, arrays: StepArrays, row: int, position: int) -> int:
         page = self.engine.model.page_size
