@@ -74,7 +74,8 @@ class StepBatch:
         token_history: i32[max_requests, max_len] by request slot; negative = not judged.
         expected_tokens: [tokens], of the element type of ``input_ids``.
         pending: u8[rows], 1 = KV of this row is still being loaded.
-        verify_all: u8[rows], 1 = digest the whole prefix.
+        verify_all: u8[rows], 1 = digest the whole prefix; set it for a row whose KV came from elsewhere since its last
+            forward (a preempted request that resumes with a hit near its old length looks like one that went on).
         kv_indptr: i32[rows + 1], where each row's entries begin in ``kv_indices`` (CSR tables).
         kv_indices: i32[entries].
         kv_last_page_len: i32[rows], tokens in a row's last page.

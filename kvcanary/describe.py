@@ -30,7 +30,7 @@ def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: 
 
 # Reason -> (inputs it needs, what is not seen without them).
 _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "TOKEN": (("token_history",), "a slot that holds another token than the request's history"),
+    "TOKEN": (("token_history",), "a slot that holds another token than the request's history (a kept rejected draft)"),
     "WRITE_TOKEN": (("expected_tokens",), "an input id that is not the one the scheduler meant"),
     "CHAIN anchored outside the cache": (
         ("request_slots", "request_ids"),

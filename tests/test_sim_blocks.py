@@ -77,6 +77,35 @@ def test_tail_of_a_request_is_evicted_before_its_head() -> None:
     assert allocator.match(tokens(1, 2, 3, 4)) == [head]
 
 
+def test_match_of_a_window_needs_only_the_blocks_that_the_next_query_sees() -> None:
+    allocator = BlockAllocator(8, PAGE)
+    a, b, c = allocator.allocate(3)
+    text = tokens(1, 2, 3, 4, 5, 6, 7)
+    for index, block in enumerate((a, b, c)):
+        allocator.publish(text, index, block)
+    matches = {window: allocator.match_window(text, window) for window in (1, 2, 3, 4, 5, 6, 7, 99)}
+    assert matches[1] == matches[2] == matches[3] == [0, 0, c]  # the query at 6 sees 4, 5, 6 at most
+    assert matches[4] == matches[5] == [0, b, c]
+    assert matches[6] == matches[7] == matches[99] == [a, b, c]
+    allocator.unpublish(b)
+    assert allocator.match_window(text, 3) == [0, 0, c]
+    assert allocator.match_window(text, 4) == [a]
+    assert allocator.match_window(tokens(9, 9), 3) == []
+
+
+def test_unpublished_block_is_not_found_and_not_cached() -> None:
+    allocator = BlockAllocator(4, PAGE)
+    (block,) = allocator.allocate(1)
+    allocator.publish(tokens(1, 2), 0, block)
+    allocator.unpublish(block)
+    allocator.unpublish(block)  # nothing more to do
+    assert allocator.match(tokens(1, 2)) == []
+    allocator.free([block])
+    assert (allocator.n_cached, allocator.n_available) == (0, 3)
+    with pytest.raises(ValueError, match="taken out of the index"):
+        allocator.unpublish(block)
+
+
 def test_misuse_is_refused() -> None:
     allocator = BlockAllocator(4, PAGE)
     (block,) = allocator.allocate(1)
@@ -143,6 +172,13 @@ class AllocatorMachine(RuleBasedStateMachine):
             if block not in self.content and key not in self.content.values():
                 self.content[block] = key
             self.allocator.publish(tokens(*text), index, block)
+
+    @precondition(lambda self: any(self.owned))
+    @rule(data=st.data())
+    def unpublish(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(sorted({block for blocks in self.owned for block in blocks})))
+        self.allocator.unpublish(block)
+        self.content.pop(block, None)
 
     @precondition(lambda self: self.owned)
     @rule(data=st.data())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -57,9 +59,10 @@ def dense_logits(config: ModelConfig, tokens: bytes) -> NDArray[np.float64]:
             part = slice(head * config.head_dim, (head + 1) * config.head_dim)
             qh, kh, vh = rotated(q[:, part]), rotated(k[:, part]), v[:, part]
             for i in range(n):
-                score = np.array([qh[i] @ kh[j] for j in range(i + 1)]) / np.sqrt(config.head_dim)
+                first = 0 if config.window is None else max(0, i + 1 - config.window)
+                score = np.array([qh[i] @ kh[j] for j in range(first, i + 1)]) / np.sqrt(config.head_dim)
                 weight = np.exp(score - score.max())
-                mixed[i, part] = (weight / weight.sum()) @ vh[: i + 1]
+                mixed[i, part] = (weight / weight.sum()) @ vh[first : i + 1]
         x = x + mixed @ layer.out
         up = norm(x) @ layer.up
         x = x + (up / (1 + np.exp(-up))) @ layer.down
@@ -81,6 +84,42 @@ def model() -> NumpyModel:
 def test_paged_attention_equals_dense(config: ModelConfig, text: bytes) -> None:
     logits = NumpyModel(config, N_BLOCKS, PAGE).logits(make_arrays([(text, len(text), shuffled_blocks(len(text), 1))]))
     np.testing.assert_allclose(logits[0], dense_logits(config, text), rtol=0, atol=F32_TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, 33])
+@pytest.mark.parametrize("n_cached", [0, 7, 31])
+def test_window_equals_dense(window: int, n_cached: int) -> None:
+    config, text = replace(SMALL, window=window), b"a prompt over several pages, read"
+    model, blocks = NumpyModel(config, N_BLOCKS, PAGE), shuffled_blocks(len(text), 1)
+    if n_cached:
+        model.logits(make_arrays([(text[:n_cached], n_cached, blocks)]))
+    n_passed = max(0, n_cached - window + 1)  # no query sees these
+    for cache in (*model.k_cache, *model.v_cache):
+        cache[[0, *set(range(N_BLOCKS)) - set(blocks), *blocks[: n_passed // PAGE]]] = np.nan
+    logits = model.logits(
+        make_arrays([(text, len(text) - n_cached, [0] * (n_passed // PAGE) + blocks[n_passed // PAGE :])])
+    )
+    np.testing.assert_allclose(logits[0], dense_logits(config, text), rtol=0, atol=F32_TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_every_new_token_has_its_next(window: int | None) -> None:
+    config = replace(SMALL, window=window)
+    model, text = NumpyModel(config, N_BLOCKS, PAGE), b"verify me"
+    model.forward(make_arrays([(text[:4], 4, [3, 5, 8])]))
+    arrays = make_arrays([(text, 5, [3, 5, 8]), (b"x", 1, [9])], n_padded=1)
+    expected = [int(dense_logits(config, text[:n]).argmax()) for n in range(5, 10)]
+    every = model.forward_all(arrays)
+    assert every[:6].tolist() == [*expected, int(dense_logits(config, b"x").argmax())]
+    assert model.forward(arrays).tolist() == [every[4], every[5], every[6]]
+
+
+def test_row_may_read_what_another_row_of_the_forward_writes(model: NumpyModel) -> None:
+    text = b"twelve bytes and more"
+    shared = make_arrays([(text[:12], 12, [1, 2, 3]), (text, 9, [1, 2, 3, 4, 5, 6])])
+    for order in (shared, make_arrays([(text, 9, [11, 12, 13, 4, 5, 6]), (text[:12], 12, [11, 12, 13])])):
+        row = int(order.seq_lens.argmax())
+        np.testing.assert_allclose(model.logits(order)[row], dense_logits(SMALL, text), rtol=0, atol=F32_TOLERANCE)
 
 
 @pytest.mark.parametrize("ends", [(5, 6, 30), (16, 17, 18, 30), tuple(range(1, 31))])
@@ -172,6 +211,11 @@ def test_weights_are_a_function_of_the_configuration() -> None:
 
 def test_norm_has_unit_mean_square() -> None:
     assert np.mean(rms_norm(np.array([[3.0, -4.0]], np.float32)) ** 2) == pytest.approx(1.0)
+
+
+def test_empty_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="window is 0"):
+        ModelConfig(window=0)
 
 
 def test_odd_head_dim_is_refused() -> None:

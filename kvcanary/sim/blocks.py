@@ -88,6 +88,14 @@ class BlockAllocator:
             self._block_of[key] = block
             self._key_of[block] = key
 
+    def unpublish(self, block: int) -> None:
+        """Take a block that was not written after all out of the index, if it is there; its owners keep it."""
+        if self.ref_counts[block] == 0:
+            raise ValueError(f"block {block} is not referenced: only a live block can be taken out of the index")
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key]
+
     def match(self, tokens: NDArray[np.int32]) -> list[int]:
         """The longest chain of indexed blocks that holds a prefix of `tokens: i32[n]`; takes no reference."""
         found: list[int] = []
@@ -97,6 +105,19 @@ class BlockAllocator:
                 break
             found.append(block)
         return found
+
+    def match_window(self, tokens: NDArray[np.int32], window: int) -> list[int]:
+        """The longest prefix of whole blocks of which those that its next query sees (one at least) are indexed.
+
+        Blocks before these are 0, the reserved block, indexed or not; takes no reference.
+        """
+        n_blocks = len(tokens) // self.page_size
+        known = [self._block_of.get(prefix_key(tokens, (i + 1) * self.page_size), 0) for i in range(n_blocks)]
+        for n in range(n_blocks, 0, -1):
+            first = min(max(n * self.page_size - window + 1, 0) // self.page_size, n - 1)
+            if 0 not in known[first:n]:
+                return [0] * first + known[first:n]
+        return []
 
     def n_unreferenced(self, blocks: Sequence[int]) -> int:
         """How many of `blocks` are cached: sharing them lowers `n_available` by that many."""

@@ -245,6 +245,8 @@ class CudaModel:
 
 def _check_sizes(config: ModelConfig) -> None:
     mlp = config.width * config.mlp_ratio
+    if config.window is not None:
+        raise ValueError(f"window is {config.window}; the GPU model attends to all keys: window=None, or NumpyModel")
     for name, value, high in (
         ("n_heads * head_dim", config.width, MAX_WIDTH),
         ("n_heads * head_dim * mlp_ratio", mlp, MAX_MLP),

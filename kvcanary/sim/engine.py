@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcanary.sim.blocks import BlockAllocator
+from kvcanary.sim.habits import Habits
 from kvcanary.sim.scheduler import Request, Scheduler, Share
 from kvcanary.sim.step_arrays import StepArrays
 
@@ -23,6 +24,13 @@ class Model(Protocol):
 
     def forward(self, arrays: StepArrays) -> NDArray[np.int32]:
         """Next token i32[rows] of every row, padding included."""
+
+
+class VerifyingModel(Model, Protocol):
+    """What the engine asks besides of a model that verifies drafts."""
+
+    def forward_all(self, arrays: StepArrays) -> NDArray[np.int32]:
+        """The same forward; next token i32[tokens] behind every new token."""
 
 
 class Guard(Protocol):
@@ -60,6 +68,12 @@ class StepInfo:
     finished: tuple[Request, ...]
 
 
+def window_of(model: object) -> int | None:
+    """Keys that a query of the model sees, its own included; None = all."""
+    window: int | None = getattr(getattr(model, "config", None), "window", None)
+    return window
+
+
 def power_of_two_buckets(max_requests: int) -> tuple[int, ...]:
     """1, 2, 4, ... below `max_requests`, then `max_requests` itself."""
     return (*(1 << i for i in range((max_requests - 1).bit_length())), max_requests)
@@ -70,7 +84,8 @@ class SimEngine:
 
     A step whose rows bring one token each runs in the smallest of `graph_buckets` that holds them, padded with rows of
     one token; any other step runs in the one bucket of `max_requests` rows and `max_new_tokens` tokens, padded
-    with rows of none. `execute` replaces the eager guarded forward, for a model that replays captured graphs.
+    with rows of none. `execute` replaces the eager guarded forward, for a model that replays captured graphs; with
+    drafts it returns what `VerifyingModel.forward_all` does.
     """
 
     def __init__(
@@ -85,8 +100,10 @@ class SimEngine:
         prefix_sharing: bool = True,
         pad_slot: int = -1,
         execute: Execute | None = None,
+        habits: Habits | None = None,
     ) -> None:
         self.model = model
+        self.habits = habits or Habits()
         self.max_requests = max_requests
         self.max_new_tokens = max_new_tokens
         self.max_len = max_len
@@ -102,6 +119,8 @@ class SimEngine:
             max_new_tokens=max_new_tokens,
             chunk=self.chunk,
             prefix_sharing=prefix_sharing,
+            habits=self.habits,
+            window=window_of(model),
         )
         self.token_history: NDArray[np.int32] = np.full((max_requests, max_len), -1, np.int32)
         self.before_forward: list[Callable[[StepArrays], None]] = []
@@ -150,10 +169,8 @@ class SimEngine:
         with guard.step():
             sampled = self._execute(arrays, guard)
         self.n_steps += 1
-        for share, token in zip(shares, sampled.tolist(), strict=False):
-            if self.scheduler.complete(share, token):
-                request = share.request
-                self.token_history[request.slot, request.n_known - 1] = token
+        for row, share in enumerate(shares):
+            self._book(share, self._choices(arrays, sampled, row, len(share.drafts)))
         finished = tuple(share.request for share in shares if share.request.is_finished)
         info = StepInfo(self.n_steps, arrays, tuple(shares), finished)
         for after in self.after_step:
@@ -179,7 +196,25 @@ class SimEngine:
 
     def _run_eagerly(self, arrays: StepArrays, guard: Guard) -> NDArray[np.int32]:
         with guard.forward(arrays):
+            if self.habits.n_draft:
+                model: VerifyingModel = self.model  # type: ignore[assignment]  # checked at construction
+                return model.forward_all(arrays)
             return self.model.forward(arrays)
+
+    def _choices(self, arrays: StepArrays, sampled: NDArray[np.int32], row: int, n_drafts: int) -> list[int]:
+        """The model's choices after the row's last known token and after each of its drafts."""
+        if not self.habits.n_draft:
+            return [int(sampled[row])]
+        end = int(arrays.query_start_loc[row + 1])
+        return [int(token) for token in sampled[end - 1 - n_drafts : end]]
+
+    def _book(self, share: Share, choices: list[int]) -> None:
+        request, history = share.request, self.token_history[share.request.slot]
+        n_gained = self.scheduler.complete(share, choices)
+        gained = slice(request.n_known - n_gained, request.n_known)
+        history[gained] = request.tokens[gained]
+        if share.drafts:
+            history[request.n_known :] = -1  # the rejected ones
 
     def _fill(self, shares: Sequence[Share]) -> StepArrays:
         is_decode = all(share.n_new == 1 for share in shares)
@@ -195,11 +230,14 @@ class SimEngine:
         return arrays
 
     def _fill_row(self, arrays: StepArrays, share: Share) -> None:
-        request, n_new = share
+        request, n_new, drafts = share
         row, start, prefix = arrays.n_rows, arrays.n_tokens, request.n_computed
         if prefix == request.n_shared_tokens:  # its first step in this request slot
             self.token_history[request.slot] = -1
             self.token_history[request.slot, : request.n_known] = request.known
+        tokens = np.concatenate((request.known, np.array(drafts, np.int32)))
+        if drafts and self.habits.history_drafts:
+            self.token_history[request.slot, request.n_known : len(tokens)] = drafts
         arrays.block_table[row, : len(request.blocks)] = request.blocks
         arrays.seq_lens[row] = prefix + n_new
         arrays.request_slots[row] = request.slot
@@ -207,7 +245,7 @@ class SimEngine:
         positions = np.arange(prefix, prefix + n_new)
         page = self.model.page_size
         new = slice(start, start + n_new)
-        arrays.input_ids[new] = request.tokens[positions]
+        arrays.input_ids[new] = tokens[positions]
         arrays.slot_mapping[new] = arrays.block_table[row, positions // page].astype(np.int64) * page + positions % page
         arrays.n_rows, arrays.n_tokens = row + 1, start + n_new
         arrays.query_start_loc[row + 1] = arrays.n_tokens
@@ -223,5 +261,22 @@ class SimEngine:
         buckets = self.graph_buckets
         if list(buckets) != sorted(set(buckets)) or not buckets or buckets[0] < 1 or buckets[-1] != self.max_requests:
             raise ValueError(f"graph_buckets {buckets} must rise from >= 1 to max_requests ({self.max_requests})")
+        self._check_habits()
         if self.pad_slot not in (-1, 0):
             raise ValueError(f"pad_slot is {self.pad_slot}, must be -1 (write nothing) or 0 (the reserved block)")
+
+    def _check_habits(self) -> None:
+        if self.habits.n_draft:
+            n_needed = self.max_requests * (1 + self.habits.n_draft)
+            if self.max_new_tokens < n_needed:
+                raise ValueError(
+                    f"max_new_tokens {self.max_new_tokens} must be >= {n_needed}: a token and "
+                    f"n_draft {self.habits.n_draft} drafts of every running request"
+                )
+            if not hasattr(self.model, "forward_all"):
+                raise ValueError(
+                    f"n_draft is {self.habits.n_draft}: {type(self.model).__name__} has no forward_all "
+                    "to verify drafts with, choose 0"
+                )
+        if self.habits.frees_window and window_of(self.model) is None:
+            raise ValueError("frees_window needs a model with a window: give its configuration one, or choose False")

@@ -9,11 +9,14 @@ from kvcanary import layouts
 from kvcanary.batch import StepBatch
 from kvcanary.layout import KvPool
 from kvcanary.manager import CanaryManager
+from kvcanary.tags import PoolKind
 
 
 def pool_of(model: Any) -> KvPool:
     """The pool of a model that keeps k_cache and v_cache [n_blocks, page_size, n_heads, head_dim] per layer."""
-    return layouts.nhd(k=model.k_cache, v=model.v_cache, page_size=model.page_size)
+    window = getattr(model.config, "window", None)
+    kind = PoolKind.FULL if window is None else PoolKind.SWA
+    return layouts.nhd(k=model.k_cache, v=model.v_cache, page_size=model.page_size, kind=kind, window=window)
 
 
 class CanaryGuard:

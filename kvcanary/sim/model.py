@@ -30,10 +30,13 @@ class ModelConfig:
     seed: int = 0
     qk_scale: float = 2.0  # sharp attention: the output follows the context and does not run into a short cycle
     is_text: bool = True  # samples printable ASCII only
+    window: int | None = None  # keys that a query sees, its own included; None = all before it
 
     def __post_init__(self) -> None:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, must be even and >= 2: rotary positions turn pairs")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}, must be >= 1 (the query's own key), or None for all keys")
 
     @property
     def width(self) -> int:
@@ -116,11 +119,11 @@ class RowGroup:
 
     tokens: NDArray[np.int64]  # [rows, new], index of each new token
     table: I32  # [rows, blocks], as far as the longest of them reaches
-    hidden: Bool  # [rows, 1, new, blocks * page_size], True where a key lies after the query
+    hidden: Bool  # [rows, 1, new, blocks * page_size], True where the query may not see the key
     unread: Bool  # [rows, blocks * page_size], True where no query of the row may look
 
 
-def row_groups(arrays: StepArrays, positions: I32, page_size: int) -> list[RowGroup]:
+def row_groups(arrays: StepArrays, positions: I32, page_size: int, window: int | None = None) -> list[RowGroup]:
     """Single-token rows as one group, every longer row as its own."""
     starts = arrays.query_start_loc[:-1].astype(np.int64)
     n_new = np.diff(arrays.query_start_loc)
@@ -131,8 +134,11 @@ def row_groups(arrays: StepArrays, positions: I32, page_size: int) -> list[RowGr
         tokens = starts[rows][:, None] + np.arange(n_new[rows[0]])
         query = positions[tokens]
         n_blocks = min(int(query.max()) // page_size + 1, arrays.block_table.shape[1])
-        hidden = np.arange(n_blocks * page_size) > query[:, :, None]
-        groups.append(RowGroup(tokens, arrays.block_table[rows, :n_blocks], hidden[:, None], hidden[:, -1]))
+        key = np.arange(n_blocks * page_size)
+        hidden = key > query[:, :, None]
+        if window is not None:
+            hidden |= key <= query[:, :, None] - window
+        groups.append(RowGroup(tokens, arrays.block_table[rows, :n_blocks], hidden[:, None], hidden.all(axis=1)))
     return groups
 
 
@@ -141,6 +147,11 @@ def token_positions(arrays: StepArrays) -> I32:
     n_new = np.diff(arrays.query_start_loc)
     first = np.maximum(arrays.seq_lens - n_new, 0) - arrays.query_start_loc[:-1]
     return (np.repeat(first, n_new) + np.arange(n_new.sum())).astype(np.int32)
+
+
+def last_tokens(arrays: StepArrays) -> NDArray[np.int32]:
+    """Index i32[rows] of each row's last new token."""
+    return np.maximum(arrays.query_start_loc[1:] - 1, 0)
 
 
 class PageReader:
@@ -163,7 +174,7 @@ class PageReader:
 
 
 def attention(query: F32, k: F32, v: F32, group: RowGroup) -> F32:
-    """Causal attention f32[rows, new, heads, head_dim] of `query` (same shape) over `k, v` read through the table."""
+    """Attention f32[rows, new, heads, head_dim] of `query` (same shape) over `k, v` read through the table."""
     v[group.unread] = 0  # a weight of 0 does not silence a NaN left in an unwritten slot
     scores = query.transpose(0, 2, 1, 3) @ k.transpose(0, 2, 3, 1) / np.sqrt(np.float32(query.shape[-1]))
     np.copyto(scores, MASKED, where=group.hidden)
@@ -188,23 +199,40 @@ class NumpyModel:
 
     def forward(self, arrays: StepArrays) -> I32:
         """Write the new tokens' K and V, and return the greedy next token i32[rows] of every row (padding included)."""
-        with np.errstate(over="ignore", invalid="ignore"):  # a damaged cache is computed with, as a GPU would
-            sampled: I32 = self.logits(arrays).argmax(axis=-1).astype(np.int32)
-        return sampled
+        return self._sample(self._hidden(arrays)[last_tokens(arrays)])
+
+    def forward_all(self, arrays: StepArrays) -> I32:
+        """The same forward, returning the greedy next token i32[tokens] behind every new token that a row owns."""
+        return self._sample(self._hidden(arrays))
 
     def logits(self, arrays: StepArrays) -> F32:
         """The same forward, returning f32[rows, vocab] at each row's last new token."""
+        return self._logits(self._hidden(arrays)[last_tokens(arrays)])
+
+    def _sample(self, x: F32) -> I32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            sampled: I32 = self._logits(x).argmax(axis=-1).astype(np.int32)
+        return sampled
+
+    def _logits(self, x: F32) -> F32:
+        return rms_norm(x) @ self.weights.head + self.weights.logit_bias
+
+    def _hidden(self, arrays: StepArrays) -> F32:
+        """Hidden states f32[tokens, width] after the last layer; a layer's K and V are all written before any is read.
+
+        So a row may read blocks that another row writes in the same forward.
+        """
         positions = token_positions(arrays)
         n_tokens = len(positions)  # tokens that no row owns are not computed
         angles = rotary_angles(positions, self.config.head_dim)
-        groups = row_groups(arrays, positions, self.page_size)
+        groups = row_groups(arrays, positions, self.page_size, self.config.window)
         x = self.weights.embed[arrays.input_ids[:n_tokens]]
         slots = arrays.slot_mapping[:n_tokens]
-        for index, layer in enumerate(self.weights.layers):
-            x = x + self._attention(index, x, angles, slots, groups)
-            x = x + silu(rms_norm(x) @ layer.up) @ layer.down
-        last = np.maximum(arrays.query_start_loc[1:] - 1, 0)
-        return rms_norm(x[last]) @ self.weights.head + self.weights.logit_bias
+        with np.errstate(over="ignore", invalid="ignore"):  # a damaged cache is computed with, as a GPU would
+            for index, layer in enumerate(self.weights.layers):
+                x = x + self._attention(index, x, angles, slots, groups)
+                x = x + silu(rms_norm(x) @ layer.up) @ layer.down
+        return x
 
     def _attention(
         self, index: int, x: F32, angles: tuple[F32, F32], slots: NDArray[np.int64], groups: list[RowGroup]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcanary.sim.blocks import BlockAllocator
+from kvcanary.sim.habits import Habits
 
 NO_SLOT = -1
 
@@ -27,6 +29,8 @@ class Request:
     n_computed: int = 0  # tokens whose K and V are in the cache
     n_published: int = 0  # leading blocks offered to the prefix index
     n_shared_tokens: int = 0  # tokens found in the prefix index at admission
+    n_passed: int = 0  # leading `blocks` that have left the window: freed, perhaps another's by now
+    n_preemptions: int = 0
     slot: int = NO_SLOT  # request slot while it runs
     blocks: list[int] = field(default_factory=list)
     is_finished: bool = False
@@ -64,90 +68,205 @@ class Share(NamedTuple):
     """A request's part of one step."""
 
     request: Request
-    n_new: int  # tokens
+    n_new: int  # tokens, drafts included
+    drafts: tuple[int, ...] = ()  # proposed for the positions behind the known tokens
 
 
 class Scheduler:
     """Continuous batching: decodes first, then running prefills, then admissions in order of arrival.
 
-    A request is admitted only when all blocks it can ever need are there, and takes them as it grows. Preemption would
-    admit earlier, let `_grow` free a victim's blocks, and put that request, with `n_computed` 0, before the waiting.
+    By default a request is admitted only when all blocks it can ever need are there, and takes them as it grows. With
+    `Habits.overcommit` the blocks of its first share are enough; when they run out, the youngest request loses all of
+    its blocks and waits, before all others, to be computed anew.
     """
 
     def __init__(
-        self, allocator: BlockAllocator, *, max_requests: int, max_new_tokens: int, chunk: int, prefix_sharing: bool
+        self,
+        allocator: BlockAllocator,
+        *,
+        max_requests: int,
+        max_new_tokens: int,
+        chunk: int,
+        prefix_sharing: bool,
+        habits: Habits | None = None,
+        window: int | None = None,
     ) -> None:
         self.allocator = allocator
         self.max_new_tokens = max_new_tokens
         self.chunk = chunk
         self.prefix_sharing = prefix_sharing
+        self.habits = habits or Habits()
+        self.window = window
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # the youngest, the one admitted last, at the end
         self._free_slots = list(range(max_requests))  # a heap: the lowest goes first
+        self._planned: list[Share] = []  # not completed yet
+        self._admitted: list[Request] = []  # by that plan
 
+    # ---- a step ------------------------------------------------------------------------------------------------------
     def n_blocks_needed(self, request: Request) -> int:
         """Blocks of the request at its longest; the token sampled last is never fed, so it needs no slot."""
         return -(-(len(request.tokens) - 1) // self.allocator.page_size)
 
     def plan(self) -> list[Share]:
         """Choose the next step's shares and give each request the blocks for them."""
-        budget = self.max_new_tokens
-        shares: list[Share] = []
+        if self.habits.shares_early:
+            self._retract_plan()  # its forward raised: what it published was not written
+        shares = self._planned = []
+        n_waiting = len(self.waiting)
         for request in sorted(self.running, key=lambda request: request.n_pending > 1):
-            budget -= self._take(request, budget, shares)
-        while budget and self.waiting and self._admit(self.waiting[0]):
-            budget -= self._take(self.waiting.popleft(), budget, shares)
+            if request.slot != NO_SLOT:  # not preempted for one before it
+                self._take(request, shares, self._drafts(request))
+        self._publish_early(shares)
+        while len(self.waiting) <= n_waiting and self.waiting and self._admit(self.waiting[0], self._budget(shares)):
+            self._admitted.append(self.waiting.popleft())
+            n_waiting -= 1
+            self._take(self._admitted[-1], shares)
+            self._publish_early(shares[-1:])
         return shares
 
-    def complete(self, share: Share, sampled: int) -> bool:
-        """Book a share whose forward has run, and return whether `sampled` became the request's next token."""
-        request, n_new = share
-        request.n_computed += n_new
+    def complete(self, share: Share, sampled: Sequence[int]) -> int:
+        """Book a share whose forward has run; returns how many tokens the request gained.
+
+        Drafts are accepted up to the first that the model would not have sampled. The request's length ends behind the
+        accepted ones; the slots of the others hold leftovers until they are written anew.
+
+        Args:
+            sampled: the model's choice after the last known token, then after each draft; it counts only if the share
+                reaches that token.
+        """
+        request, n_new, drafts = share
+        self._planned, self._admitted = [], []
+        request.n_computed += n_new - len(drafts)
+        n_known = request.n_known
+        if request.n_pending == 0:
+            n_right = next((i for i, draft in enumerate(drafts) if draft != sampled[i]), len(drafts))
+            for token in sampled[: n_right + 1]:
+                if not request.is_finished:
+                    request.append(token)
+            request.n_computed += max(request.n_known - n_known - 1, 0)
         if self.prefix_sharing:
-            self._publish(request)
-        is_sampled = request.n_pending == 0
-        if is_sampled:
-            request.append(sampled)
+            self._publish(request, request.n_computed)
         if request.is_finished:
             self._release(request)
-        return is_sampled
+        return request.n_known - n_known
 
-    def _take(self, request: Request, budget: int, shares: list[Share]) -> int:
-        n_new = min(request.n_pending, self.chunk, budget)
+    def _budget(self, shares: Sequence[Share]) -> int:
+        return self.max_new_tokens - sum(share.n_new for share in shares)
+
+    def _drafts(self, request: Request) -> tuple[int, ...]:
+        """Proposals for a decode row, never more than the request has room for behind the token they are fed with."""
+        n = min(self.habits.n_draft, len(request.tokens) - request.n_known - 1)
+        return tuple(self.habits.draft_rule(request.known, n))[:n] if n > 0 and request.n_pending == 1 else ()
+
+    def _take(self, request: Request, shares: list[Share], drafts: tuple[int, ...] = ()) -> None:
+        n_new = min(request.n_pending, self.chunk, self._budget(shares))
         if n_new:
-            self._grow(request, request.n_computed + n_new)
-            shares.append(Share(request, n_new))
-        return n_new
+            self._free_passed(request)
+            n_new += len(drafts)
+            if self._grow(request, request.n_computed + n_new, shares):
+                shares.append(Share(request, n_new, drafts))
 
-    def _grow(self, request: Request, n_tokens: int) -> None:
-        n_blocks = -(-n_tokens // self.allocator.page_size)
-        request.blocks += self.allocator.allocate(n_blocks - len(request.blocks))
+    # ---- blocks ------------------------------------------------------------------------------------------------------
+    def _grow(self, request: Request, n_tokens: int, shares: list[Share]) -> bool:
+        """Give the request blocks for `n_tokens`, at the cost of younger ones; False: it was itself the youngest."""
+        n_missing = self._n_blocks(n_tokens) - len(request.blocks)
+        while self.habits.overcommit and n_missing > self.allocator.n_available:
+            victim = self.running[-1]
+            self._preempt(victim)
+            shares[:] = [share for share in shares if share.request is not victim]
+            if victim is request:
+                return False
+        request.blocks += self.allocator.allocate(max(n_missing, 0))
+        return True
 
-    def _admit(self, request: Request) -> bool:
+    def _n_blocks(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.allocator.page_size)
+
+    def _free_passed(self, request: Request) -> None:
+        if self.habits.frees_window:
+            passed = slice(request.n_passed, max(request.n_passed, self._n_outside(request)))
+            self.allocator.free(request.blocks[passed])
+            request.n_passed = passed.stop
+            if not self.habits.keeps_stale_ids:
+                request.blocks[passed] = [0] * (passed.stop - passed.start)
+
+    def _n_outside(self, request: Request) -> int:
+        """Leading blocks of which the next query, at position `n_computed`, and all later ones see nothing."""
+        assert self.window is not None
+        return max(request.n_computed - self.window + 1, 0) // self.allocator.page_size
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+    def _admit(self, request: Request, budget: int) -> bool:
         hits = self._prefix_hits(request)
-        promised = sum(self.n_blocks_needed(other) - len(other.blocks) for other in self.running)
-        available = self.allocator.n_available - self.allocator.n_unreferenced(hits) - promised
-        if not self._free_slots or self.n_blocks_needed(request) - len(hits) > available:
+        found = [block for block in hits if block]  # 0 = behind the window, needed by nobody
+        available = self.allocator.n_available - self.allocator.n_unreferenced(found)
+        n_shared = len(hits) * self.allocator.page_size
+        if self.habits.overcommit:
+            n_needed = self._n_blocks(n_shared + min(request.n_known - n_shared, self.chunk, budget))
+        else:
+            n_needed = self.n_blocks_needed(request)
+            available -= sum(self.n_blocks_needed(other) - len(other.blocks) for other in self.running)
+        if not budget or not self._free_slots or n_needed - len(hits) > available:
             return False
-        self.allocator.share(hits)
+        request.n_passed = len(hits) - len(found)
+        self.allocator.share(found)
         request.blocks = hits
         request.n_published = len(hits)
-        request.n_computed = request.n_shared_tokens = len(hits) * self.allocator.page_size
+        request.n_computed = request.n_shared_tokens = n_shared
         request.slot = heapq.heappop(self._free_slots)
         self.running.append(request)
         return True
 
-    def _prefix_hits(self, request: Request) -> list[int]:
-        """Shared blocks, never all of the request: its last token must be computed to sample the next one."""
-        return self.allocator.match(request.known[:-1]) if self.prefix_sharing else []
-
-    def _publish(self, request: Request) -> None:
-        while (request.n_published + 1) * self.allocator.page_size <= request.n_computed:
-            self.allocator.publish(request.tokens, request.n_published, request.blocks[request.n_published])
-            request.n_published += 1
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue, with nothing computed; its full blocks stay in the prefix index."""
+        self._retract(request)
+        self._release(request)
+        request.n_computed = request.n_published = request.n_shared_tokens = 0
+        request.slot = NO_SLOT
+        request.n_preemptions += 1
+        self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
         self.running.remove(request)
-        self.allocator.free(request.blocks)
+        self.allocator.free(request.blocks[request.n_passed :])
         request.blocks = []
+        request.n_passed = 0
         heapq.heappush(self._free_slots, request.slot)
+
+    # ---- shared prefixes ---------------------------------------------------------------------------------------------
+    def _prefix_hits(self, request: Request) -> list[int]:
+        """Shared blocks, never all of the request: its last token must be computed to sample the next one."""
+        if not self.prefix_sharing:
+            return []
+        if self.habits.hits_window:
+            assert self.window is not None
+            return self.allocator.match_window(request.known[:-1], self.window)
+        return self.allocator.match(request.known[:-1])
+
+    def _publish(self, request: Request, n_tokens: int) -> None:
+        """Offer the blocks that `n_tokens` tokens fill."""
+        while (request.n_published + 1) * self.allocator.page_size <= n_tokens:
+            self.allocator.publish(request.tokens, request.n_published, request.blocks[request.n_published])
+            request.n_published += 1
+
+    def _publish_early(self, shares: Sequence[Share]) -> None:
+        """Offer what the forward to come will write, drafts excluded; from here on nobody is preempted in this plan."""
+        if self.prefix_sharing and self.habits.shares_early:
+            for request, n_new, drafts in shares:
+                self._publish(request, request.n_computed + n_new - len(drafts))
+
+    def _retract(self, request: Request) -> None:
+        """Take back what was offered early and never written."""
+        n_written = request.n_computed // self.allocator.page_size
+        for block in request.blocks[n_written : request.n_published]:
+            self.allocator.unpublish(block)
+        request.n_published = min(request.n_published, n_written)
+
+    def _retract_plan(self) -> None:
+        """Undo a plan that was not completed: those it admitted, perhaps on blocks never written, wait again."""
+        for request in reversed(self._admitted):
+            self._preempt(request)
+        for share in self._planned:
+            self._retract(share.request)
+        self._planned, self._admitted = [], []

@@ -1,4 +1,4 @@
-"""Honest load, and nothing else: the guard must stay silent. ``python -m kvcanary.sim.soak --steps 100000``."""
+"""Honest load of every habit the engine has: the guard stays silent. ``python -m kvcanary.sim.soak --steps 100000``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcanary.config import CanaryConfig
 from kvcanary.manager import CanaryManager
 from kvcanary.sim.engine import SimEngine
 from kvcanary.sim.guard import CanaryGuard, pool_of
+from kvcanary.sim.habits import Habits, ngram_drafts
 from kvcanary.sim.model import ModelConfig, NumpyModel
 
 SMALL = ModelConfig(n_layers=2, n_heads=2, head_dim=16)
@@ -33,13 +35,17 @@ class SoakResult:
 
 
 def soak(seed: int, n_steps: int, on_step: Callable[[int], None] | None = None) -> SoakResult:
-    """Serve random prompts for ``n_steps`` guarded steps on the host backend.
+    """Serve random prompts, with random habits, for ``n_steps`` guarded steps on the host backend.
 
     Raises:
         KvCanaryError: the guard raised over an honest engine: a false alarm.
     """
     rng = np.random.default_rng(seed)
-    model = NumpyModel(SMALL, n_blocks=int(rng.integers(30, 90)), page_size=int(rng.choice([4, 16, 32])))
+    page_size = int(rng.choice([4, 16, 32]))
+    model_config = replace(SMALL, window=random_window(rng, page_size))
+    habits = random_habits(rng, model_config.window)
+    n_blocks = int(rng.integers(21, 45) if habits.overcommit else rng.integers(30, 90))
+    model = NumpyModel(model_config, n_blocks, page_size)
     config = CanaryConfig(
         mode="raise",
         verify_data_every=int(rng.choice([1, 5, 127])),
@@ -56,14 +62,17 @@ def soak(seed: int, n_steps: int, on_step: Callable[[int], None] | None = None) 
         max_len=model.page_size * 20,
         chunk=int(rng.choice([7, 32, 128])),
         pad_slot=int(rng.choice([-1, 0])),
+        habits=habits,
     )
     guard = CanaryGuard(manager)
     families = [rng.integers(32, 127, engine.max_len, dtype=np.uint8).tobytes() for _ in range(4)]
-    n_requests = n_shared = 0
+    asked: list[tuple[bytes, int]] = []
+    n_shared = 0
     for step in range(n_steps):
         while len(engine.scheduler.waiting) + len(engine.scheduler.running) < rng.integers(1, 12):
-            engine.add_request(*_request(rng, families, engine, model))
-            n_requests += 1
+            is_asked_again = asked and rng.random() < 0.25
+            asked.append(asked[rng.integers(len(asked))] if is_asked_again else _request(rng, families, engine, model))
+            engine.add_request(*asked[-1])
         info = engine.step(guard)
         n_shared += sum(r.n_shared_tokens for r in info.finished)
         if on_step is not None:
@@ -73,7 +82,50 @@ def soak(seed: int, n_steps: int, on_step: Callable[[int], None] | None = None) 
     if stats.observations_total or stats.unanchored_rows:
         raise AssertionError(f"seed {seed}: {stats}")
     manager.close()
-    return SoakResult(seed, n_steps, n_requests, n_shared, stats.protected_tokens, stats.data_slots)
+    return SoakResult(seed, n_steps, len(asked), n_shared, stats.protected_tokens, stats.data_slots)
+
+
+def random_window(rng: np.random.Generator, page_size: int) -> int | None:
+    """None, a few tokens, or a few pages."""
+    if rng.random() < 0.5:
+        return None
+    return int(rng.integers(1, 6)) if rng.random() < 0.3 else int(rng.integers(1, 4 * page_size + 1))
+
+
+def random_habits(rng: np.random.Generator, window: int | None) -> Habits:
+    """Each habit on or off; half of the drafting engines draft from what all requests said before."""
+    seen = SeenText()
+    frees_window = window is not None and bool(rng.random() < 0.8)
+    return Habits(
+        overcommit=bool(rng.random() < 0.6),
+        n_draft=int(rng.choice([0, 1, 3, 15], p=[0.4, 0.2, 0.3, 0.1])),
+        draft_rule=seen.drafts if rng.random() < 0.5 else ngram_drafts,
+        history_drafts=bool(rng.random() < 0.5),
+        frees_window=frees_window,
+        hits_window=frees_window and bool(rng.random() < 0.5),
+        keeps_stale_ids=bool(rng.random() < 0.5),
+        shares_early=bool(rng.random() < 0.5),
+    )
+
+
+class SeenText:
+    """A draft rule that learns what came after four tokens in any request: right where a prompt is repeated."""
+
+    ORDER = 4
+
+    def __init__(self) -> None:
+        self._next: dict[bytes, int] = {}
+
+    def drafts(self, known: NDArray[np.int32], n: int) -> list[int]:
+        """At most `n` tokens after `known: i32[any]`."""
+        text = [int(token) for token in known[-2 * self.ORDER :]]
+        for end in range(self.ORDER, len(text)):
+            self._next[bytes(text[end - self.ORDER : end])] = text[end]
+        context, found = text[-self.ORDER :], list[int]()
+        while len(found) < n and (token := self._next.get(bytes(context))) is not None:
+            found.append(token)
+            context = [*context[1:], token]
+        return found
 
 
 def _request(

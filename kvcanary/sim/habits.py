@@ -1,0 +1,47 @@
+"""What real engines do beyond continuous batching: preempt, draft and roll back, free behind a window, share early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_DRAFTS = 15  # the guard keeps its chain at the last 16 lengths: a longer rollback is anchored elsewhere
+
+DraftRule = Callable[[NDArray[np.int32], int], Sequence[int]]
+
+
+def ngram_drafts(known: NDArray[np.int32], n: int) -> list[int]:
+    """At most `n` tokens that followed the last two of `known: i32[any]`, or its last one, where they stood before."""
+    for size in (2, 1):
+        if len(known) > size:
+            windows = np.lib.stride_tricks.sliding_window_view(known[:-1], size)
+            found = np.flatnonzero((windows == known[-size:]).all(axis=1))
+            if len(found):
+                start = int(found[-1]) + size
+                return [int(token) for token in known[start : start + n]]
+    return []
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What an engine does besides; everything is off by default, and nothing of it changes what it says."""
+
+    overcommit: bool = (
+        False  # admit by what the next step needs; when blocks run out, the youngest request is preempted
+    )
+    n_draft: int = 0  # most draft tokens of a decode row; the model must have `forward_all`
+    draft_rule: DraftRule = ngram_drafts  # what proposes them: (known tokens, most drafts) -> drafts
+    history_drafts: bool = True  # drafts stand in `token_history` during their forward; False: -1 until accepted
+    frees_window: bool = False  # blocks wholly before the window of the next query are freed; the model must have one
+    keeps_stale_ids: bool = False  # their block-table entries stay as they were; False: 0, the reserved block
+    hits_window: bool = False  # with frees_window, a prefix hit needs only the blocks in the window of the next query
+    shares_early: bool = False  # blocks may be shared in the same forward that writes them
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n_draft <= MAX_DRAFTS:
+            raise ValueError(f"n_draft is {self.n_draft}, must be in 0..{MAX_DRAFTS}: choose fewer drafts")
+        if self.hits_window and not self.frees_window:
+            raise ValueError("hits_window without frees_window: a hit would have to keep blocks it did not ask for")
