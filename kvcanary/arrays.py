@@ -148,7 +148,7 @@ def _check(view: ArrayView) -> None:
     if any(n < 0 for n in view.shape) or view.itemsize < 1:
         raise _Unusable(f"shape {view.shape}, itemsize {view.itemsize}: give sizes >= 0 and an itemsize >= 1")
     low, high = view.byte_range
-    if view.size and (low <= 0 or high > _MAX_ADDRESS):
+    if (view.size and low <= 0) or not 0 <= view.pointer <= _MAX_ADDRESS or high > _MAX_ADDRESS:
         raise _Unusable(f"{low:#x}..{high:#x} is no memory: give the first element's address, not {view.pointer:#x}")
     if not _DEVICE.fullmatch(view.device):
         raise _Unusable(f"device {view.device!r}: give 'cpu' or 'cuda:N'")

@@ -54,11 +54,12 @@ _REQUIRED = ("query_start_loc", "input_ids", "slot_mapping")
 _PER_TOKEN = ("input_ids", "slot_mapping", "expected_tokens")
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class StepBatch:
     """The arrays of one forward, where the engine keeps them: nothing is copied, a captured graph reads them anew.
 
-    rows <= max_requests; a row without new tokens is padding. Any array that `kvcanary.arrays.view_of` takes.
+    rows <= max_requests; a row without new tokens is padding. Any array that `kvcanary.arrays.view_of` takes. Their
+    contents may change from forward to forward; other arrays are another `StepBatch`.
 
     Attributes:
         block_table: i32[rows, max_blocks] by batch row, of blocks or (``table_entries="slots"``) of slots, or a
@@ -280,6 +281,11 @@ def _check_table(views: Mapping[str, ArrayView], pool: KvPool, rows: int, entrie
         return
     if entries == "slots":
         raise BatchError("table_entries='slots' without a table: give block_table, or kv_indptr and kv_indices")
+    if pool.reserved_blocks:
+        raise BatchError(
+            f"no table, where row r has block r, but pool {pool.name!r} reserves blocks {pool.reserved_blocks}: "
+            "rows there would not be guarded; make the pool of a static cache with reserved_blocks=()"
+        )
     if rows > pool.n_blocks:
         raise BatchError(
             f"{rows} rows without a table, where row r has block r, and pool {pool.name!r} has {pool.n_blocks} blocks: "

@@ -26,6 +26,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "health_check_warmup_steps": (0, 1 << 31),
     "ring_capacity": (1, 1 << 20),
 }
+_OFF = ("off", "0", "false", "no", "none", "disabled")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -38,7 +39,7 @@ class CanaryConfig:
         real_data: which bytes of a slot are digested: "all", "partial" (the first 16 bytes of each chunk), "none".
         verify_data_every: every live byte is re-digested within this many forwards of its request (prime is best).
         full_verify_min_tokens: a row with more new tokens than this has its whole prefix digested.
-        scrub_bytes_per_step: byte budget of the in-graph patrol; 0 = off.
+        scrub_bytes_per_step: byte budget of the in-graph patrol; 0 = off (not in this version).
         sweep_interval: steps between sweeps over the attached resident set; 0 = off.
         stats_print_every_n_steps: steps between stats lines; 0 = off.
         health_check_every_n_steps: steps between health checks; 0 = off.
@@ -46,10 +47,10 @@ class CanaryConfig:
         health_policy: what a stalled guard does: "raise", "log", or "as-mode" (raise in mode "raise").
         ring_capacity: violation records that can wait for the host.
         on_unwritten: "adopt" takes prefix slots that were never stamped into the guard instead of reporting them.
-        lifecycle: judge block ownership (needs the lifecycle calls).
+        lifecycle: judge block ownership (not in this version).
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
-        black_box_path: where to write the black box; None = nowhere.
+        black_box_path: where to write the black box; None = nowhere (not in this version).
     """
 
     mode: str = "log"
@@ -93,6 +94,8 @@ class CanaryConfig:
             ConfigError: an unknown ``KVCANARY_`` variable or keyword, or a value that does not parse.
         """
         env = os.environ if environ is None else environ
+        if env.get(ENV_PREFIX + "MODE", "").strip().lower() in _OFF:
+            return cls(mode="off")  # whatever else is set, and however badly: the switch must work
         hints = get_type_hints(cls)
         names = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 from kvcanary.backends import Backend
 from kvcanary.backends.host import HostBackend
@@ -23,7 +24,7 @@ def check_capacities(pools: Sequence[KvPool], max_requests: int, max_new_tokens:
     if len(set(names)) != len(names):
         raise ConfigError(f"pool names {', '.join(names)}: give each pool a name of its own")
     for name, value, high in (("max_requests", max_requests, 1 << 20), ("max_new_tokens", max_new_tokens, 1 << 30)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= high:
             raise ConfigError(f"{name}={value!r}: give an integer from 1 to {high}")
     if len({p.device for p in pools if p.device}) > 1:
         raise ConfigError("the pools lie on several devices: make a manager per device")

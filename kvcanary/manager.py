@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from kvcanary.observers import (
     StepFacts,
     ViolationObserver,
 )
-from kvcanary.phases import PhaseChecker
+from kvcanary.phases import Phase, PhaseChecker
 from kvcanary.prove import Proof, prove_batch
 from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
@@ -68,7 +68,7 @@ class CanaryManager:
         backend: str | Callable[..., Backend] = "auto",
     ) -> None:
         self.config = config
-        self.pools = tuple(pools)
+        self.pools = (pools,) if isinstance(pools, KvPool) else tuple(pools)
         self.max_requests = max_requests
         self.max_new_tokens = max_new_tokens
         self._phases = PhaseChecker()
@@ -76,6 +76,8 @@ class CanaryManager:
         self._step = 0
         self._n_counted_steps = 0
         self._is_idle = False
+        self._inputs_seen: set[str] = set()
+        self.n_observer_errors = 0  #: steps at which an observer raised something that is not ours (a log handler, say)
         self._is_paused = False
         self._stream: Any = None
         self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = weakref.WeakKeyDictionary()
@@ -122,8 +124,11 @@ class CanaryManager:
 
     @property
     def taint(self) -> Any:
-        """u32[max_requests] on the device, at a fixed address: reason bits of each batch row of the step at hand."""
-        return self.state.taint
+        """u32[max_requests] on the device, at a fixed address: reason bits of each batch row of the step at hand.
+
+        None when the guard is off.
+        """
+        return None if self._backend is None else self._backend.state.taint
 
     @property
     def alarm_address(self) -> int:
@@ -241,17 +246,27 @@ class CanaryManager:
         errors: list[KvCanaryError] = []
         # The order is violations, health, stats; the totals in the facts are those after the first.
         for observer in (self._violations, self._health, self._stats_logger):
+            if self._phases.phase is Phase.CLOSED:  # a callback closed the manager
+                return
             try:
                 observer.step(self._facts(self._backend))
             except KvCanaryError as error:  # the others still get their step; the first error is the one raised
                 errors.append(error)
+            except Exception:  # a log handler that raises is not the engine's problem
+                self.n_observer_errors += 1
+                with suppress(Exception):
+                    logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
+        with suppress(Exception):
+            self._note_dropped()
+            for later in errors[1:]:
+                logger.error("%s", later)
+        if errors:
+            raise errors[0]
+
+    def _note_dropped(self) -> None:
         newest = self._newest_snapshot()
         if newest is not None:
             self._violations.note_dropped(newest.word(abi.STATE_DROPPED))
-        for later in errors[1:]:
-            logger.error("%s", later)
-        if errors:
-            raise errors[0]
 
     def _facts(self, backend: Backend) -> StepFacts:
         return StepFacts(
@@ -260,7 +275,7 @@ class CanaryManager:
             state=backend.state,
             n_counted_steps=self._n_counted_steps,
             sweep_passes=self._sweep.sweep_passes,
-            is_sweeping=self._sweep.is_sweeping,
+            n_sweeps=dict(self._sweep.n_sweeps),
             violations_total=self._violations.violations_total,
             observations_total=self._violations.observations_total,
         )
@@ -275,13 +290,20 @@ class CanaryManager:
         known = self._bound.setdefault(batch, {})
         if key not in known:
             self._phases.need_open("head()")
-            chosen = range(len(self.pools)) if pools is None else [self._pool_index(p) for p in pools]
+            chosen = range(len(self.pools)) if pools is None else self._choose_pools(pools)
             bound = batch.validate(
                 [self.pools[i] for i in chosen], self.max_requests, self.max_new_tokens, self._device_kind
             )
             calls = [self.backend.bind(i, b, is_first) for i, b in zip(chosen, bound, strict=True)]
             known[key] = _Bound(calls, bound)
+            self._inputs_seen |= {n for n in StepBatch.__dataclass_fields__ if getattr(batch, n) is not None}
         return known[key]
+
+    def _choose_pools(self, pools: Sequence[str | int]) -> list[int]:
+        chosen = [] if isinstance(pools, str) else [self._pool_index(p) for p in pools]
+        if not chosen or len(set(chosen)) != len(chosen):
+            raise ConfigError(f"pools={pools!r}: give a list of pool names or numbers, each once, or None for all")
+        return chosen
 
     def _pool_index(self, pool: str | int) -> int:
         names = [p.name for p in self.pools]
@@ -344,6 +366,8 @@ class CanaryManager:
         Raises:
             BatchError: no row of the batch has a position that was written and digested.
         """
+        if self._backend is None:
+            return Proof((), is_off=True)
         backend = self._host_driven("prove()")
         bound = self._bind(batch, True, None)
         return prove_batch(backend, self.pools, self.config, list(zip(bound.calls, bound.batches, strict=True)), stream)
@@ -376,10 +400,7 @@ class CanaryManager:
 
     def describe(self) -> str:
         """Per pool: bytes per slot, memory, expected cost, and which reasons are on, or off for lack of which input."""
-        used: set[str] = set()
-        for batch in self._bound:
-            used |= {name for name in StepBatch.__dataclass_fields__ if getattr(batch, name) is not None}
-        return describe_pools(self.config, self.pools, self.max_requests, used if len(self._bound) else None)
+        return describe_pools(self.config, self.pools, self.max_requests, set(self._inputs_seen) or None)
 
     @staticmethod
     def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:
@@ -403,10 +424,11 @@ class CanaryManager:
             self._violations.poll()
             for handler in self._handlers:
                 handler.drain()
+            self._violations.note_dropped(int(self._backend.snapshot_words()[abi.STATE_DROPPED]))
 
     def close(self) -> None:
         """Give everything back; waits for the device. Graphs with the guard's launches must not be replayed after."""
-        if self._backend is None or self._phases.phase.name == "CLOSED":
+        if self._backend is None or self._phases.phase is Phase.CLOSED:
             return
         self._phases.close()
         self._open_forward = None

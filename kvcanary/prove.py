@@ -36,13 +36,16 @@ class Proof:
     """Outcome of `CanaryManager.prove`."""
 
     planes: tuple[PlaneProof, ...]
+    is_off: bool = False  #: mode "off": there is no guard to prove anything of
 
     @property
     def ok(self) -> bool:
-        """Whether there was something to prove and every plane was named."""
-        return bool(self.planes) and all(p.is_named for p in self.planes)
+        """Whether every plane was named, and there was one; with the guard off there is nothing to doubt."""
+        return self.is_off or (bool(self.planes) and all(p.is_named for p in self.planes))
 
     def __str__(self) -> str:
+        if not self.planes:
+            return "kvcanary is off" if self.is_off else "no plane is digested (real_data='none')"
         lines = [f"{sum(p.is_named for p in self.planes)} of {len(self.planes)} planes named"]
         lines += [
             f"  pool {p.pool!r}, layer {p.layer}, plane {p.plane!r}, slot {p.slot}: {p.found}"
@@ -60,6 +63,9 @@ def prove_batch(
     stream: Any,
 ) -> Proof:
     """Flip, look and restore, plane after plane, in every pool that digests anything; waits for the device."""
+    frozen = next((p.label for call, _ in bound for p in pools[call.pool].planes if p.view.readonly), None)
+    if frozen is not None:
+        raise BatchError(f"prove(): {frozen} is read-only, no bit of it can be flipped: prove with writable arrays")
     backend.synchronize()
     proofs: list[PlaneProof] = []
     for call, batch in bound:
@@ -112,7 +118,8 @@ def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatc
         register_claims=np.zeros(0, np.uint64), state=np.zeros(0), max_requests=0,
     )  # fmt: skip
     for r in range(batch.rows):
-        positions = np.arange(ref.row_length(batch, r))
+        capacity = int(ref.table_entries(batch, np.array([r]))[0]) * batch.table_page
+        positions = np.arange(max(0, min(ref.row_length(batch, r), capacity)))
         at = ref.table_slots(facts, batch, np.full(len(positions), r), positions)
         inside = np.flatnonzero(at.status == ref.OK)
         stamps = backend.read_stamps(call.pool, at.slot[inside])

@@ -28,7 +28,9 @@ class SweepOrchestrator:
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
-        self.sweep_passes = 0  #: sweeps over all attached resident sets
+        self.sweep_passes = 0  #: sweeps over all attached resident sets in which there was something to check
+        self.n_sweeps: dict[int, int] = {}  #: pool -> sweeps launched for it
+        self._launched = False
         self._providers: dict[int, ResidentSet] = {}
         self._due: list[int] = []
 
@@ -57,11 +59,15 @@ class SweepOrchestrator:
         while self._due:
             pool = self._due[0]
             resident = self._ask(pool)
-            if resident is not None and not backend.sweep(pool, resident, stream):
-                return
+            if resident is not None:
+                if not backend.sweep(pool, resident, stream):
+                    return
+                self.n_sweeps[pool] = self.n_sweeps.get(pool, 0) + 1
+                self._launched = True
             self._due.pop(0)
             if not self._due:
-                self.sweep_passes += 1
+                self.sweep_passes += self._launched
+                self._launched = False
 
     def _ask(self, pool: int) -> Resident | None:
         try:
@@ -86,8 +92,8 @@ def check_resident(answer: Resident | Sequence[Any]) -> Resident | None:
         if array is None and name == "tokens":
             continue
         view = view_of(array, name, BatchError)
-        if len(view.shape) != 1 or view.itemsize != 4 or not view.is_contiguous:
-            raise BatchError(f"{name} has shape {view.shape}, {view.itemsize} bytes an entry: give contiguous int32[n]")
+        if len(view.shape) != 1 or view.itemsize != 4 or view.dtype not in ("", "int32") or not view.is_contiguous:
+            raise BatchError(f"{name} is {view.dtype or view.itemsize}{list(view.shape)}: give a contiguous int32[n]")
         if n is not None and view.shape[0] != n:
             raise BatchError(f"{name} has {view.shape[0]} entries, slots has {n}: give one per slot")
         n = view.shape[0]

@@ -66,7 +66,10 @@ class CanaryLaunchTag(IntEnum):
 
 
 class Reason(IntFlag):
-    """Why a slot, a write or a row was reported; DESIGN section 2 has the predicates."""
+    """Why a slot, a write or a row was reported.
+
+    STALE_EPOCH, FOREIGN_WRITE and NONFINITE_RESERVED belong to parts of the guard that this version does not have.
+    """
 
     CHAIN = 1
     POSITION = 2

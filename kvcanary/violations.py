@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvcanary import abi
 from kvcanary.hashing import mix64_int
-from kvcanary.tags import CanaryLaunchTag, Detail, Reason
+from kvcanary.tags import CanaryLaunchTag, Detail, Reason, Stage
 
 # What a reason says, and what is usually behind it; in the order of telling, since the first says most about the cause.
 READINGS: dict[Reason, tuple[str, str]] = {
@@ -69,6 +69,28 @@ _HALF_WRITTEN = (
     "its HEAD and TAIL stamps come from different forwards, both of which completed",
     "a copy or transfer that moved only some of the layers, or a write that reached only one of the two stamps",
 )
+_NO_BLOCK = (
+    "the entry names no block that can hold KV: it is negative, evicted, or a reserved block",
+    "a table row cleared or cut too early; reserved_blocks=() if your engine hands out block 0",
+)
+_NOT_ARRIVED = (
+    "this forward's write did not arrive in the slot that the block table gives for it",
+    "a slot mapping of another step or graph, or a table that changed while the forward ran",
+)
+_BAD_ROWS: dict[Detail, tuple[str, str]] = {
+    Detail.SEQ_LEN: (
+        "the row is longer than its table row",
+        "seq_lens or block table of another step, or a table that is too narrow",
+    ),
+    Detail.QUERY_START_LOC: (
+        "the row's token range is not ascending inside the batch, so the row was not judged",
+        "query_start_loc of another step, overwritten, or not padded behind the last row",
+    ),
+    Detail.REQUEST_SLOT: (
+        "the request slot is at or above max_requests, so the row has neither register nor history",
+        "request_slots overwritten, or max_requests smaller than the engine's",
+    ),
+}
 # What `slot` holds: its key, and its words when it is no slot of the pool.
 _PLACES: dict[Detail, tuple[str, str]] = {
     Detail.SLOT: ("slot", "slot {}"),
@@ -200,8 +222,16 @@ class Violation:
         return "; ".join(parts)
 
     def _reading(self, reason: Reason) -> tuple[str, str]:
-        is_half = reason == Reason.UNWRITTEN and self.detail == Detail.UNFINISHED
-        return _HALF_WRITTEN if is_half else READINGS[reason]
+        if reason == Reason.UNWRITTEN:
+            if self.detail == Detail.UNFINISHED:
+                return _HALF_WRITTEN
+            if self.detail == Detail.TABLE_ENTRY:
+                return _NO_BLOCK
+            if self.tag.stage == Stage.TAIL:
+                return _NOT_ARRIVED
+        if reason == Reason.OUT_OF_RANGE and self.detail in _BAD_ROWS:
+            return _BAD_ROWS[self.detail]
+        return READINGS[reason]
 
     def _names(self) -> str:
         return "|".join(self.reasons.names())
@@ -210,6 +240,8 @@ class Violation:
         return [reason for reason in READINGS if reason in self.reasons]
 
     def _place(self) -> str:
+        if self.detail == Detail.TABLE_ENTRY and Reason.OUT_OF_RANGE in self.reasons and self.slot == self.position:
+            return f"the block table (entry {self.slot}, or there is none: the position lies beyond the row)"
         if self.is_in_pool:
             return f"slot {self.slot} (block {self.slot // self.page_size}, offset {self.slot % self.page_size})"
         return _PLACES[self.detail][1].format(self.slot)

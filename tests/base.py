@@ -60,7 +60,7 @@ def make_facts(state: CanaryDeviceState, step: int, **overrides: Any) -> StepFac
         "stream": None,
         "n_counted_steps": step,
         "sweep_passes": 0,
-        "is_sweeping": False,
+        "n_sweeps": {},
         "violations_total": 0,
         "observations_total": 0,
     }

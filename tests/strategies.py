@@ -98,7 +98,7 @@ MAX_REQUESTS, MAX_NEW_TOKENS, MAX_LEN = 6, 24, 40
 def host_pool(n_blocks: int = 8, page_size: int = 4, **fields: Any) -> KvPool:
     """A small pool in host memory, one layer of K and V."""
     k, v = np.zeros((2, n_blocks, page_size, 2, 4), np.float16)
-    return layouts.nhd(k=[k], v=[v], **fields)
+    return layouts.nhd(k=[k], v=[v], **{"reserved_blocks": (), **fields})
 
 
 @st.composite

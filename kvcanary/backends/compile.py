@@ -17,7 +17,7 @@ from typing import Any
 
 from kvcanary.errors import BackendError
 
-INSTALL = 'pip install "kvcanary[cuda13]" (CUDA 13) or pip install "kvcanary[cuda12]" (CUDA 12)'
+INSTALL = 'pip install "kvcanary[cuda13]" (CUDA 13) or "kvcanary[cuda12]" (CUDA 12); in a checkout -e ".[cuda13]"'
 _PACKAGE = Path(__file__).resolve().parents[1]
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _KERNEL = re.compile(r"\bKVC_KERNEL\s*\([^()]*\)\s*(kvc_\w+)\s*\(")

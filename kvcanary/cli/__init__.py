@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        sys.stderr.close()
+        return 0
     except (KvCanaryError, OSError) as error:
         print(f"kvcanary {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ class StepFacts:
         stream: the step's stream, as the backend names it.
         state: the device state; an observer reads it through a deferred handler only.
         n_counted_steps: steps so far that had a forward and were not paused.
-        sweep_passes: sweeps launched so far while not paused.
-        is_sweeping: whether ``sweep_interval`` is above 0 and a resident set is attached.
+        sweep_passes: sweeps over all resident sets so far, as far as there was something to check.
+        n_sweeps: pool index -> sweeps launched for it so far.
         violations_total: first sightings so far.
         observations_total: violations so far, repeated and dropped ones too.
     """
@@ -28,6 +29,6 @@ class StepFacts:
     state: CanaryDeviceState
     n_counted_steps: int
     sweep_passes: int
-    is_sweeping: bool
+    n_sweeps: Mapping[int, int]
     violations_total: int
     observations_total: int

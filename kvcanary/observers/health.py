@@ -94,7 +94,7 @@ class KernelRunCounterHealthChecker:
         self._pool_names = pool_names
         self._handler = handler
         self._baseline_steps = 0  # labels of the snapshot before, for the deltas
-        self._baseline_sweeps = 0
+        self._baseline_sweeps: Mapping[int, int] = {}
         self._n_resets = 0
 
     def step(self, facts: StepFacts) -> None:
@@ -110,11 +110,11 @@ class KernelRunCounterHealthChecker:
         receive = partial(self._postprocess_on_host, facts=facts, n_resets=self._n_resets)
         self._handler.step(partial(self._compute_on_device, facts), receive, facts.stream)
 
-    def reset(self, n_counted_steps: int, sweep_passes: int) -> None:
+    def reset(self, n_counted_steps: int, n_sweeps: Mapping[int, int]) -> None:
         """The device counters were set to zero on purpose, after this many steps and sweeps: start over from zero."""
         self._n_resets += 1  # snapshots from before it, still in flight, say nothing any more
         self.latest = None
-        self._baseline_steps, self._baseline_sweeps = n_counted_steps, sweep_passes
+        self._baseline_steps, self._baseline_sweeps = n_counted_steps, n_sweeps
 
     def _compute_on_device(self, facts: StepFacts) -> Any:
         """The device words, when a check is due."""
@@ -133,7 +133,7 @@ class KernelRunCounterHealthChecker:
         since = f"since step {before.step}" if before else "since the start"
         n_steps = facts.n_counted_steps - self._baseline_steps
         self.latest = now
-        self._baseline_steps, self._baseline_sweeps = facts.n_counted_steps, facts.sweep_passes
+        self._baseline_steps, self._baseline_sweeps = facts.n_counted_steps, facts.n_sweeps
         if any(self.active_tags.values()) and (verdict.stalled or verdict.fallen):
             self._report(verdict, facts.step, since, n_steps)
 
@@ -141,10 +141,10 @@ class KernelRunCounterHealthChecker:
         """Tags that must have risen since the last snapshot: none without a counted step, SWEEP only after a sweep."""
         if facts.n_counted_steps <= self._baseline_steps:
             return {}
-        if facts.is_sweeping and facts.sweep_passes > self._baseline_sweeps:
-            return self.active_tags
+        swept = {pool for pool, n in facts.n_sweeps.items() if n > self._baseline_sweeps.get(pool, 0)}
         return {
-            pool: frozenset(tag for tag in tags if tag.stage != Stage.SWEEP) for pool, tags in self.active_tags.items()
+            pool: frozenset(tag for tag in tags if tag.stage != Stage.SWEEP or pool in swept)
+            for pool, tags in self.active_tags.items()
         }
 
     def _report(self, verdict: CounterVerdict, step: int, since: str, n_steps: int) -> None:

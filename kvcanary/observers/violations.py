@@ -23,6 +23,7 @@ Callback: TypeAlias = Callable[[Violation], None]
 
 MAX_SEEN = 65536  # findings remembered; the least recently seen is forgotten first
 MAX_HISTORY = 1024  # violations kept for `violations()`
+MAX_LINES_OF_A_KIND = 100  # then only the 128th, 256th, ... finding with the same reasons
 MAX_LINES = 20  # violations of one step that are written out
 MAX_NEW = 256  # first sightings after which a step reads no further (some 4 ms); the rest waits in the ring
 MAX_RECORDS = 4096  # records of any kind, likewise
@@ -58,6 +59,7 @@ class ViolationObserver:
         self._unraised: deque[Violation] = deque(maxlen=MAX_HISTORY)
         self._callbacks: tuple[Callback, ...] = ()
         self._n_dropped = 0
+        self._n_lines: dict[int, int] = {}
 
     @property
     def observations_total(self) -> int:
@@ -152,9 +154,9 @@ class ViolationObserver:
                 logger.exception("[canary] a violation callback raised: %r", callback)
 
     def _log(self, new: tuple[Violation, ...]) -> None:
-        lines = fold_runs(new)
+        lines = [line for line in fold_runs(new) if self._is_worth_a_line(line[0])]
         for first, last in lines[:MAX_LINES]:
-            logger.warning("[canary] violation %s", line_of(first, last))
+            logger.warning("[canary] violation %s%s", line_of(first, last), self._so_far(first))
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug("[canary] %s", first.details())
         if len(lines) > MAX_LINES:
@@ -163,6 +165,15 @@ class ViolationObserver:
                 len(lines) - MAX_LINES,
                 self.violations_total,
             )
+
+    def _is_worth_a_line(self, violation: Violation) -> bool:
+        """The first lines of each kind, then ever fewer: a fault that goes on must not fill the disk."""
+        n = self._n_lines[violation.reasons] = self._n_lines.get(violation.reasons, 0) + 1
+        return n <= MAX_LINES_OF_A_KIND or n & (n - 1) == 0
+
+    def _so_far(self, violation: Violation) -> str:
+        n = self._n_lines[violation.reasons]
+        return f" ({n} findings of this kind so far; most are no longer written)" if n > MAX_LINES_OF_A_KIND else ""
 
     def _raise(self, step: int) -> None:
         with self._lock:

@@ -35,8 +35,8 @@ class Rig:
         self.handler = DelayedDeviceHostHandler(self.staging, "health", depth)
         values = {"health_check_every_n_steps": 2, "health_check_warmup_steps": 0, "health_policy": "raise", **config}
         self.checker = KernelRunCounterHealthChecker(full_config(**values), active, POOL_NAMES[:n_pools], self.handler)
-        self.n_steps = self.n_counted = self.n_sweeps = 0
-        self.is_sweeping = False
+        self.n_steps = self.n_counted = 0
+        self.n_sweeps = dict.fromkeys(range(n_pools), 0)
 
     def launch(self, tags: frozenset[T], pool: int = 0) -> None:
         for tag in tags:
@@ -47,7 +47,7 @@ class Rig:
         self.launch(tags)
         self.n_steps += 1
         self.n_counted += counts
-        facts = {"n_counted_steps": self.n_counted, "sweep_passes": self.n_sweeps, "is_sweeping": self.is_sweeping}
+        facts = {"n_counted_steps": self.n_counted, "n_sweeps": dict(self.n_sweeps)}
         self.checker.step(make_facts(self.state, self.n_steps, **facts))
 
     def run(self, n_steps: int, tags: frozenset[T] = frozenset()) -> None:
@@ -160,12 +160,11 @@ class TestKernelRunCounterDeltaCheck:
     def test_sweep_tags_are_expected_only_after_a_sweep(self) -> None:
         rig = Rig({0: ALL})
         rig.run(3, IN_GRAPH)  # off
-        rig.is_sweeping = True
-        rig.run(3, IN_GRAPH)  # on, but none was due
-        rig.n_sweeps = 1
+        rig.run(3, IN_GRAPH)  # on, but there was nothing to check
+        rig.n_sweeps[0] = 1
         rig.step(IN_GRAPH | {T.SWEEP_K_FULL})
         rig.run(2, IN_GRAPH)
-        rig.n_sweeps = 2  # due, launched nothing
+        rig.n_sweeps[0] = 2  # said to be launched, and was not
         rig.run(1, IN_GRAPH)
         with pytest.raises(CanaryStalledError) as caught:
             rig.run(1, IN_GRAPH)
@@ -195,11 +194,11 @@ class TestKernelRunCounterDeltaCheck:
         rig.staging.hold()
         rig.run(1, IN_GRAPH)  # snapshot of 6, in flight over the reset
         rig.state.words[:] = 0
-        rig.checker.reset(rig.n_counted, rig.n_sweeps)
+        rig.checker.reset(rig.n_counted, dict(rig.n_sweeps))
         rig.staging.release()
         rig.run(4, IN_GRAPH)
         rig.state.words[:] = 0
-        rig.checker.reset(rig.n_counted, rig.n_sweeps)
+        rig.checker.reset(rig.n_counted, dict(rig.n_sweeps))
         rig.run(2)
         with pytest.raises(CanaryStalledError, match="since the start, over 2 steps"):
             rig.step()
@@ -246,7 +245,6 @@ class Taken(NamedTuple):
     step: int
     counts: dict[tuple[int, T], int]
     news: set[str]
-    is_sweeping: bool
 
 
 class CounterDeltaMachine(RuleBasedStateMachine):
@@ -271,18 +269,20 @@ class CounterDeltaMachine(RuleBasedStateMachine):
     @rule(
         counts=st.booleans(),
         lost=st.frozensets(st.sampled_from(sorted(ALL)), max_size=2),
-        is_sweeping=st.booleans(),
         sweeps=st.booleans(),
+        swept=st.frozensets(st.integers(0, 1)),
     )
-    def step(self, counts: bool, lost: frozenset[T], is_sweeping: bool, sweeps: bool) -> None:
+    def step(self, counts: bool, lost: frozenset[T], sweeps: bool, swept: frozenset[int]) -> None:
         launched = (IN_GRAPH if counts else frozenset()) | (frozenset({T.SWEEP_K_FULL}) if sweeps else frozenset())
         for pool in self.active:
             for tag in launched - lost:
                 self.counts[pool, tag] += 1
                 if pool > 0:  # Rig.step launches for pool 0
                     self.rig.launch(frozenset({tag}), pool)
-        self.news |= ({"forward"} if counts else set()) | ({"sweep"} if sweeps else set())
-        self.rig.is_sweeping, self.rig.n_sweeps = is_sweeping, self.rig.n_sweeps + sweeps
+        counted = {pool for pool in self.active if sweeps and pool in swept}  # others had nothing to check
+        self.news |= ({"forward"} if counts else set()) | {f"sweep {pool}" for pool in counted}
+        for pool in counted:
+            self.rig.n_sweeps[pool] += 1
         expected = self.deliver()
         seen: CanaryStalledError | None = None
         try:
@@ -291,7 +291,7 @@ class CounterDeltaMachine(RuleBasedStateMachine):
             seen = error
         shown = (type(seen), seen.tags, seen.step) if seen else None
         assert shown == (expected[0] if expected else None)
-        self.stage(is_sweeping)
+        self.stage()
 
     def deliver(self) -> list[tuple[type, tuple[T, ...], int]]:
         """What the snapshots that arrive now must bring."""
@@ -300,12 +300,12 @@ class CounterDeltaMachine(RuleBasedStateMachine):
             taken = self.waiting.pop(0)
             if taken is None:
                 continue
-            step, counts, news, is_sweeping = taken
+            step, counts, news = taken
             stalled, fallen = set(), set()
             for (pool, tag), n in counts.items():
                 must_rise = "forward" in news and tag in self.active.get(pool, ())
                 if tag.stage == Stage.SWEEP:
-                    must_rise = must_rise and is_sweeping and "sweep" in news
+                    must_rise = must_rise and f"sweep {pool}" in news
                 if n < self.base_counts[pool, tag]:
                     fallen.add(tag)
                 elif n == self.base_counts[pool, tag] and must_rise:
@@ -316,14 +316,14 @@ class CounterDeltaMachine(RuleBasedStateMachine):
                 found.append((kind, tuple(sorted(fallen or stalled)), step))
         return found
 
-    def stage(self, is_sweeping: bool) -> None:
+    def stage(self) -> None:
         number = self.rig.n_steps
         if number < self.warmup or number % self.every or not any(self.active.values()):
             return
         if len(self.waiting) == self.depth:
             self.n_dropped += 1
             return  # the news wait for the snapshot after it
-        self.waiting.append(Taken(number, dict(self.counts), self.news, is_sweeping))
+        self.waiting.append(Taken(number, dict(self.counts), self.news))
         self.news = set()
 
     @rule()
@@ -344,7 +344,7 @@ class CounterDeltaMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         self.rig.state.words[:] = 0
-        self.rig.checker.reset(self.rig.n_counted, self.rig.n_sweeps)
+        self.rig.checker.reset(self.rig.n_counted, dict(self.rig.n_sweeps))
         self.counts = dict.fromkeys(self.counts, 0)
         self.waiting = [None] * len(self.waiting)
         self.start_over()
