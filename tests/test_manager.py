@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import threading
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -483,3 +484,121 @@ class TestConstruction:
         code = f"import sys, kvcanary; print([m for m in {names} if m in sys.modules])"
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert out.stdout.strip() == "[]"
+
+
+class TestWhatAFirstUserFound:
+    def test_a_batch_cannot_be_changed_behind_the_guards_back(self) -> None:
+        engine = ToyEngine()
+        batch = engine.step((0, 0, 4))
+        with pytest.raises(FrozenInstanceError):
+            batch.seq_lens = np.zeros(1, np.int32)  # type: ignore[misc]
+
+    @pytest.mark.parametrize("value", ["off", "0", "False", "disabled"])
+    def test_the_switch_works_whatever_else_is_set(self, value: str) -> None:
+        environ = {"KVCANARY_MODE": value, "KVCANARY_NOBODY_KNOWS": "1", "KVCANARY_RING_CAPACITY": "many"}
+        assert CanaryConfig.from_env(environ, mode="raise").mode == "off"
+
+    def test_an_engine_that_proves_and_reads_taint_lives_with_the_guard_off(self) -> None:
+        engine = ToyEngine(mode="off")
+        proof = engine.manager.prove(engine.batch((0, 0, 4)))
+        assert proof.ok and proof.is_off and engine.manager.taint is None
+
+    def test_a_log_handler_that_raises_does_not_reach_the_engine(self) -> None:
+        class Full(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                raise OSError("disk full")
+
+        engine = ToyEngine(verify_data_every=1, stats_print_every_n_steps=1)
+        handler = Full()
+        logging.getLogger("kvcanary").addHandler(handler)
+        try:
+            engine.step((0, 0, 6))
+            flip(engine, 0, 5)
+            for p in (6, 7, 8):
+                engine.step((0, p, 1))
+        finally:
+            logging.getLogger("kvcanary").removeHandler(handler)
+        assert [v.slot for v in engine.manager.violations()] == [5]
+        assert engine.manager.n_observer_errors > 0 and engine.manager.step_number == 4
+
+    def test_a_callback_may_close_the_manager(self) -> None:
+        engine = ToyEngine(verify_data_every=1)
+        engine.manager.on_violation(lambda _v: engine.manager.close())
+        engine.step((0, 0, 6))
+        flip(engine, 0, 5)
+        engine.step((0, 6, 1))
+        with pytest.raises(PhaseError, match="closed"):
+            engine.manager.begin_step()
+
+    @pytest.mark.parametrize("answer", [None, ([], [], [])])
+    def test_a_resident_set_with_nothing_in_it_is_no_stall(self, answer: object) -> None:
+        engine = ToyEngine(
+            sweep_interval=2, health_policy="raise", health_check_every_n_steps=2, health_check_warmup_steps=2
+        )
+        engine.manager.attach_resident_set(lambda: answer)
+        for p in range(8):
+            engine.step((0, p, 1))
+        assert engine.manager.stats().sweep_passes == 0
+
+    def test_a_static_cache_may_not_reserve_a_block(self) -> None:
+        shape = (4, 2, 16, 8)
+        arrays = {
+            "seq_lens": np.full(2, 3, np.int32),
+            "query_start_loc": np.array([0, 3, 6], np.int32),
+            "input_ids": np.arange(6, dtype=np.int32),
+            "slot_mapping": np.array([0, 1, 2, 16, 17, 18], np.int64),
+        }
+        for reserved, is_refused in (((0,), True), ((), False)):
+            pool = layouts.hnd(k=[np.zeros(shape, np.uint8)], reserved_blocks=reserved)
+            manager = CanaryManager(CanaryConfig(), [pool], 4, 16)
+            if is_refused:
+                with pytest.raises(BatchError, match=r"reserved_blocks=\(\)"):
+                    manager.head(StepBatch(**arrays))
+            else:
+                with manager.step(), manager.forward(StepBatch(**arrays)):
+                    pass
+                assert manager.violations() == () and manager.state.slot_run_counters[0].sum() == 12
+
+    def test_a_fault_that_goes_on_does_not_fill_the_log(self, caplog: pytest.LogCaptureFixture) -> None:
+        engine = ToyEngine(max_requests=4)
+        for _ in range(600):
+            batch = engine.batch((0, 0, 2))
+            batch.slot_mapping[:] += 1  # off by one, for ever
+            with engine.manager.step(), engine.manager.forward(batch):
+                engine.write(batch)
+        lines = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert engine.manager.stats().violations_total > 1000
+        assert len(lines) < 500
+        assert "most are no longer written" in lines[-1].getMessage()
+
+    def test_describe_remembers_the_inputs_of_batches_that_are_gone(self) -> None:
+        engine = ToyEngine()
+        engine.step((0, 0, 4))
+        gc.collect()
+        assert "no batch was seen yet" not in engine.manager.describe()
+
+    def test_dropped_violations_are_counted_by_synchronize(self) -> None:
+        engine = ToyEngine(ring_capacity=1, stats_print_every_n_steps=0, health_check_every_n_steps=0)
+        batch = engine.batch((0, 0, 12))
+        batch.slot_mapping[:] += 100000
+        with engine.manager.step(), engine.manager.forward(batch):
+            pass
+        engine.manager.synchronize()
+        words = engine.manager.backend.snapshot_words()
+        assert engine.manager.stats().observations_total == words[kvcanary.abi.STATE_OBSERVATIONS] >= 12
+
+    def test_prove_refuses_memory_that_it_may_not_write(self) -> None:
+        engine = ToyEngine()
+        batch = engine.step((0, 0, 6))
+        for layer in engine.k:
+            layer.setflags(write=False)
+        pool = layouts.nhd(k=engine.k, v=engine.v, page_size=PAGE)
+        manager = CanaryManager(engine.config, [pool], 4, 64)
+        with pytest.raises(BatchError, match="read-only"):
+            manager.prove(batch)
+
+    def test_pools_must_be_a_list_of_some(self) -> None:
+        engine = ToyEngine()
+        for pools in ("full", [], [0, "full"]):
+            with pytest.raises(ConfigError, match="each once"):
+                engine.manager.head(engine.batch((0, 0, 4)), pools=pools)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcanary import CanaryConfig, Reason, StepBatch
+from kvcanary import CanaryConfig, KvPool, Reason, StepBatch
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
@@ -84,7 +84,7 @@ def test_the_loop_is_about_ten_lines_and_gives_the_history() -> None:
 
 
 def test_every_setting_and_reason_named_in_the_text_exists() -> None:
-    settings = {f.name for f in fields(CanaryConfig)}
+    settings = {f.name for owner in (CanaryConfig, KvPool) for f in fields(owner)}
     inputs = {f.name for f in fields(StepBatch)}
     for name in re.findall(r"`([a-z_]+)=[^`]*`", TEXT):
         assert name in settings, name
