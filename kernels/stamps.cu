@@ -578,8 +578,9 @@ KVC_DEVICE uint64_t kvc_claim_unknown(const StepParams& p, const KvcUnit& unit, 
     for (int64_t position = begin + kvc_lane(); position < end; position += 32) {
         const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
         if (at.status != KVC_SLOT_OK || !kvc_is_never_stamped(pool, at.slot)) continue;
-        uint64_t* claim = kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot;
-        n_claimed += kvc_atomic_max_u64(claim, kvc_adoption_claim(forward, position)) >> 32 != forward;
+        const uint64_t claim = kvc_adoption_claim(forward, position);
+        const uint64_t before = kvc_atomic_max_u64(kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot, claim);
+        n_claimed += before < claim && before >> 32 != forward;
     }
     return n_claimed;
 }

@@ -261,6 +261,7 @@ class HostBackend:
         pending = self._rows[pool.index]["flags"][entries.row] & abi.ROW_PENDING != 0
         unknown = ref.never_stamped(pool, entries.at) & ~pending
         slots, claims = entries.at.slot[unknown], ref.adoption_claims(self._forward, entries.position[unknown])
+        is_new = pool.claims[slots] >> np.uint64(32) != self._forward
         np.maximum.at(pool.claims, slots, claims)
         mine = pool.claims[slots] == claims
         slots, first = np.unique(slots[mine], return_index=True)
@@ -271,7 +272,7 @@ class HostBackend:
         stamps["step"] = self._forward
         for plane in (*pool.head, *pool.tail):
             plane[slots] = stamps
-        self._recorder.add(abi.STATE_ADOPTED_SLOTS, len(slots))
+        self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(is_new[mine][first].sum()))
 
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:

@@ -136,7 +136,7 @@ def table_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, positions: Ar
             flat = np.where(outside, 0, batch.kv_indptr[rows].astype(np.int64) + index)
             entry = batch.block_table[flat].astype(np.int64) if batch.table_width else np.zeros(len(rows), np.int64)
         else:
-            entry = batch.block_table[rows, index].astype(np.int64)
+            entry = batch.block_table[rows, index].astype(np.int64) if batch.table_width else np.zeros_like(index)
     named = np.where(entry < 0, -1, entry * batch.table_page + positions % batch.table_page)
     found = engine_slots(pool, named, entry)
     return Slots(
@@ -423,11 +423,14 @@ def see_stamps(pool: PoolArrays, stage: Stage, half: int, at: Slots, forward: in
     no = np.zeros(len(slot), bool)
     if stage == Stage.HEAD:
         return Seen(head, ok, no, no)
-    settled = ok & (head["step"] != forward) & (head["step"] != 0)
-    stamp = np.where(settled, pool.tail[half][slot], head)
-    differs = settled & (stamp["step"] != head["step"])
+    settled = np.flatnonzero(ok & (head["step"] != forward) & (head["step"] != 0))
+    stamp, differs = head.copy(), no.copy()
+    stamp[settled] = pool.tail[half][slot[settled]]
+    differs[settled] = stamp["step"][settled] != head["step"][settled]
     left = differs & is_aborted(pool, head["step"])
-    return Seen(stamp, settled & ~differs, differs & ~left, left)
+    judged = no.copy()
+    judged[settled] = ~differs[settled]
+    return Seen(stamp, judged, differs & ~left, left)
 
 
 def is_aborted(pool: PoolArrays, forwards: Array) -> Array:
@@ -497,7 +500,7 @@ def adoption_claims(forward: int, positions: Array) -> Array:
 
 def history_tokens(pool: PoolArrays, batch: BatchArrays, rows: Array, row: Array, position: Array) -> Array:
     """The token that the engine's history has at each (row, position); NO_TOKEN where there is none."""
-    if batch.token_history is None:
+    if batch.token_history is None or not batch.token_history.size:
         return np.full(len(row), abi.NO_TOKEN)
     slot, at = rows["request_slot"][row], position + pool.token_offset
     inside = (slot >= 0) & (at >= 0) & (at < batch.token_history.shape[1])
