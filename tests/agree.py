@@ -1,0 +1,428 @@
+"""Several guards over equal bytes, driven alike and compared after every call, bit for bit.
+
+`Twins` keeps the truth of the engine's memory in host arrays and copies it to each `Side`; a side owns the arrays that
+its guard reads. The first side is the one that the others are compared with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from simt.build import build
+from simt.driver import simt_backend
+from simt.runner import SimtLibrary
+
+from kvcanary import CanaryConfig, CanaryManager, KvPool, StepBatch, abi
+from kvcanary.backends import Resident
+from kvcanary.prove import Proof
+from kvcanary.tags import CanaryLaunchTag, Stage
+
+KERNELS_DIR = Path(__file__).resolve().parents[1] / "kernels"
+RING_CAPACITY = 1 << 14
+_DTYPES = {"head": abi.STAMP, "tail": abi.STAMP, "registers": abi.REGISTER}
+Arrays = dict[str, Any]  # keywords of a StepBatch: NumPy arrays, lists of them (one per pool), plain values
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """The arrays of one pool with their first contents, and how a `KvPool` is described over a copy of them."""
+
+    buffers: Mapping[str, Array]
+    build: Callable[[Mapping[str, Any]], KvPool]
+
+
+# ---- the seam: where a guard's arrays live ---------------------------------------------------------------------------
+class Side:
+    """One guard and the memory it reads; this class itself is the host backend.
+
+    A side on another device is a `DeviceSide` with a ``backend`` and three methods of its own: `to_device`, `to_host`
+    and `write` (with CuPy: ``cupy.array``, ``cupy.asnumpy``, ``array.set(values)``).
+    """
+
+    name = "host"
+    backend: Any = "host"
+
+    def to_device(self, array: Array) -> Any:
+        """A copy in the memory of this side's engine."""
+        return np.array(array, order="C")
+
+    def to_host(self, array: Any) -> Array:
+        """A copy in host memory."""
+        return np.array(array)
+
+    def write(self, array: Any, values: Array) -> None:
+        """Change the contents in place."""
+        array[...] = values
+
+    # Set by `start`.
+    manager: CanaryManager
+    buffers: list[dict[str, Any]]
+
+    def start(self, config: CanaryConfig, specs: Sequence[PoolSpec], max_requests: int, max_new_tokens: int) -> None:
+        self.buffers = [{name: self.to_device(a) for name, a in s.buffers.items()} for s in specs]
+        pools = [s.build(b) for s, b in zip(specs, self.buffers, strict=True)]
+        self.manager = CanaryManager(config, pools, max_requests, max_new_tokens, backend=self.backend)
+        self.n_read = 0
+
+    # ---- the guard's own arrays ----
+    def guard_array(self, pool: int, name: str) -> Any:
+        """head0, head1, tail0, tail1, claims, digests, registers or register_claims, where it lies."""
+        arrays: Any = self.manager.backend._pools[pool]  # type: ignore[attr-defined]
+        if name[:4] in ("head", "tail"):
+            return getattr(arrays, name[:4])[int(name[4])]
+        return getattr(arrays, name)
+
+    def pool_state(self, pool: int) -> Array:
+        return np.array(self.manager.backend._pools[pool].state).reshape(1)  # type: ignore[attr-defined]
+
+    def rows(self, pool: int, n: int) -> Array:
+        rows: Array = self.manager.backend._rows[pool][:n].copy()  # type: ignore[attr-defined]
+        return rows
+
+    def read_guard(self, pool: int, name: str) -> Array:
+        """A host copy of a guard array: STAMP[n_slots], REGISTER[max_requests], u64[...]."""
+        found = np.ascontiguousarray(self.to_host(self.guard_array(pool, name)))
+        dtype = _DTYPES.get(name.rstrip("01"))
+        return found if dtype is None else found.reshape(-1).view(np.uint8).view(dtype)
+
+    def edit_guard(self, pool: int, name: str, change: Callable[[Array], None]) -> None:
+        """Change a guard array behind the guard's back."""
+        array, values = self.guard_array(pool, name), self.read_guard(pool, name)
+        change(values)
+        shape = self.to_host(array)
+        self.write(array, values.view(shape.dtype).reshape(shape.shape))
+
+    def new_records(self, is_acknowledged: bool) -> Array:
+        """The violation records since the last call, in no order of meaning: VIOLATION[n]."""
+        state = self.manager.state
+        words = self.manager.backend.snapshot_words()
+        claims = np.arange(self.n_read, int(words[abi.STATE_CLAIMED]))
+        capacity = len(state.violation_log) - 1
+        records = state.violation_log[np.where(claims == 0, 0, 1 + (claims - 1) % capacity)].copy()
+        assert (records["commit"] == claims + 1).all(), "a claimed record was not committed"
+        if is_acknowledged:
+            self.n_read = int(words[abi.STATE_CLAIMED])
+            state.control[abi.CONTROL_READ] = self.n_read
+        return records
+
+
+class DeviceSide(Side):
+    """A side over `kvcanary.backends.device.DeviceBackend`."""
+
+    def guard_array(self, pool: int, name: str) -> Any:
+        return self.manager.backend._arrays[pool][name]  # type: ignore[attr-defined]
+
+    def pool_state(self, pool: int) -> Array:
+        states = self.to_host(self.manager.backend._pool_states)  # type: ignore[attr-defined]
+        return states.reshape(-1).view(abi.POOL_STATE)[pool : pool + 1]
+
+    def rows(self, pool: int, n: int) -> Array:
+        return self.to_host(self.guard_array(pool, "rows")).reshape(-1).view(abi.ROW)[:n]
+
+
+class SimtSide(DeviceSide):
+    """The real kernels on the CPU; neither the seed (order of blocks and lanes) nor the grid may matter."""
+
+    name = "simt"
+
+    def __init__(self, library: SimtLibrary, n_multiprocessors: int = 1, seed: int = 0) -> None:
+        self.name = f"simt(n_multiprocessors={n_multiprocessors}, seed={seed})"
+        self.backend = functools.partial(
+            simt_backend, library=library, n_multiprocessors=n_multiprocessors, seed=seed << 32
+        )
+
+
+def simt_library(base: Path, sanitize: bool = False) -> SimtLibrary:
+    """The kernels built for the CPU, once for all that name the same directory."""
+    return SimtLibrary(build(KERNELS_DIR, base / "kvcanary-kernels", sanitize=sanitize))
+
+
+# ---- the twins -------------------------------------------------------------------------------------------------------
+class Twins:
+    """Guards on several sides, and the engine's memory that they are all given copies of.
+
+    Attributes:
+        buffers: the truth: what every side's buffers hold after the next `publish`.
+        pools: the pools over ``buffers``, for addressing.
+        records: VIOLATION[n], what the first side reported in the last call; empty once the ring overflowed.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[PoolSpec],
+        sides: Sequence[Side],
+        max_requests: int = 8,
+        max_new_tokens: int = 256,
+        *,
+        is_acknowledging: bool = True,
+        **config: Any,
+    ) -> None:
+        self.config = CanaryConfig(**{"ring_capacity": RING_CAPACITY, **config})
+        self.buffers = [{name: np.array(a, order="C") for name, a in s.buffers.items()} for s in specs]
+        self.pools = [s.build(b) for s, b in zip(specs, self.buffers, strict=True)]
+        self.sides = list(sides)
+        for side in self.sides:
+            side.start(self.config, specs, max_requests, max_new_tokens)
+        self.records = np.zeros(0, abi.VIOLATION)
+        self._n_rows: dict[int, int] = {}
+        self._is_acknowledging = is_acknowledging
+        self.is_paused = False
+        self._words = {"forward": 0, "step": 0, "judged": 0}
+        self._kernel_runs = np.zeros((len(specs), len(CanaryLaunchTag)), np.uint64)
+        self._data_runs = np.zeros((len(specs), len(Stage)), np.uint64)
+
+    @property
+    def is_dropping(self) -> bool:
+        """Whether a ring overflowed: which records it then holds is a matter of order."""
+        return bool(self.words[abi.STATE_DROPPED])
+
+    @property
+    def words(self) -> Array:
+        """State words and counters of the first side."""
+        return self.sides[0].manager.backend.snapshot_words()
+
+    def publish(self) -> None:
+        """Copy the truth to every side."""
+        for side in self.sides:
+            for mine, theirs in zip(self.buffers, side.buffers, strict=True):
+                for name, array in mine.items():
+                    side.write(theirs[name], array)
+
+    def write_kv(self, pool: int, slots: Array, bytes_of: np.random.Generator) -> None:
+        """Random bytes into every plane of some slots (of the truth)."""
+        kv = self.pools[pool]
+        blocks, offsets = slots // kv.page_size, slots % kv.page_size
+        for plane in kv.planes:
+            at = kv.host_bytes(plane)
+            at[blocks, offsets] = bytes_of.integers(0, 256, (len(slots), *at.shape[2:]), np.uint8)
+
+    # ---- a forward ----
+    def bind(self, arrays: Arrays) -> list[StepBatch]:
+        """The batch on every side, over copies of these arrays."""
+        return [StepBatch(**{k: _place(side, v) for k, v in arrays.items()}) for side in self.sides]
+
+    def rewrite(self, batches: Sequence[StepBatch], arrays: Arrays) -> None:
+        """Give the arrays of bound batches other contents: what a captured graph would read."""
+        for side, batch in zip(self.sides, batches, strict=True):
+            for name, value in arrays.items():
+                theirs = getattr(batch, name)
+                pairs = zip(theirs, value, strict=True) if isinstance(value, list) else ((theirs, value),)
+                for array, values in pairs:
+                    if isinstance(values, np.ndarray):
+                        side.write(array, values)
+
+    def forward(
+        self,
+        arrays: Arrays,
+        *,
+        model: Callable[[], None] | None = None,
+        between: Arrays | None = None,
+        index: int = 0,
+        pools: Sequence[int] | None = None,
+        has_tail: bool = True,
+        batches: Sequence[StepBatch] | None = None,
+    ) -> Array:
+        """HEAD, the model on the truth, TAIL; compared after each. Returns the records of both.
+
+        Args:
+            between: arrays that change between HEAD and TAIL.
+            has_tail: False: the model raises.
+            batches: from `bind`, to go on with; None = new ones.
+        """
+        self.publish()
+        if batches is None:
+            batches = self.bind(arrays)
+        else:
+            self.rewrite(batches, arrays)
+        chosen = list(range(len(self.pools))) if pools is None else list(pools)
+        for side, batch in zip(self.sides, batches, strict=True):
+            side.manager.head(batch, index=index, pools=pools)
+            self._n_rows.update(dict.fromkeys(chosen, len(side.to_host(batch.query_start_loc)) - 1))
+        self._expect_head(chosen, is_first=index == 0)
+        self._check("HEAD")
+        records = [self.records]
+        if model is not None:
+            model()
+            self.publish()
+        if between is not None:
+            self.rewrite(batches, between)
+        if not has_tail:
+            for side in self.sides:
+                side.manager.abandon_forward()
+            return records[0]
+        for side, batch in zip(self.sides, batches, strict=True):
+            side.manager.tail(batch)
+        self._expect_tail(chosen)
+        self._check("TAIL")
+        self.records = np.concatenate([*records, self.records])
+        self._check_untouched(batches, {**arrays, **(between or {})})
+        return self.records
+
+    # ---- host-driven ----
+    def sweep(self, pool: int, slots: Array, positions: Array, predecessors: Array, tokens: Array | None) -> Array:
+        self.publish()
+        for side in self.sides:
+            lists = [None if a is None else side.to_device(a) for a in (slots, positions, predecessors, tokens)]
+            assert side.manager.backend.sweep(pool, Resident(*lists), None)
+        self._kernel_runs[pool, self._tags(pool, Stage.SWEEP)] += 1
+        self._data_runs[pool, Stage.SWEEP] += self._has_digests(pool)
+        self._check("SWEEP")
+        return self.records
+
+    def set_paused(self, is_paused: bool) -> None:
+        self.is_paused = is_paused
+        for side in self.sides:
+            side.manager.pause() if is_paused else side.manager.resume()
+        self._check("pause()" if is_paused else "resume()")
+
+    def reset(self, pool: int | None = None) -> None:
+        for side in self.sides:
+            side.manager.reset(pool)
+        self._check("reset()")
+
+    def edit_guard(self, pool: int, name: str, change: Callable[[Array], None]) -> None:
+        """Change a guard array on every side, behind the guard's back."""
+        for side in self.sides:
+            side.edit_guard(pool, name, change)
+
+    def flip(self, pool: int, name: str, byte: int, mask: int) -> None:
+        """XOR one byte of a guard array."""
+
+        def change(values: Array) -> None:
+            values.reshape(-1).view(np.uint8)[byte] ^= mask
+
+        self.edit_guard(pool, name, change)
+
+    def prove(self, arrays: Arrays) -> Proof:
+        self.publish()
+        proofs = [s.manager.prove(b) for s, b in zip(self.sides, self.bind(arrays), strict=True)]
+        for proof in proofs:
+            assert proof == proofs[0]
+        self._check("prove()")
+        return proofs[0]
+
+    # ---- what must hold ----
+    def _tags(self, pool: int, stage: Stage) -> list[int]:
+        kv = self.pools[pool]
+        return [CanaryLaunchTag.of(stage, half, kv.kind) for half in kv.halves]
+
+    def _has_digests(self, pool: int) -> bool:
+        return bool(self.pools[pool].digest_units(self.config.real_data))
+
+    def _expect_head(self, pools: Sequence[int], is_first: bool) -> None:
+        is_judging = not self.is_paused
+        self._words["forward"] += 1
+        self._words["step"] += is_first
+        self._words["judged"] += is_judging
+        for pool in pools:  # one launch writes stamps, one verifies them, one verifies data
+            self._kernel_runs[pool, self._tags(pool, Stage.HEAD)] += 1 + is_judging
+            self._data_runs[pool, Stage.HEAD] += is_judging and self._has_digests(pool)
+
+    def _expect_tail(self, pools: Sequence[int]) -> None:
+        for pool in pools:
+            self._kernel_runs[pool, self._tags(pool, Stage.TAIL)] += 1
+            self._data_runs[pool, Stage.TAIL] += self._has_digests(pool)
+
+    def _check(self, call: str) -> None:
+        """Everything that the guards know, compared; then the laws of the counters."""
+        for side in self.sides:
+            side.manager.backend.synchronize()
+        first, *others = self.sides
+        facts = self._facts(first)
+        for side in others:
+            for name, value in self._facts(side).items():
+                assert np.array_equal(value, facts[name]), f"{call}: {_difference(side.name, name, value, facts[name])}"
+        self._check_laws(call)
+        self.records = first.new_records(self._is_acknowledging)
+        theirs = [s.new_records(self._is_acknowledging) for s in others]
+        if self.is_dropping:
+            self.records = self.records[:0]
+            return
+        mine = _sorted_words(self.records)
+        for side, records in zip(others, theirs, strict=True):
+            found = _sorted_words(records)
+            assert np.array_equal(mine, found), f"{call}: {_record_difference(side.name, mine, found)}"
+
+    def _facts(self, side: Side) -> dict[str, Array]:
+        facts = {"words": side.manager.backend.snapshot_words(), "taint": side.to_host(side.manager.taint)}
+        for i, pool in enumerate(self.pools):
+            names = [f"{plane}{h}" for plane in ("head", "tail") for h in range(len(pool.halves))]
+            names += ["claims", "registers", "register_claims", *(["digests"] if self._has_digests(i) else [])]
+            for name in names:
+                array = side.to_host(side.guard_array(i, name))
+                facts[f"{name} of pool {i}"] = np.ascontiguousarray(array).reshape(-1).view("u4")
+            facts[f"state of pool {i}"] = side.pool_state(i).view("u4")
+            facts[f"rows of pool {i}"] = side.rows(i, self._n_rows.get(i, 0)).view("u4")
+        return facts
+
+    def _check_laws(self, call: str) -> None:
+        words, layout = self.words, self.sides[0].manager.state.layout
+        assert words[abi.STATE_OBSERVATIONS] == words[abi.STATE_CLAIMED] + words[abi.STATE_DROPPED]
+        seen = [int(words[w]) for w in (abi.STATE_FORWARD, abi.STATE_STEP, abi.STATE_FORWARDS_JUDGED)]
+        assert seen == list(self._words.values()), call
+        assert np.array_equal(layout.kernel_runs(words), self._kernel_runs), f"{call}: a launch counts once per tag"
+        assert np.array_equal(layout.data_runs(words), self._data_runs), f"{call}: a data launch counts once"
+        for side in self.sides:
+            alarm = int(side.manager.state.control[abi.CONTROL_ALARM])
+            assert (alarm > 0) == (words[abi.STATE_CLAIMED] > 0), "the alarm word tells that there is a record"
+            assert alarm <= words[abi.STATE_CLAIMED]
+
+    def _check_untouched(self, batches: Sequence[StepBatch], arrays: Arrays) -> None:
+        """The guard writes nothing of the engine's."""
+        for side, batch in zip(self.sides, batches, strict=True):
+            for mine, theirs in zip(self.buffers, side.buffers, strict=True):
+                for name, array in mine.items():
+                    assert np.array_equal(side.to_host(theirs[name]), array), f"{side.name} wrote to {name}"
+            for name, value in arrays.items():
+                theirs_too = getattr(batch, name)
+                pairs = zip(theirs_too, value, strict=True) if isinstance(value, list) else ((theirs_too, value),)
+                for found, given in pairs:
+                    if isinstance(given, np.ndarray):
+                        assert np.array_equal(side.to_host(found), given), f"{side.name} wrote to {name}"
+
+
+def _place(side: Side, value: Any) -> Any:
+    """A value of a StepBatch on a side; a table whose rows lie apart stays one."""
+    if isinstance(value, list):
+        return [_place(side, v) for v in value]
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.ndim == 2 and value.size and not value.flags.c_contiguous:
+        wide = np.full((value.shape[0], value.strides[0] // value.itemsize), 7, value.dtype)
+        wide[:, : value.shape[1]] = value
+        return side.to_device(wide)[:, : value.shape[1]]
+    return side.to_device(value)
+
+
+def _sorted_words(records: Array) -> Array:
+    """The records as u64[n, 16], the commit word cleared, in an order of their contents alone."""
+    words = np.ascontiguousarray(records).view("u8").reshape(-1, abi.VIOLATION.itemsize // 8).copy()
+    words[:, 0] = 0
+    return words[np.lexsort(words.T)]
+
+
+def _difference(side: str, name: str, found: Array, wanted: Array) -> str:
+    if found.shape != wanted.shape:
+        return f"{name} of {side} has shape {found.shape}, expected {wanted.shape}"
+    at = np.flatnonzero(found != wanted)
+    pairs = [(int(i), int(found[i]), int(wanted[i])) for i in at[:8]]
+    return f"{name} of {side} differs at {len(at)} words, (index, found, expected): {pairs}"
+
+
+def _record_difference(side: str, wanted: Array, found: Array) -> str:
+    mine, theirs = ({tuple(r.tolist()): r for r in words} for words in (wanted, found))
+
+    def show(words: Array) -> dict[str, int]:
+        record = words.view(abi.VIOLATION)[0]
+        return {n: int(record[n]) for n in abi.VIOLATION.names or () if record[n]}
+
+    missing = [show(r) for k, r in mine.items() if k not in theirs]
+    extra = [show(r) for k, r in theirs.items() if k not in mine]
+    return f"{side} reported {len(found)} records, expected {len(wanted)}; missing {missing[:3]}; extra {extra[:3]}"

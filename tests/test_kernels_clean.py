@@ -1,0 +1,76 @@
+"""An honest engine is never reported: prefix sharing, drafts, preemption, windows, imports, retries, sweeps, pauses."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from agree import Side, SimtSide, simt_library
+from agree_engine import drive, random_scenario
+from agree_faults import Faults
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simt.build import find_compiler
+from simt.runner import SimtLibrary
+
+from kvcanary import abi
+from kvcanary.violations import PoolNames, decode
+
+N_STEPS = 12
+SEEDS = st.integers(0, (1 << 32) - 1)
+
+
+def examples(percent: int) -> settings:
+    """A share of the profile's examples; the engine is a seed's business, so there is little to shrink."""
+    n = max(1, settings.default.max_examples * percent // 100)
+    return settings(max_examples=n, suppress_health_check=[HealthCheck.too_slow])
+
+
+def run(seed: int, sides: Sequence[Side], max_len: int = 0, n_steps: int = N_STEPS) -> Counter[str]:
+    rng = random.Random(seed)
+    twins, engine = random_scenario(rng, sides, max_len=max_len)
+
+    def is_silent(call: str) -> None:
+        names = [PoolNames(p.name, p.page_size) for p in twins.pools]
+        found = "\n".join(v.summary() for v in decode(twins.records[:4], names, 0, True))
+        assert not found, f"{len(twins.records)} records of a healthy {call} ({engine.habits}):\n{found}"
+
+    drive(twins, engine, rng, n_steps, is_silent, Faults(rng))
+    assert twins.words[abi.STATE_UNJUDGED_SLOTS] == 0, "nobody reads what a raised forward has left"
+    return engine.did + Counter(forwards=int(twins.words[abi.STATE_FORWARD]), steps=int(twins.words[abi.STATE_STEP]))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler: install g++ or clang++")
+    return simt_library(tmp_path_factory.getbasetemp())
+
+
+@examples(100)
+@given(SEEDS)
+def test_reference_is_silent(seed: int) -> None:
+    run(seed, [Side()])
+
+
+@examples(15)
+@given(SEEDS)
+def test_kernels_are_silent(library: SimtLibrary, seed: int) -> None:
+    run(seed, [Side(), SimtSide(library)])
+
+
+@examples(4)
+@given(SEEDS)
+def test_kernels_are_silent_over_long_requests(library: SimtLibrary, seed: int) -> None:
+    run(seed, [Side(), SimtSide(library, n_multiprocessors=2)], max_len=300, n_steps=6)
+
+
+def test_the_engine_does_all_that_it_claims() -> None:
+    """The runs above prove nothing about what never happens in them."""
+    did: Counter[str] = sum((run(seed, [Side()]) for seed in range(60)), Counter())
+    assert did["forwards"] > did["steps"], "inner forwards"
+    rare = {name: n for name, n in did.items() if n < 5}
+    assert len(did) == 18
+    assert not rare
