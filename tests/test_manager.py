@@ -602,3 +602,22 @@ class TestWhatAFirstUserFound:
         for pools in ("full", [], [0, "full"]):
             with pytest.raises(ConfigError, match="each once"):
                 engine.manager.head(engine.batch((0, 0, 4)), pools=pools)
+
+    def test_tables_and_histories_without_width_are_read_as_empty(self) -> None:
+        engine = ToyEngine()
+        engine.step((0, 0, 6))
+        for override in ({"block_table": np.zeros((1, 0), np.int32)}, {"token_history": np.zeros((4, 0), np.int32)}):
+            engine.step((0, 6, 1), **override)
+        assert Reason.OUT_OF_RANGE in {v.reasons for v in engine.manager.violations()}
+
+    def test_a_last_page_of_noise_is_a_violation(self) -> None:
+        engine = ToyEngine()
+        csr = {
+            "block_table": None,
+            "seq_lens": None,
+            "kv_indptr": np.array([0, 3], np.int32),
+            "kv_indices": np.array([1, 2, 3], np.int32),
+            "kv_last_page_len": np.array([2**31 - 1], np.int32),
+        }
+        engine.step((0, 0, 6), **csr)
+        assert Reason.OUT_OF_RANGE in {v.reasons for v in engine.manager.violations()}
