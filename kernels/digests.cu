@@ -108,8 +108,6 @@ KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
     return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
 }
 
-KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
-KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }
 KVC_DEVICE bool kvc_is_first_thread() { return kvc_block() == 0 && kvc_block_y() == 0 && kvc_thread() == 0; }
 
 // ---- verification of a slot --------------------------------------------------------------------------------------------------

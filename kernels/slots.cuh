@@ -75,6 +75,10 @@ KVC_DEVICE KvcSlot kvc_write_slot(const Pool& pool, const Batch& batch, int64_t 
     return kvc_engine_slot(pool, named, named);
 }
 
+// The warp's number in the grid's x dimension, and how many there are.
+KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
+KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }
+
 // The row and the chunk within it of a unit of work, from the units before each row (i64[rows + 1], ascending).
 // The warp narrows the interval 32-fold a round. All lanes take part and get the same answer.
 struct KvcUnit {

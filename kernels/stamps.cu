@@ -563,9 +563,6 @@ KVC_DEVICE void kvc_verify_chunk(const StepParams& p, const KvcUnit& unit, uint3
     if (lane == 0 && end > begin) kvc_count_entries(p.guard, pool, stage, (uint64_t)(end - begin));
 }
 
-KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
-KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }
-
 // Claims the slots that kvc_digests_adopt will take: rows may share one, and a broken table may name it at two positions;
 // the lowest position has it. Returns the slots that nobody had claimed before.
 KVC_DEVICE uint64_t kvc_claim_unknown(const StepParams& p, const KvcUnit& unit, uint32_t forward) {

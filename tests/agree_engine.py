@@ -11,155 +11,21 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from agree import Arrays, Side, Twins
+from agree import Side, Twins
+from agree_batches import Batches
 from agree_faults import Faults
 from agree_pools import random_pools
+from agree_state import Book, Forward, Habits, Plan, Request, Row, honest, random_habits
 from numpy.typing import NDArray
 
 from kvcanary import KvPool
-from kvcanary.hashing import prefix_chain
 
 N_TOKENS = 50  # vocabulary: small, so that different texts have tokens in common
 SALTS = (0, 1, (1 << 64) - 3)
-BIG = 1 << 20  # junk that no row reads
-
-
-@dataclass(frozen=True)
-class Habits:
-    """What the engine does, and what it tells the guard."""
-
-    table: str = "blocks"  # blocks, slots, csr, csr_last_page, static
-    wide_ids: bool = False
-    wide_slots: bool = False
-    has_ids: bool = True
-    has_history: bool = True
-    chains: str = "none"  # prefix_chain: none, some (0 = unknown), all
-    has_salts: bool = False
-    has_expected: bool = False
-    has_pending: bool = False
-    has_verify_all: bool = False
-    shares: bool = True  # prefixes
-    shares_early: bool = False  # with rows of the same forward
-    max_drafts: int = 0
-    preempts: bool = False
-    pads: bool = False
-    keeps_stale_ids: bool = False  # of blocks that have left the window
-    imports: bool = False
-    max_chunk: int = 40
-
-    @property
-    def knows_chains(self) -> bool:
-        """Whether the chain of any prefix can be told from outside the cache."""
-        return self.has_history or self.chains == "all"
-
-
-def random_habits(rng: random.Random) -> Habits:
-    def maybe(p: float = 0.5) -> bool:
-        return rng.random() < p
-
-    return Habits(
-        table=rng.choice(("blocks", "blocks", "slots", "csr", "csr_last_page", "static")),
-        wide_ids=maybe(),
-        wide_slots=maybe(),
-        has_ids=maybe(0.8),
-        has_history=maybe(),
-        chains=rng.choice(("none", "some", "all")),
-        has_salts=maybe(),
-        has_expected=maybe(0.3),
-        has_pending=maybe(0.2),
-        has_verify_all=maybe(0.2),
-        shares=maybe(0.8),
-        shares_early=maybe(),
-        max_drafts=rng.choice((0, 0, 1, 4)),
-        preempts=maybe(),
-        pads=maybe(),
-        keeps_stale_ids=maybe(),
-        imports=maybe(0.3),
-        max_chunk=rng.choice((1, 9, 40, 40)),
-    )
-
-
-@dataclass(eq=False)
-class Request:
-    id: int
-    salt: int
-    tokens: list[int]  # all it will ever have
-    known: int  # tokens of them that the engine knows
-    slot: int = -1
-    computed: int = 0
-    blocks: list[list[int]] = field(default_factory=list)  # per pool with a table; -1 = evicted
-    shown: list[list[int]] = field(default_factory=list)  # the same as the table shows them: perhaps stale
-    is_first: bool = True
-    hit_early: bool = False  # its prefix is written by another row of this forward
-
-
-class Row(NamedTuple):
-    """New tokens of a request, or of nobody (padding)."""
-
-    request: Request | None
-    start: int
-    ids: list[int]
-    n_true: int  # of ids; the rest are drafts that will be rejected
-
-
-@dataclass
-class Forward:
-    arrays: Arrays
-    index: int
-    pools: list[int] | None
-    written: dict[int, NDArray[np.int64]]  # slots by pool
-
-
-@dataclass
-class Plan:
-    """One step: its rows, its forwards, and the slots that are loaded from elsewhere before it."""
-
-    rows: list[Row]
-    forwards: list[Forward] = field(default_factory=list)
-    imported: dict[int, list[int]] = field(default_factory=dict)
-    published: list[tuple[Any, ...]] = field(default_factory=list)
-
-
-class Book:
-    """The free list of a pool's blocks (of its slots, where a LUT places them one by one)."""
-
-    def __init__(self, n: int, reserved: set[int], rng: random.Random) -> None:
-        self.free = [b for b in range(n) if b not in reserved]
-        rng.shuffle(self.free)
-        self.refs: dict[int, int] = {}
-        self.virgin = set(self.free)
-
-    def take(self) -> int:
-        block = self.free.pop()
-        self.refs[block] = 1
-        self.virgin.discard(block)
-        return block
-
-    def take_virgin(self) -> int:
-        block = next(b for b in self.free if b in self.virgin)
-        self.free.remove(block)
-        self.free.append(block)
-        return self.take()
-
-    @property
-    def n_virgin(self) -> int:
-        return sum(b in self.virgin for b in self.free)
-
-    def share(self, block: int) -> None:
-        self.refs[block] += 1
-
-    def drop(self, block: int) -> bool:
-        """Whether that was the last owner."""
-        self.refs[block] -= 1
-        if self.refs[block]:
-            return False
-        del self.refs[block]
-        self.free.insert(0, block)
-        return True
 
 
 class Engine:
@@ -203,7 +69,8 @@ class Engine:
         self.documents = [text, text, text[: max_len // 2] + self._text(max_len - max_len // 2)]
         self.n_requests = 0
         self.did: Counter[str] = Counter()  # how often what was done, for tests that ask whether it was
-        self.history = np.full((max_requests + self.rng.choice((0, 2)), max_len), -1, np.int32)
+        history_shape = (max_requests + self.rng.choice((0, 2)), max_len)
+        self.batches = Batches(pools, luts, habits, self.rng, history_shape, bool(self.draft_pools))
 
     # ---- planning ----------------------------------------------------------------------------------------------------
     def plan(self) -> Plan:
@@ -223,9 +90,9 @@ class Engine:
             budget -= self._add_row(plan, request, budget)
         self._place_rows(plan)
         main = [i for i in range(len(self.pools)) if i not in self.draft_pools]
-        plan.forwards.append(self._forward(plan.rows, main, 0, shift=0))
+        plan.forwards.append(self.batches.forward(plan.rows, main, 0, shift=0))
         if self.draft_pools:
-            plan.forwards.append(self._forward(plan.rows, self.draft_pools, 1, shift=1))
+            plan.forwards.append(self.batches.forward(plan.rows, self.draft_pools, 1, shift=1))
         return plan
 
     def _text(self, n: int) -> list[int]:
@@ -290,7 +157,7 @@ class Engine:
     def _is_whole(self, units: list[list[list[int]]]) -> bool:
         prefix = len(units) * self.unit
         for i in range(len(self.pools)):
-            table = self._table_pool(i)
+            table = self.batches.table_pool(i)
             page, blocks = self.pools[table].page_size, [b for unit in units for b in unit[table]]
             for p in range(self._first_needed(i, prefix), prefix):
                 block = blocks[p // page]
@@ -407,129 +274,6 @@ class Engine:
         self.did["padded rows"] += 1
         return Row(None, 0, [0] * self.rng.choice((0, 1) if self.habits.pads else (0,)), 0)
 
-    # ---- the arrays --------------------------------------------------------------------------------------------------
-    def _table_pool(self, i: int) -> int:
-        return i if self.luts[i] is None else 0
-
-    def _slots(self, i: int, request: Request, positions: range) -> list[int]:
-        """Slots as the engine names them in the tables of pool i."""
-        table = self._table_pool(i)
-        page, blocks = self.pools[table].page_size, request.blocks[table]
-        return [blocks[p // page] * page + p % page for p in positions]
-
-    def _forward(self, rows: list[Row], chosen: list[int], index: int, shift: int) -> Forward:
-        habits, rng = self.habits, self.rng
-        ids = [t for row in rows for t in self._ids(row, shift)]
-        mappings: list[Any] = []
-        written = {}
-        for i in chosen:
-            named = []
-            for row in rows:
-                positions = range(row.start, row.start + len(row.ids))
-                named += self._slots(i, row.request, positions) if row.request else [self._pad_slot(i)] * len(row.ids)
-            mappings.append(np.array(named, np.int64 if habits.wide_slots else np.int32))
-            lut = self.luts[i]
-            slots = mappings[-1][mappings[-1] >= 0].astype(np.int64)
-            written[i] = slots if lut is None else lut[slots][lut[slots] >= 0]
-        dtype = np.int64 if habits.wide_ids else np.int32
-        arrays: Arrays = {
-            "query_start_loc": np.cumsum([0, *(len(row.ids) for row in rows)]).astype(np.int32),
-            "input_ids": np.array(ids, dtype),
-            "slot_mapping": mappings if len(chosen) > 1 else mappings[0],
-            **self._table_arrays(rows, chosen),
-        }
-        if habits.table != "csr_last_page" or rng.random() < 0.3:
-            arrays["seq_lens"] = np.array([row.start + len(row.ids) for row in rows], np.int32)
-        if habits.has_expected:
-            arrays["expected_tokens"] = np.array([t if rng.random() < 0.8 else -1 for t in ids], dtype)
-        arrays |= self._request_arrays(rows, shift)
-        return Forward(arrays, index, chosen if len(chosen) < len(self.pools) else None, written)
-
-    def _ids(self, row: Row, shift: int) -> list[int]:
-        if not row.request or not shift:
-            return row.ids
-        text = [*row.request.tokens, 0]
-        return text[row.start + shift : row.start + shift + len(row.ids)]
-
-    def _pad_slot(self, i: int) -> int:
-        reserved = self.pools[i].reserved_blocks if self.luts[i] is None else ()
-        return self.rng.choice([-1, *(b * self.pools[i].page_size for b in reserved)])
-
-    def _entries(self, row: Row, i: int, is_slots: bool) -> list[int]:
-        """The row's table for pool i: as long as the row, with what it shows of evicted blocks."""
-        pool = self.pools[self._table_pool(i)]
-        null = self.rng.choice((-1, *pool.reserved_blocks))
-        length = row.start + len(row.ids)
-        shown = row.request.shown[self._table_pool(i)][: -(-length // pool.page_size)] if row.request else []
-        blocks = [null if b < 0 else b for b in shown] or [null] * -(-length // pool.page_size)
-        if not is_slots:
-            return blocks
-        return [b * pool.page_size + p if b >= 0 else -1 for b in blocks for p in range(pool.page_size)][:length]
-
-    def _table_arrays(self, rows: list[Row], chosen: list[int]) -> Arrays:
-        kind, rng = self.habits.table, self.rng
-        if self.is_static:
-            return {}
-        tables: dict[str, list[Any]] = {}
-        for i in chosen:
-            entries = [self._entries(row, i, kind == "slots") for row in rows]
-            if kind.startswith("csr"):
-                lists = [e + ([] if kind == "csr_last_page" else self._junk(rng.randint(0, 2))) for e in entries]
-                tables.setdefault("kv_indptr", []).append(np.cumsum([0, *map(len, lists)]).astype(np.int32))
-                flat = [b for e in lists for b in e] + self._junk(rng.randint(0, 3))
-                tables.setdefault("kv_indices", []).append(np.array(flat, np.int32))
-                page = self.pools[self._table_pool(i)].page_size
-                last = [
-                    row.start + len(row.ids) - max(0, len(e) - 1) * page for row, e in zip(rows, entries, strict=True)
-                ]
-                if kind == "csr_last_page":
-                    tables.setdefault("kv_last_page_len", []).append(np.array(last, np.int32))
-                continue
-            width, apart = max([1, *map(len, entries)]) + rng.randint(0, 2), rng.randint(0, 2)
-            table = np.array(self._junk(len(rows) * (width + apart)), np.int32).reshape(len(rows), width + apart)
-            for row, e in zip(table, entries, strict=True):
-                row[: len(e)] = e
-            tables.setdefault("block_table", []).append(table[:, :width])
-        arrays: Arrays = {name: a if len(chosen) > 1 else a[0] for name, a in tables.items()}
-        return arrays if kind != "slots" else {**arrays, "table_entries": "slots"}
-
-    def _junk(self, n: int) -> list[int]:
-        return [self.rng.choice((-1, 0, 1, 2, BIG)) for _ in range(n)]
-
-    def _request_arrays(self, rows: list[Row], shift: int) -> Arrays:
-        habits, rng, arrays = self.habits, self.rng, Arrays()
-        requests = [row.request for row in rows]
-        if habits.has_ids or habits.has_history:
-            arrays["request_slots"] = np.array([r.slot if r else rng.choice((-1, 0)) for r in requests], np.int32)
-        if habits.has_ids:
-            arrays["request_ids"] = np.array([r.id if r else 0 for r in requests], np.uint32)
-        if habits.has_salts:
-            arrays["salts"] = np.array([r.salt if r else 9 for r in requests], np.uint64)
-        if habits.chains != "none":
-            chains = [
-                prefix_chain(row.request.tokens[shift : row.start + shift], row.request.salt) if row.request else 0
-                for row in rows
-            ]
-            hidden = [habits.chains == "some" and not (r and r.hit_early) and rng.random() < 0.5 for r in requests]
-            arrays["prefix_chain"] = np.array([0 if h else c for h, c in zip(hidden, chains, strict=True)], np.uint64)
-        if habits.has_history:
-            for row in rows:
-                if row.request:
-                    self._write_history(row.request, row.start)
-            arrays["token_history"] = self.history.copy()
-        for name, is_given in (("pending", habits.has_pending), ("verify_all", habits.has_verify_all)):
-            if is_given:
-                arrays[name] = np.array([rng.random() < 0.3 for _ in rows], np.uint8)
-        return arrays
-
-    def _write_history(self, request: Request, start: int) -> None:
-        """The tokens of the request; generated ones may still be on their way, what lies behind is left over."""
-        row = self.history[request.slot]
-        n = min(request.known + bool(self.draft_pools), len(request.tokens))
-        row[:n] = request.tokens[:n]
-        if not request.is_first and self.habits.has_ids and self.rng.random() < 0.3:
-            row[max(1, start - 1) : n] = -1
-
     # ---- the outcome -------------------------------------------------------------------------------------------------
     def commit(self, plan: Plan) -> None:
         """The forwards ran to their end."""
@@ -575,7 +319,7 @@ class Engine:
         """Slots, positions, predecessors and tokens of the cached prefixes in pool i; () for none."""
         if self.habits.imports:  # what was imported may not have been seen by the guard yet
             return ()
-        shift, table, lut = int(i in self.draft_pools), self._table_pool(i), self.luts[i]
+        shift, table, lut = int(i in self.draft_pools), self.batches.table_pool(i), self.luts[i]
         page, found = self.pools[table].page_size, []
         for n, salt, *tokens in self.rng.sample(list(self.cache), min(len(self.cache), 20)):
             slots = []
@@ -639,7 +383,7 @@ class Engine:
         if self.is_static:
             return
         for i, pool in enumerate(self.pools):
-            first, page = self._first_needed(i, request.computed), self.pools[self._table_pool(i)].page_size
+            first, page = self._first_needed(i, request.computed), self.pools[self.batches.table_pool(i)].page_size
             if not pool.window:
                 continue
             if self.luts[i] is not None:
@@ -665,18 +409,6 @@ class Engine:
                 self._unmap(i, block * page + p % page)
 
 
-def _honest(habits: Habits) -> Habits:
-    """What an engine may do in silence.
-
-    A row that has neither the guard's register nor a history nor a prefix_chain to start from continues the chain that
-    it finds in the cache. Where there is none to be found (a hit on what is being written, or on imported KV, or a
-    window of one slot), its chain is its own, and disagrees with that of the same text in other blocks.
-    """
-    if habits.knows_chains:
-        return habits
-    return replace(habits, imports=False, shares_early=habits.shares_early and habits.chains == "some")
-
-
 # ---- guards, and an engine to drive them -----------------------------------------------------------------------------
 def random_scenario(
     rng: random.Random, sides: Sequence[Side], *, max_len: int = 0, is_odd: bool = False, **config: Any
@@ -690,7 +422,7 @@ def random_scenario(
     """
     habits = random_habits(rng)
     if not is_odd:
-        habits = _honest(habits)
+        habits = honest(habits)
     max_requests, max_len = rng.choice((2, 4, 8)), max_len or rng.choice((32, 48))
     max_new_tokens = max_len + max_requests if max_len > 48 else rng.choice((24, 64))
     if max_len > 48:

@@ -50,19 +50,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
 
 
 # ---- random engines --------------------------------------------------------------------------------------------------
-@examples(300)
+@examples(200)
 @given(SEEDS, st.sets(st.sampled_from(KINDS)), st.integers(1, 10))
 def test_with_some_faults(library: SimtLibrary, seed: int, kinds: set[str], n_steps: int) -> None:
     run(seed, [Side(), SimtSide(library, seed=seed % 99)], tuple(sorted(kinds)), n_steps, 0.2)
 
 
-@examples(200)
+@examples(120)
 @given(SEEDS, st.integers(1, 6))
 def test_fed_with_noise(library: SimtLibrary, seed: int, n_steps: int) -> None:
     run(seed, [Side(), SimtSide(library)], KINDS, n_steps, 0.6)
 
 
-@examples(60)
+@examples(40)
 @given(SEEDS, st.integers(0, 1000), st.integers(0, 1000))
 def test_neither_grid_nor_order_matter(library: SimtLibrary, seed: int, first: int, second: int) -> None:
     sides = [SimtSide(library, 1, first), SimtSide(library, 2, second), SimtSide(library, 3)]

@@ -1,0 +1,157 @@
+"""What an engine is made of: its habits, its requests, the rows of a step, the free lists of its pools."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from agree import Arrays
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What the engine does, and what it tells the guard."""
+
+    table: str = "blocks"  # blocks, slots, csr, csr_last_page, static
+    wide_ids: bool = False
+    wide_slots: bool = False
+    has_ids: bool = True
+    has_history: bool = True
+    chains: str = "none"  # prefix_chain: none, some (0 = unknown), all
+    has_salts: bool = False
+    has_expected: bool = False
+    has_pending: bool = False
+    has_verify_all: bool = False
+    shares: bool = True  # prefixes
+    shares_early: bool = False  # with rows of the same forward
+    max_drafts: int = 0
+    preempts: bool = False
+    pads: bool = False
+    keeps_stale_ids: bool = False  # of blocks that have left the window
+    imports: bool = False
+    max_chunk: int = 40
+
+    @property
+    def knows_chains(self) -> bool:
+        """Whether the chain of any prefix can be told from outside the cache."""
+        return self.has_history or self.chains == "all"
+
+
+def random_habits(rng: random.Random) -> Habits:
+    def maybe(p: float = 0.5) -> bool:
+        return rng.random() < p
+
+    return Habits(
+        table=rng.choice(("blocks", "blocks", "slots", "csr", "csr_last_page", "static")),
+        wide_ids=maybe(),
+        wide_slots=maybe(),
+        has_ids=maybe(0.8),
+        has_history=maybe(),
+        chains=rng.choice(("none", "some", "all")),
+        has_salts=maybe(),
+        has_expected=maybe(0.3),
+        has_pending=maybe(0.2),
+        has_verify_all=maybe(0.2),
+        shares=maybe(0.8),
+        shares_early=maybe(),
+        max_drafts=rng.choice((0, 0, 1, 4)),
+        preempts=maybe(),
+        pads=maybe(),
+        keeps_stale_ids=maybe(),
+        imports=maybe(0.3),
+        max_chunk=rng.choice((1, 9, 40, 40)),
+    )
+
+
+def honest(habits: Habits) -> Habits:
+    """What an engine may do in silence.
+
+    A row that has neither the guard's register nor a history nor a prefix_chain to start from continues the chain that
+    it finds in the cache. Where there is none to be found (a hit on what is being written, or on imported KV, or a
+    window of one slot), its chain is its own, and disagrees with that of the same text in other blocks.
+    """
+    if habits.knows_chains:
+        return habits
+    return replace(habits, imports=False, shares_early=habits.shares_early and habits.chains == "some")
+
+
+@dataclass(eq=False)
+class Request:
+    id: int
+    salt: int
+    tokens: list[int]  # all it will ever have
+    known: int  # tokens of them that the engine knows
+    slot: int = -1
+    computed: int = 0
+    blocks: list[list[int]] = field(default_factory=list)  # per pool with a table; -1 = evicted
+    shown: list[list[int]] = field(default_factory=list)  # the same as the table shows them: perhaps stale
+    is_first: bool = True
+    hit_early: bool = False  # its prefix is written by another row of this forward
+
+
+class Row(NamedTuple):
+    """New tokens of a request, or of nobody (padding)."""
+
+    request: Request | None
+    start: int
+    ids: list[int]
+    n_true: int  # of ids; the rest are drafts that will be rejected
+
+
+@dataclass
+class Forward:
+    arrays: Arrays
+    index: int
+    pools: list[int] | None
+    written: dict[int, NDArray[np.int64]]  # slots by pool
+
+
+@dataclass
+class Plan:
+    """One step: its rows, its forwards, and the slots that are loaded from elsewhere before it."""
+
+    rows: list[Row]
+    forwards: list[Forward] = field(default_factory=list)
+    imported: dict[int, list[int]] = field(default_factory=dict)
+    published: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+class Book:
+    """The free list of a pool's blocks (of its slots, where a LUT places them one by one)."""
+
+    def __init__(self, n: int, reserved: set[int], rng: random.Random) -> None:
+        self.free = [b for b in range(n) if b not in reserved]
+        rng.shuffle(self.free)
+        self.refs: dict[int, int] = {}
+        self.virgin = set(self.free)
+
+    def take(self) -> int:
+        block = self.free.pop()
+        self.refs[block] = 1
+        self.virgin.discard(block)
+        return block
+
+    def take_virgin(self) -> int:
+        block = next(b for b in self.free if b in self.virgin)
+        self.free.remove(block)
+        self.free.append(block)
+        return self.take()
+
+    @property
+    def n_virgin(self) -> int:
+        return sum(b in self.virgin for b in self.free)
+
+    def share(self, block: int) -> None:
+        self.refs[block] += 1
+
+    def drop(self, block: int) -> bool:
+        """Whether that was the last owner."""
+        self.refs[block] -= 1
+        if self.refs[block]:
+            return False
+        del self.refs[block]
+        self.free.insert(0, block)
+        return True
