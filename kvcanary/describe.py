@@ -74,4 +74,6 @@ def describe_pools(
             lines.append(f"off: {reason} (no {', no '.join(missing)}): {loss}")
         else:
             on.append(reason)
+    if inputs is not None and not {"token_history", "prefix_chain"} & set(inputs):
+        lines.append("beware: no token_history, no prefix_chain: same-forward hits and adoption may give false CHAIN")
     return "\n".join([*lines, f"on: {', '.join(on)}", f"off: {_LATER}"])

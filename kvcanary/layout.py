@@ -46,7 +46,7 @@ class KvPool:
         window: tokens that a query of an SWA pool sees, its own included; None for FULL.
         reserved_blocks: blocks that hold no request's data (the null block, padding): at most 8.
         token_offset: token that position p holds is the request's token p + token_offset (EAGLE draft pools).
-        slot_lut: i64[n_full] from the slot in the batch's tables to the slot in this pool; outside the pool = evicted.
+        slot_lut: i64[n_full] from the slot in the batch's tables to the slot here; negative or reserved = evicted.
         expected_every_step: whether a step without a launch for this pool counts as a stalled guard.
 
     Raises:
