@@ -30,8 +30,9 @@ done
 part pytest-gpu "$python" -m pytest -q -m gpu -p no:cacheprovider -s
 part bench-replay "$python" bench/bench_replay.py --json "$out/bench_replay.json"
 if command -v compute-sanitizer >/dev/null; then
-    # CuPy's pool would hide an access beyond one array in the next one.
-    part memcheck env KVC_TEST_NO_POOL=1 timeout 240 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    # Without a pool: CuPy's would hide an access beyond one array in the next one. API errors are left out: cuda.bindings
+    # probes the driver for symbols that this one does not have, which is no access to memory.
+    part memcheck env KVC_TEST_NO_POOL=1 timeout 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
         "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu -k "memcheck or silent_and_then_find or sweep or prove"
 else
     printf '\ncompute-sanitizer is not on the PATH: memcheck left out\n'
