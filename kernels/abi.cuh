@@ -22,7 +22,8 @@
 #define KVC_N_ABORTED 58
 #define KVC_MAX_RESERVED 8
 #define KVC_PREV_NONE (-1)
-#define KVC_PREV_UNJUDGED (-2)
+#define KVC_PREV_RELATIVE (-2)
+#define KVC_PREV_RELATIVE_BASE (-3)
 #define KVC_TABLE_DENSE 0
 #define KVC_TABLE_CSR 1
 #define KVC_TABLE_STATIC 2
@@ -35,7 +36,8 @@
 #define KVC_ROW_BAD_QUERY 64
 #define KVC_ROW_BAD_LENGTH 128
 #define KVC_ROW_BAD_REQUEST_SLOT 256
-#define KVC_ROW_START_UNJUDGED 512
+#define KVC_ROW_RELATIVE 512
+#define KVC_ROW_KNOWS_LAST 1024
 #define KVC_STATE_FORWARD 0
 #define KVC_STATE_FORWARD_DONE 1
 #define KVC_STATE_STEP 2
@@ -95,9 +97,11 @@ struct Register {
     uint32_t forwards;
     int32_t length;
     int32_t first_length;
+    uint32_t is_relative;
+    uint32_t unused;
     uint64_t chain[16];
 };
-static_assert(sizeof(Register) == 144, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Register) == 152, "the layout of kvcanary/abi.py");
 
 struct Plane {
     uint64_t base;
@@ -121,6 +125,7 @@ static_assert(sizeof(Digest) == 16, "the layout of kvcanary/abi.py");
 
 struct Row {
     uint64_t anchor;
+    uint64_t last_mix;
     int32_t first_token;
     int32_t n_new;
     int32_t prefix;
@@ -132,7 +137,7 @@ struct Row {
     uint32_t share;
     int32_t bad_value;
 };
-static_assert(sizeof(Row) == 48, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Row) == 56, "the layout of kvcanary/abi.py");
 
 struct PoolState {
     uint32_t head_forward;

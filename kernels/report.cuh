@@ -33,7 +33,7 @@ KVC_DEVICE void kvc_put_stamp(Violation& v, const Stamp& stamp) {
     v.stored_chain = stamp.chain;
     v.stored_token = stamp.token;
     v.stored_position = stamp.position;
-    v.prev_slot = stamp.prev_slot;
+    v.prev_slot = kvc_continued_slot(stamp);
     v.stamp_owner = stamp.owner;
     v.stamp_step = stamp.step;
     v.stamp_epoch = stamp.epoch;

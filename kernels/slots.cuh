@@ -75,6 +75,13 @@ KVC_DEVICE KvcSlot kvc_write_slot(const Pool& pool, const Batch& batch, int64_t 
     return kvc_engine_slot(pool, named, named);
 }
 
+// ---- stamps ------------------------------------------------------------------------------------------------------------
+KVC_DEVICE bool kvc_is_relative(const Stamp& stamp) { return stamp.prev_slot <= KVC_PREV_RELATIVE; }
+// The slot of the stamp that this one continues, or negative.
+KVC_DEVICE int32_t kvc_continued_slot(const Stamp& stamp) {
+    return stamp.prev_slot <= KVC_PREV_RELATIVE_BASE ? KVC_PREV_RELATIVE_BASE - stamp.prev_slot : stamp.prev_slot;
+}
+
 // The warp's number in the grid's x dimension, and how many there are.
 KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
 KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }

@@ -93,11 +93,15 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
     }
     if (row.request_id && row.request_slot >= 0) {
         const Register& reg = kvc_pointer<Register>(pool.registers)[row.request_slot];
-        const int32_t oldest = reg.length - (KVC_N_REGISTER_LENGTHS - 1);
+        const int64_t oldest = (int64_t)reg.length - (KVC_N_REGISTER_LENGTHS - 1);
         if (reg.request_id == row.request_id && prefix <= reg.length && prefix >= reg.first_length && prefix >= oldest) {
             row.anchor = reg.chain[prefix % KVC_N_REGISTER_LENGTHS];
             row.share = reg.forwards;
-            row.flags |= KVC_ROW_ANCHORED | KVC_ROW_REGISTERED;
+            row.flags |= KVC_ROW_ANCHORED | KVC_ROW_REGISTERED | (reg.is_relative ? KVC_ROW_RELATIVE : 0);
+            if (prefix - 1 >= reg.first_length && prefix - 1 >= oldest) {
+                row.last_mix = row.anchor - reg.chain[(prefix - 1) % KVC_N_REGISTER_LENGTHS] * KVC_CHAIN_P;
+                row.flags |= KVC_ROW_KNOWS_LAST;
+            }
             return;
         }
     }
@@ -119,12 +123,12 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
         }
     }
     const KvcSlot before = kvc_table_slot(pool, batch, index, prefix - 1);
-    row.flags |= KVC_ROW_START_UNJUDGED;
-    if (before.status == KVC_SLOT_OK) {
-        const Stamp& stamp = kvc_pointer<Stamp>(pool.head[0])[before.slot];
+    row.flags |= KVC_ROW_RELATIVE;
+    if (before.status == KVC_SLOT_OK && prefix > row.verify_start) {  // before a window, it may be another's by now
+        const Stamp stamp = kvc_pointer<Stamp>(pool.head[0])[before.slot];
         if (stamp.step) {
             row.anchor = stamp.chain;
-            row.flags &= ~(uint32_t)KVC_ROW_START_UNJUDGED;
+            if (stamp.token != KVC_NO_TOKEN && !kvc_is_relative(stamp)) row.flags &= ~(uint32_t)KVC_ROW_RELATIVE;
         }
     }
 }
@@ -300,20 +304,42 @@ KVC_DEVICE void kvc_judge_write(const StepParams& p, const Row& row, int32_t ind
 }
 
 // The chain after new token i: keep it in the register of the row's request slot.
-KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_t i, uint64_t chain) {
+KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_t i, uint64_t chain, bool is_relative) {
     Register& reg = kvc_mutable_pointer<Register>(p.pool.registers)[row.request_slot];
     const int32_t length = row.prefix + (int32_t)i + 1;
     if (i >= (int64_t)row.n_new - KVC_N_REGISTER_LENGTHS) reg.chain[length % KVC_N_REGISTER_LENGTHS] = chain;
     if (i + 1 < row.n_new) return;
     const bool continues = row.flags & KVC_ROW_REGISTERED;
-    const int32_t oldest = reg.length - (KVC_N_REGISTER_LENGTHS - 1);
+    const int64_t oldest = (int64_t)reg.length - (KVC_N_REGISTER_LENGTHS - 1);
     if (row.n_new < KVC_N_REGISTER_LENGTHS) reg.chain[row.prefix % KVC_N_REGISTER_LENGTHS] = row.anchor;
     // A start that came out of the cache is nothing to hold a later forward against.
     const int32_t first = row.prefix + (row.flags & KVC_ROW_ANCHORED ? 0 : 1);
-    reg.first_length = !continues ? first : oldest > reg.first_length ? oldest : reg.first_length;
+    reg.first_length = !continues ? first : oldest > reg.first_length ? (int32_t)oldest : reg.first_length;
     reg.forwards = continues ? reg.forwards + 1 : 1;
+    reg.is_relative = is_relative;
     reg.length = length;
     reg.request_id = row.request_id;
+}
+
+// Where the chain of a row that brings new tokens comes from.
+struct Start {
+    bool is_relative;
+    int32_t prev_slot;  // what the stamp of the row's first new token says of its predecessor
+};
+KVC_DEVICE Start kvc_start_of(const StepParams& p, const Row& row, int32_t index, uint32_t forward) {
+    if (row.prefix == 0) return {false, KVC_PREV_NONE};
+    const KvcSlot before = kvc_table_slot(p.pool, p.batch, index, row.prefix - 1);
+    const bool is_slot = before.status == KVC_SLOT_OK;
+    // Another row of this launch may be writing the stamp of a slot that is claimed in this forward.
+    const bool is_rewritten = is_slot && kvc_pointer<uint64_t>(p.pool.claims)[before.slot] >> 32 == forward;
+    const bool is_from_stamp = !(row.flags & KVC_ROW_ANCHORED);
+    if (!(row.flags & KVC_ROW_RELATIVE || (is_from_stamp && is_rewritten))) {
+        return {false, is_slot ? (int32_t)before.slot : KVC_PREV_NONE};
+    }
+    if (!is_slot || is_rewritten) return {true, KVC_PREV_RELATIVE};
+    const Stamp stamp = kvc_pointer<Stamp>(p.pool.head[0])[before.slot];
+    const bool continues = stamp.step && stamp.token != KVC_NO_TOKEN && stamp.chain == row.anchor;
+    return {true, continues ? KVC_PREV_RELATIVE_BASE - (int32_t)before.slot : KVC_PREV_RELATIVE};
 }
 
 // One tile of a row. All threads of the block take part; returns the stamps this thread wrote.
@@ -342,29 +368,26 @@ KVC_DEVICE uint64_t kvc_write_tile(const StepParams& p, const KvcUnit& unit, uin
     const bool owns_register =
         row.request_id && row.request_slot >= 0 &&
         kvc_pointer<uint64_t>(pool.register_claims)[row.request_slot] == ((uint64_t)forward << 32 | (uint64_t)(unit.row + 1));
+    const Start start = kvc_start_of(p, row, unit.row, forward);
     uint64_t n_written = 0;
     for (int64_t i = begin; i < begin + KVC_TOKENS_PER_THREAD && i < row.n_new; ++i) {
         const int64_t t = first_token + i;
         const int32_t token = (int32_t)kvc_int_at(ids, wide, t);
         const int32_t position = (int32_t)(prefix + i);
         chain = kvc_link(chain, token, position);
-        if (owns_register) kvc_keep_in_register(p, row, i, chain);
+        if (owns_register) kvc_keep_in_register(p, row, i, chain, start.is_relative);
         const KvcSlot target = kvc_write_slot(pool, batch, t);
         if (target.status == KVC_SLOT_EMPTY) continue;
         if (is_judging) {
             kvc_judge_write(p, row, unit.row, i, token, target, kvc_table_slot(pool, batch, unit.row, position));
         }
         if (target.status != KVC_SLOT_OK || claims[target.slot] != ((uint64_t)forward << 32 | (uint64_t)(t + 1))) continue;
-        int32_t prev_slot = KVC_PREV_NONE;
-        if (position > 0) {
+        int32_t prev_slot = start.prev_slot;
+        if (i > 0) {
             const KvcSlot previous = kvc_table_slot(pool, batch, unit.row, position - 1);
-            if (previous.status == KVC_SLOT_OK) prev_slot = (int32_t)previous.slot;
-            if (i == 0 && !(row.flags & KVC_ROW_ANCHORED)) {
-                // Nobody outside the cache knows the chain here, and the predecessor's stamp either does not exist or is
-                // being written by another row of this launch: the link into this slot says nothing.
-                const bool is_rewritten = prev_slot >= 0 && claims[prev_slot] >> 32 == forward;
-                if (row.flags & KVC_ROW_START_UNJUDGED || is_rewritten) prev_slot = KVC_PREV_UNJUDGED;
-            }
+            const bool is_slot = previous.status == KVC_SLOT_OK;
+            prev_slot = is_slot ? (int32_t)previous.slot : KVC_PREV_NONE;
+            if (start.is_relative) prev_slot = is_slot ? KVC_PREV_RELATIVE_BASE - prev_slot : KVC_PREV_RELATIVE;
         }
         const Stamp stamp = {chain, token, position, prev_slot, forward, row.request_id, 0};
         for (uint32_t half = 0; half < pool.n_halves; ++half) {
@@ -408,13 +431,9 @@ KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
 // What a position contributes to the judgement of the next one.
 struct Link {
     uint64_t chain;
-    int32_t token;
     uint32_t step;  // 0: there is no stamp to link to
 };
-KVC_DEVICE Link kvc_link_from_below(const Link& own, uint32_t delta) {
-    return {kvc_shfl_up_u64(own.chain, delta), (int32_t)kvc_shfl_up_u32((uint32_t)own.token, delta),
-            kvc_shfl_up_u32(own.step, delta)};
-}
+KVC_DEVICE Link kvc_link_from_below(const Link& own) { return {kvc_shfl_up_u64(own.chain, 1), kvc_shfl_up_u32(own.step, 1)}; }
 
 KVC_DEVICE bool kvc_is_aborted(const Guard& guard, const Pool& pool, uint32_t forward) {
     const PoolState& s = kvc_pointer<PoolState>(guard.pool_states)[pool.index];
@@ -445,8 +464,20 @@ KVC_DEVICE SeenStamp kvc_see_stamp(const Guard& guard, const Pool& pool, uint32_
     }
     return seen;
 }
+KVC_DEVICE bool kvc_is_linkable(const SeenStamp& seen) { return seen.is_judged && seen.stamp.token != KVC_NO_TOKEN; }
 KVC_DEVICE Link kvc_link_of(const SeenStamp& seen) {
-    return {seen.stamp.chain, seen.stamp.token, seen.is_judged ? seen.stamp.step : 0};
+    return {seen.stamp.chain, kvc_is_linkable(seen) && !kvc_is_relative(seen.stamp) ? seen.stamp.step : 0};
+}
+
+// What a relative stamp at a position of a row links to: the stamp that it continued, if the table still has it there and
+// it was not rewritten since. (Rare: relative chains need a row without history, register and prefix_chain.)
+KVC_DEVICE Link kvc_relative_link(const StepParams& p, int32_t index, uint32_t stage, uint32_t half, int64_t position,
+                                  const Stamp& stamp, uint32_t forward) {
+    const int32_t continued = kvc_continued_slot(stamp);
+    const KvcSlot before = kvc_table_slot(p.pool, p.batch, index, position - 1);
+    if (continued < 0 || before.status != KVC_SLOT_OK || before.slot != continued) return {0, 0};
+    const SeenStamp seen = kvc_see_stamp(p.guard, p.pool, stage, half, before.slot, forward);
+    return {seen.stamp.chain, kvc_is_linkable(seen) && seen.stamp.step <= stamp.step ? seen.stamp.step : 0};
 }
 
 // TOKEN: the token that the engine's history has at this position; negative = not judged.
@@ -454,6 +485,13 @@ KVC_DEVICE int32_t kvc_history_token(const Pool& pool, const Batch& batch, const
     const int64_t at = position + pool.token_offset;
     if (!batch.token_history || row.request_slot < 0 || at < 0 || at >= batch.history_length) return KVC_NO_TOKEN;
     return kvc_pointer<int32_t>(batch.token_history)[row.request_slot * batch.history_length + at];
+}
+
+// Whether the last prefix stamp is what is known of it outside the cache: its chain, or, between relative chains, its token.
+KVC_DEVICE bool kvc_ends_as_anchored(const Row& row, const Stamp& stamp) {
+    if (!(row.flags & KVC_ROW_ANCHORED)) return true;
+    if (!(row.flags & KVC_ROW_RELATIVE || kvc_is_relative(stamp))) return stamp.chain == row.anchor;
+    return !(row.flags & KVC_ROW_KNOWS_LAST) || kvc_token_mix(stamp.token, stamp.position) == row.last_mix;
 }
 
 // UNWRITTEN, POSITION, TOKEN and CHAIN of one written or unwritten slot. `may_link` says that the link into it is judged.
@@ -478,12 +516,11 @@ KVC_DEVICE void kvc_judge_stamp(const StepParams& p, const Row& row, int32_t ind
             const uint64_t salt = p.batch.salts ? kvc_pointer<uint64_t>(p.batch.salts)[index] : 0;
             v.expected_chain = kvc_link(kvc_anchor(salt), stamp.token, 0);
             if (is_known && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
-        } else if (may_link && previous.step && is_known && previous.token != KVC_NO_TOKEN &&
-                   stamp.prev_slot != KVC_PREV_UNJUDGED) {
+        } else if (may_link && previous.step && is_known) {
             v.expected_chain = kvc_link(previous.chain, stamp.token, stamp.position);
             if (stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
         }
-        if (position == row.prefix - 1 && row.flags & KVC_ROW_ANCHORED && is_known && stamp.chain != row.anchor) {
+        if (position == row.prefix - 1 && is_known && !kvc_ends_as_anchored(row, stamp)) {
             v.reasons |= KVC_REASON_CHAIN;
             v.expected_chain = row.anchor;
         }
@@ -514,7 +551,7 @@ KVC_DEVICE void kvc_verify_chunk(const StepParams& p, const KvcUnit& unit, uint3
     const uint32_t lane = kvc_lane();
     const int64_t begin = row.verify_start + unit.chunk * KVC_VERIFY_CHUNK;
     const int64_t end = begin + KVC_VERIFY_CHUNK < row.verify_end ? begin + KVC_VERIFY_CHUNK : row.verify_end;
-    Link carried[2] = {{0, 0, 0}, {0, 0, 0}};  // of the position before the 32 at hand
+    Link carried[2] = {{0, 0}, {0, 0}};  // of the position before the 32 at hand
     if (begin > 0) {
         const KvcSlot before = kvc_table_slot(pool, p.batch, unit.row, begin - 1);
 #pragma unroll  // constant indices keep `carried` in registers
@@ -540,17 +577,19 @@ KVC_DEVICE void kvc_verify_chunk(const StepParams& p, const KvcUnit& unit, uint3
         for (uint32_t half = 0; half < 2; ++half) {
             if (half >= pool.n_halves) break;
             SeenStamp seen = {};
-            Link own = {0, 0, 0};
+            Link own = {0, 0};
             if (is_slot) {
                 seen = kvc_see_stamp(p.guard, pool, stage, half, at.slot, forward);
                 own = kvc_link_of(seen);
                 if (half == 0) n_left += seen.is_left;
             }
-            Link previous = kvc_link_from_below(own, 1);
+            Link previous = kvc_link_from_below(own);
             if (lane == 0) previous = carried[half];
-            carried[half] = {kvc_shfl_u64(own.chain, 31), (int32_t)kvc_shfl_u32((uint32_t)own.token, 31),
-                             kvc_shfl_u32(own.step, 31)};
+            carried[half] = {kvc_shfl_u64(own.chain, 31), kvc_shfl_u32(own.step, 31)};
             if (!is_slot || is_adopted || !(seen.is_judged || seen.is_unfinished)) continue;
+            if (position > 0 && kvc_is_relative(seen.stamp)) {
+                previous = kvc_relative_link(p, unit.row, stage, half, position, seen.stamp, forward);
+            }
             // Before a window lie blocks that may belong to others by now: judge the link into its first position only if
             // the predecessor was not rewritten after the stamp that continued it.
             const bool may_link =
@@ -709,10 +748,13 @@ KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
                 v.reasons |= KVC_REASON_TOKEN;
                 v.expected_token = expected;
             }
-            if (before >= 0 && before < pool.n_slots && is_known && stamp.prev_slot != KVC_PREV_UNJUDGED) {
+            if (before >= 0 && before < pool.n_slots && is_known) {
                 const Stamp previous = kvc_pointer<Stamp>(pool.head[half])[before];
+                const bool may_link = kvc_is_relative(stamp)
+                                          ? kvc_continued_slot(stamp) == before && previous.step <= stamp.step
+                                          : !kvc_is_relative(previous);
                 v.expected_chain = kvc_link(previous.chain, stamp.token, stamp.position);
-                if (previous.step && previous.token != KVC_NO_TOKEN && stamp.chain != v.expected_chain) {
+                if (may_link && previous.step && previous.token != KVC_NO_TOKEN && stamp.chain != v.expected_chain) {
                     v.reasons |= KVC_REASON_CHAIN;
                 }
             }

@@ -36,7 +36,10 @@ N_REGISTER_LENGTHS = 16  # lengths whose chain a register keeps
 N_ABORTED = 58  # forwards without TAIL that a pool remembers
 MAX_RESERVED = 8  # reserved blocks of a pool
 PREV_NONE = -1  # stamp.prev_slot: there is no predecessor, or it is not known where it is
-PREV_UNJUDGED = -2  # stamp.prev_slot: the chain does not continue the predecessor's; the link is not judged
+# A chain is relative where nobody knew the chain at its row's prefix (the predecessor was adopted, never written, being
+# written in the same forward): it says nothing beyond the slots that continue it. Its stamps have these prev_slots:
+PREV_RELATIVE = -2  # the first of them: it continues no stamp
+PREV_RELATIVE_BASE = -3  # the others: PREV_RELATIVE_BASE - slot of the stamp that it continues
 
 # ---- table kinds -----------------------------------------------------------------------------------------------------
 TABLE_DENSE = 0  # block_table[row, position / table_page]
@@ -53,7 +56,8 @@ ROW_OWNS_REGISTER = 32  # writes the register of its request slot
 ROW_BAD_QUERY = 64  # query_start_loc is not inside the batch
 ROW_BAD_LENGTH = 128  # seq_len goes beyond the table row
 ROW_BAD_REQUEST_SLOT = 256
-ROW_START_UNJUDGED = 512  # the chain of its first new token does not continue the predecessor's stamp
+ROW_RELATIVE = 512  # its chain is relative
+ROW_KNOWS_LAST = 1024  # the register knows the token before its new ones: last_mix
 
 # ---- device state: one flat u64 array, header words first ------------------------------------------------------------
 STATE_FORWARD = 0  # number of the forward in progress, or of the last one
@@ -94,6 +98,8 @@ REGISTER = np.dtype(
         ("forwards", "<u4"),
         ("length", "<i4"),
         ("first_length", "<i4"),
+        ("is_relative", "<u4"),
+        ("unused", "<u4"),
         ("chain", "<u8", (N_REGISTER_LENGTHS,)),
     ]
 )
@@ -113,6 +119,7 @@ DIGEST = np.dtype([("first_plane", "<u4"), ("n_planes", "<u4"), ("n_words", "<u4
 ROW = np.dtype(
     [
         ("anchor", "<u8"),
+        ("last_mix", "<u8"),  # token_mix of position prefix - 1
         ("first_token", "<i4"),
         ("n_new", "<i4"),
         ("prefix", "<i4"),

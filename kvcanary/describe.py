@@ -75,5 +75,8 @@ def describe_pools(
         else:
             on.append(reason)
     if inputs is not None and not {"token_history", "prefix_chain"} & set(inputs):
-        lines.append("beware: no token_history, no prefix_chain: same-forward hits and adoption may give false CHAIN")
+        lines.append(
+            "weaker: CHAIN after a same-forward hit or an adopted prefix (no token_history, no prefix_chain): "
+            "judged only between slots of which one was written as the continuation of the other"
+        )
     return "\n".join([*lines, f"on: {', '.join(on)}", f"off: {_LATER}"])

@@ -130,7 +130,7 @@ class Violation:
         stored_token: token id in the stamp, None when not known or withheld; ``expected_token`` likewise.
         stored_chain: chain in the stamp, None when not known; see `decode` for the mask; ``expected_chain`` likewise.
         stored_digest: digest at write time, ``found_digest`` now; None when not compared.
-        stored_position: position in the stamp; ``prev_slot`` its predecessor's slot (or ``abi.PREV_*``).
+        stored_position: position in the stamp; ``prev_slot`` that of the stamp it continues, negative = none.
         stamp_owner: request that wrote the stamp, 0 unknown; in forward ``stamp_step``, 0 never; under ``stamp_epoch``.
         detail: what ``slot`` holds, or which kind of UNWRITTEN it is.
         flags: ``abi.ROW_*`` bits of the row.

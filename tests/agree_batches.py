@@ -141,7 +141,7 @@ class Batches:
                 prefix_chain(row.request.tokens[shift : row.start + shift], row.request.salt) if row.request else 0
                 for row in rows
             ]
-            hidden = [habits.chains == "some" and not (r and r.hit_early) and rng.random() < 0.5 for r in requests]
+            hidden = [habits.chains == "some" and rng.random() < 0.5 for _ in requests]
             arrays["prefix_chain"] = np.array([0 if h else c for h, c in zip(hidden, chains, strict=True)], np.uint64)
         if habits.has_history:
             for row in rows:

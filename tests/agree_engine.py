@@ -19,7 +19,7 @@ from agree import Side, Twins
 from agree_batches import Batches
 from agree_faults import Faults
 from agree_pools import random_pools
-from agree_state import Book, Forward, Habits, Plan, Request, Row, honest, random_habits
+from agree_state import Book, Forward, Habits, Plan, Request, Row, random_habits
 from numpy.typing import NDArray
 
 from kvcanary import KvPool
@@ -421,14 +421,11 @@ def random_scenario(
         config: fields of `CanaryConfig` that are not left to chance.
     """
     habits = random_habits(rng)
-    if not is_odd:
-        habits = honest(habits)
     max_requests, max_len = rng.choice((2, 4, 8)), max_len or rng.choice((32, 48))
     max_new_tokens = max_len + max_requests if max_len > 48 else rng.choice((24, 64))
     if max_len > 48:
         habits = replace(habits, max_chunk=rng.choice((max_len // 3, max_len)))
-    least_window = 1 if is_odd or habits.knows_chains else 2
-    specs = random_pools(rng, max_requests, max_len, habits.table == "static", least_window, is_odd)
+    specs = random_pools(rng, max_requests, max_len, habits.table == "static", is_odd)
     chosen = {
         "real_data": rng.choice(("all", "all", "partial", "none")),
         "verify_data_every": rng.choice((1, 2, 5)),

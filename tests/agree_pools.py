@@ -151,12 +151,11 @@ class _Shape:
 
 
 def random_pools(
-    rng: random.Random, max_requests: int, max_len: int, is_static: bool, least_window: int, is_odd: bool
+    rng: random.Random, max_requests: int, max_len: int, is_static: bool, is_odd: bool
 ) -> list[PoolSpec]:
     """One to three pools that one engine may keep side by side; the first has a table of its own.
 
     Args:
-        least_window: slots that the smallest window has.
         is_odd: give pools a token_offset that the engine does not know of.
     """
     n_pools = rng.choice((1, 1, 2, 3))
@@ -173,7 +172,7 @@ def random_pools(
         offset = int(i > 0 and i == n_pools - 1 and not has_lut and rng.random() < 0.3)  # a draft pool
         if is_odd and rng.random() < 0.2:
             offset = rng.choice((-3, 2))
-        window = None if i == 0 and n_pools > 1 else rng.choice((None, least_window, 2, 3, 7, 20))
+        window = None if i == 0 and n_pools > 1 else rng.choice((None, 1, 2, 3, 7, 20))
         specs.append(
             random_pool(
                 rng,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,11 +34,6 @@ class Habits:
     imports: bool = False
     max_chunk: int = 40
 
-    @property
-    def knows_chains(self) -> bool:
-        """Whether the chain of any prefix can be told from outside the cache."""
-        return self.has_history or self.chains == "all"
-
 
 def random_habits(rng: random.Random) -> Habits:
     def maybe(p: float = 0.5) -> bool:
@@ -64,18 +59,6 @@ def random_habits(rng: random.Random) -> Habits:
         imports=maybe(0.3),
         max_chunk=rng.choice((1, 9, 40, 40)),
     )
-
-
-def honest(habits: Habits) -> Habits:
-    """What an engine may do in silence.
-
-    A row that has neither the guard's register nor a history nor a prefix_chain to start from continues the chain that
-    it finds in the cache. Where there is none to be found (a hit on what is being written, or on imported KV, or a
-    window of one slot), its chain is its own, and disagrees with that of the same text in other blocks.
-    """
-    if habits.knows_chains:
-        return habits
-    return replace(habits, imports=False, shares_early=habits.shares_early and habits.chains == "some")
 
 
 @dataclass(eq=False)

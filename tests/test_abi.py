@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "kernels" / "abi.cuh"
 SIZES = {
     "Stamp": 32,
-    "Register": 144,
+    "Register": 152,
     "Plane": 48,
     "Digest": 16,
-    "Row": 48,
+    "Row": 56,
     "PoolState": 248,
     "Violation": 128,
     "Guard": 72,
@@ -89,7 +89,7 @@ def test_zeros_of_is_one_assignable_structure() -> None:
 def test_constants_and_enums_are_defined_with_their_values() -> None:
     defined = dict(re.findall(r"^#define KVC_(\w+) (.+)$", HEADER.read_text(), re.MULTILINE))
     assert int(defined["CHAIN_P"].removesuffix("ull"), 16) == abi.CHAIN_P
-    assert (defined["N_TAGS"], defined["DIGEST_PERIOD"], defined["PREV_UNJUDGED"]) == (str(N_TAGS), "128", "(-2)")
+    assert (defined["N_TAGS"], defined["DIGEST_PERIOD"], defined["PREV_RELATIVE"]) == (str(N_TAGS), "128", "(-2)")
     for enum, prefix in ((Stage, "STAGE"), (Reason, "REASON"), (Detail, "DETAIL")):
         assert {m.name: defined[f"{prefix}_{m.name}"] for m in enum} == {m.name: f"{m.value}u" for m in enum}
     flags = [int(v) for n, v in defined.items() if n.startswith("ROW_")]

@@ -411,7 +411,7 @@ class TestKnowing:
         engine = ToyEngine()
         estimate = engine.manager.estimate_bytes(engine.config, [engine.pool], 4)
         tables = len(engine.pool.planes) * 48 + 4 * 16  # the plane tables lie in the pool itself on the host
-        per_request = 4 * (48 + 24)  # and so do row facts and work lists
+        per_request = 4 * (kvcanary.abi.ROW.itemsize + 24)  # and so do row facts and work lists
         assert estimate - tables - per_request - kvcanary.abi.POOL_STATE.itemsize == engine.manager.memory_bytes
 
     def test_one_snapshot_is_a_few_hundred_bytes(self) -> None:

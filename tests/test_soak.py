@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvcanary.sim.habits import Habits
-from kvcanary.sim.soak import SeenText, random_habits, random_window, soak
+from kvcanary.sim.soak import LEAVE_OUT, SeenText, random_habits, random_inputs, random_window, soak
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -26,6 +26,8 @@ def test_each_habit_is_drawn_and_left_out() -> None:
     for name in (field.name for field in fields(Habits)):
         drawn = {getattr(random_habits(np.random.default_rng(seed), 9), name) for seed in range(8)}
         assert len(drawn) > 1, name
+    inputs = [random_inputs(np.random.default_rng([seed, 1])) for seed in range(8)]  # of the seeds above
+    assert {leave_out for leave_out, _ in inputs} == set(LEAVE_OUT) and {n > 0 for _, n in inputs} == {True, False}
     windows = [random_window(np.random.default_rng(seed), 4) for seed in range(40)]
     assert None in windows and {window for window in windows if window is not None} >= {1, 2, 8, 16}
 

@@ -162,10 +162,11 @@ class HostBackend:
         target = ref.write_slots(pool, batch, new.token)
         token = batch.input_ids[new.token].astype(np.int64).astype(np.int32)
         chain = np.zeros(len(token), np.uint64)
+        starts = ref.starts_of(pool, batch, rows, self._forward)
         for r in np.flatnonzero(rows["flags"] & abi.ROW_LIVE):
             mine = slice(*np.searchsorted(new.row, [r, r + 1]))
             chain[mine] = hashing.chain_scan(int(rows["anchor"][r]), token[mine], int(rows["prefix"][r]))
-            self._keep_in_register(pool, rows[r], int(r), chain[mine])
+            self._keep_in_register(pool, rows[r], int(r), chain[mine], bool(starts.relative[r]))
         if self._is_judging:
             self._recorder.report(ref.judge_writes(pool, batch, rows, new, target, self._forward))
             self._recorder.report(ref.bad_rows(pool, rows))
@@ -173,7 +174,7 @@ class HostBackend:
             self._recorder.add(abi.STATE_UNANCHORED_ROWS, int(unanchored.sum()))
         stamps = np.zeros(len(token), abi.STAMP)
         stamps["chain"], stamps["token"], stamps["position"] = chain, token, new.position
-        stamps["prev_slot"] = self._previous_slots(pool, batch, rows, new)
+        stamps["prev_slot"] = self._previous_slots(pool, batch, starts, new)
         stamps["step"], stamps["owner"] = self._forward, rows["request_id"][new.row]
         won = self._won(pool, new, target)
         for half in range(len(pool.head)):
@@ -183,16 +184,16 @@ class HostBackend:
         words = self.state.words
         words[abi.STATE_FORWARD_DONE], words[abi.STATE_STEP_DONE] = words[abi.STATE_FORWARD], words[abi.STATE_STEP]
 
-    def _previous_slots(self, pool: PoolArrays, batch: BatchArrays, rows: Array, new: ref.NewTokens) -> Array:
+    @staticmethod
+    def _previous_slots(pool: PoolArrays, batch: BatchArrays, starts: ref.Starts, new: ref.NewTokens) -> Array:
         before = ref.table_slots(pool, batch, new.row, new.position - 1)
-        previous = np.where((new.position > 0) & (before.status == OK), before.slot, abi.PREV_NONE)
-        flags = rows["flags"][new.row]
-        rewritten = (previous >= 0) & (pool.claims[np.maximum(previous, 0)] >> np.uint64(32) == self._forward)
-        unknown = rewritten | (flags & abi.ROW_START_UNJUDGED != 0)
-        starts = (new.nth == 0) & (new.position > 0) & (flags & abi.ROW_ANCHORED == 0)
-        return np.where(starts & unknown, abi.PREV_UNJUDGED, previous)
+        is_slot = before.status == OK
+        absolute = np.where(is_slot, before.slot, abi.PREV_NONE)
+        relative = np.where(is_slot, abi.PREV_RELATIVE_BASE - before.slot, abi.PREV_RELATIVE)
+        previous = np.where(starts.relative[new.row], relative, absolute)
+        return np.where(new.nth == 0, starts.prev_slot[new.row], previous)
 
-    def _keep_in_register(self, pool: PoolArrays, row: Array, r: int, chain: Array) -> None:
+    def _keep_in_register(self, pool: PoolArrays, row: Array, r: int, chain: Array, relative: bool) -> None:
         slot = int(row["request_slot"])
         if not row["request_id"] or slot < 0 or pool.register_claims[slot] != np.uint64(self._forward << 32 | r + 1):
             return
@@ -207,6 +208,7 @@ class HostBackend:
         first = prefix if row["flags"] & abi.ROW_ANCHORED else prefix + 1
         reg["first_length"] = max(oldest, int(reg["first_length"])) if continues else first
         reg["forwards"] = reg["forwards"] + 1 if continues else 1
+        reg["is_relative"] = relative
         reg["length"], reg["request_id"] = prefix + len(chain), row["request_id"]
 
     # ---- verification ------------------------------------------------------------------------------------------------

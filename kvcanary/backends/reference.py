@@ -245,7 +245,12 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
         if reg["request_id"] == row["request_id"] and oldest <= prefix <= int(reg["length"]):
             row["anchor"] = reg["chain"][prefix % abi.N_REGISTER_LENGTHS]
             row["share"] = reg["forwards"]
-            return abi.ROW_ANCHORED | abi.ROW_REGISTERED
+            flags = abi.ROW_ANCHORED | abi.ROW_REGISTERED | (abi.ROW_RELATIVE if reg["is_relative"] else 0)
+            if prefix - 1 >= oldest:
+                one_less = int(reg["chain"][(prefix - 1) % abi.N_REGISTER_LENGTHS])
+                row["last_mix"] = (int(row["anchor"]) - one_less * abi.CHAIN_P) % (1 << 64)
+                flags |= abi.ROW_KNOWS_LAST
+            return flags
     if batch.prefix_chain is not None and batch.prefix_chain[r]:
         row["anchor"] = batch.prefix_chain[r]
         return abi.ROW_ANCHORED
@@ -255,10 +260,51 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
             row["anchor"] = hashing.chain_scan(int(row["anchor"]), history, 0)[-1]
             return abi.ROW_ANCHORED
     before = table_slots(pool, batch, np.array([r]), np.array([prefix - 1]))
-    if before.status[0] == OK and pool.head[0][before.slot[0]]["step"]:
-        row["anchor"] = pool.head[0][before.slot[0]]["chain"]
-        return 0
-    return abi.ROW_START_UNJUDGED
+    stamp = pool.head[0][before.slot]
+    is_needed = prefix > row["verify_start"]  # before a window, it may be another's by now
+    if before.status[0] == OK and is_needed and stamp["step"][0]:
+        row["anchor"] = stamp["chain"][0]
+        if stamp["token"][0] != abi.NO_TOKEN and not is_relative(stamp)[0]:
+            return 0
+    return abi.ROW_RELATIVE
+
+
+# ---- relative chains -------------------------------------------------------------------------------------------------
+def is_relative(stamps: Array) -> Array:
+    """Whether the chain of each stamp is relative: bool[n]."""
+    relative: Array = stamps["prev_slot"] <= abi.PREV_RELATIVE
+    return relative
+
+
+def continued_slots(stamps: Array) -> Array:
+    """The slot of the stamp that each one continues, or negative: i32[n]."""
+    prev = stamps["prev_slot"]
+    return np.where(prev <= abi.PREV_RELATIVE_BASE, abi.PREV_RELATIVE_BASE - prev, prev)
+
+
+class Starts(NamedTuple):
+    """Per row: whether its chain is relative (bool[rows]), and prev_slot of the stamp of its first new token."""
+
+    relative: Array
+    prev_slot: Array
+
+
+def starts_of(pool: PoolArrays, batch: BatchArrays, rows: Array, forward: int) -> Starts:
+    """Where the chains of rows that bring new tokens come from."""
+    index, prefix, flags = np.arange(len(rows)), rows["prefix"].astype(np.int64), rows["flags"]
+    before = table_slots(pool, batch, index, prefix - 1)
+    is_slot, slot = (prefix > 0) & (before.status == OK), np.maximum(before.slot, 0)
+    rewritten = is_slot & (pool.claims[slot] >> np.uint64(32) == forward)
+    relative = (flags & abi.ROW_RELATIVE != 0) | ((flags & abi.ROW_ANCHORED == 0) & rewritten)
+    relative &= prefix > 0
+    stamp = pool.head[0][slot]
+    continues = is_slot & ~rewritten & (stamp["step"] != 0) & (stamp["token"] != abi.NO_TOKEN)
+    continues &= stamp["chain"] == rows["anchor"]
+    absolute = np.where(is_slot, slot, abi.PREV_NONE)
+    return Starts(
+        relative,
+        np.where(relative, np.where(continues, abi.PREV_RELATIVE_BASE - slot, abi.PREV_RELATIVE), absolute),
+    )
 
 
 # ---- violations ------------------------------------------------------------------------------------------------------
@@ -285,7 +331,7 @@ def put_stamps(v: Array, stamps: Array) -> None:
     """Fill in what was found in the slot."""
     for ours, theirs in (("stored_chain", "chain"), ("stored_token", "token"), ("stored_position", "position")):
         v[ours] = stamps[theirs]
-    v["prev_slot"] = stamps["prev_slot"]
+    v["prev_slot"] = continued_slots(stamps)
     v["stamp_owner"], v["stamp_step"], v["stamp_epoch"] = stamps["owner"], stamps["step"], stamps["epoch"]
 
 
@@ -457,12 +503,15 @@ def judge_stamps(
     wrong_token = known & (expected >= 0) & (stamp["token"] != expected)
     reasons |= np.where(wrong_token, Reason.TOKEN, 0)
 
-    prev, prev_step = previous.stamp, np.where(previous.judged, previous.stamp["step"], 0)
+    prev = previous.stamp
+    prev_step = np.where(previous.judged & (prev["token"] != abi.NO_TOKEN), prev["step"], 0)
+    relative = is_relative(stamp) & (position > 0)
+    follows = (continued_slots(stamp) == before.slot) & (before.status == OK) & (prev_step <= stamp["step"])
+    prev_step = np.where(np.where(relative, follows, ~is_relative(prev)), prev_step, 0)
     salts = batch.salts[row].astype(np.uint64) if batch.salts is not None else np.zeros(len(row), np.uint64)
     starts = known & (position == 0)
     may_link = (position > rows["verify_start"][row]) | ((prev_step <= stamp["step"]) & (prev_step < forward))
-    links = known & (position > 0) & may_link & (prev_step != 0) & (prev["token"] != abi.NO_TOKEN)
-    links &= stamp["prev_slot"] != abi.PREV_UNJUDGED
+    links = known & (position > 0) & may_link & (prev_step != 0)
     chain = np.where(
         starts,
         hashing.link(hashing.anchor(salts), stamp["token"], np.zeros_like(position)),
@@ -470,7 +519,11 @@ def judge_stamps(
     )
     broken = (starts | links) & (stamp["chain"] != chain)
     ends = known & (position == rows["prefix"][row] - 1) & (rows["flags"][row] & abi.ROW_ANCHORED != 0)
-    unanchored = ends & (stamp["chain"] != anchor)
+    by_chain = (rows["flags"][row] & abi.ROW_RELATIVE == 0) & ~is_relative(stamp)
+    by_token = ~by_chain & (rows["flags"][row] & abi.ROW_KNOWS_LAST != 0)
+    mix = hashing.token_mix(stamp["token"], stamp["position"])
+    unanchored = ends & by_chain & (stamp["chain"] != anchor)
+    unanchored |= ends & by_token & (mix != rows["last_mix"][row])
     reasons |= np.where(broken | unanchored, Reason.CHAIN, 0)
 
     v["reasons"], v["position"], v["slot"] = reasons, position, at.slot
@@ -541,7 +594,8 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     has_before = (before >= 0) & (before < pool.n_slots)
     prev = pool.head[half][np.where(has_before, before, 0)]
     chain = hashing.link(prev["chain"], stamp["token"], stamp["position"])
-    links = known & has_before & (stamp["prev_slot"] != abi.PREV_UNJUDGED)
+    follows = (continued_slots(stamp) == before) & (prev["step"] <= stamp["step"])
+    links = known & has_before & np.where(is_relative(stamp), follows, ~is_relative(prev))
     links &= (prev["step"] != 0) & (prev["token"] != abi.NO_TOKEN)
     broken = links & (stamp["chain"] != chain)
     reasons |= np.where(broken, Reason.CHAIN, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +11,8 @@ from kvcanary.batch import StepBatch
 from kvcanary.layout import KvPool
 from kvcanary.manager import CanaryManager
 from kvcanary.tags import PoolKind
+
+_OPTIONAL = ("request_slots", "request_ids", "token_history")
 
 
 def pool_of(model: Any) -> KvPool:
@@ -20,11 +23,16 @@ def pool_of(model: Any) -> KvPool:
 
 
 class CanaryGuard:
-    """Adapts `CanaryManager` to the engine's guard protocol: one StepBatch per bucket of arrays."""
+    """Adapts `CanaryManager` to the engine's guard protocol: one StepBatch per bucket of arrays.
 
-    def __init__(self, manager: CanaryManager, stream: Any = None) -> None:
+    Args:
+        leave_out: optional inputs that this engine does not hand in.
+    """
+
+    def __init__(self, manager: CanaryManager, stream: Any = None, leave_out: Collection[str] = ()) -> None:
         self.manager = manager
         self._stream = stream
+        self._given = [name for name in _OPTIONAL if name not in leave_out]
         self._batches: dict[int, StepBatch] = {}
 
     def batch_of(self, arrays: Any) -> StepBatch:
@@ -36,9 +44,7 @@ class CanaryGuard:
                 query_start_loc=arrays.query_start_loc,
                 input_ids=arrays.input_ids,
                 slot_mapping=arrays.slot_mapping,
-                request_slots=arrays.request_slots,
-                request_ids=arrays.request_ids,
-                token_history=arrays.token_history,
+                **{name: getattr(arrays, name) for name in self._given},
             )
         return self._batches[id(arrays)]
 
