@@ -14,9 +14,11 @@
 #define KVC_N_TAGS 12
 #define KVC_THREADS 256
 #define KVC_WARPS 8
-#define KVC_VERIFY_CHUNK 128
+#define KVC_DATA_UNIT 16
+#define KVC_DATA_LIST 512
 #define KVC_WRITE_TILE 1024
-#define KVC_DIGEST_CHUNK 32
+#define KVC_SHORT_ROW 16384
+#define KVC_TAIL_CHUNK 32
 #define KVC_SHARE_RUN 16
 #define KVC_N_REGISTER_LENGTHS 16
 #define KVC_N_ABORTED 58
@@ -38,6 +40,11 @@
 #define KVC_ROW_BAD_REQUEST_SLOT 256
 #define KVC_ROW_RELATIVE 512
 #define KVC_ROW_KNOWS_LAST 1024
+#define KVC_WORK_VERIFY 0
+#define KVC_WORK_WRITE 1
+#define KVC_WORK_TAIL 2
+#define KVC_WORK_DATA 3
+#define KVC_N_WORK 4
 #define KVC_STATE_FORWARD 0
 #define KVC_STATE_FORWARD_DONE 1
 #define KVC_STATE_STEP 2
@@ -112,16 +119,20 @@ struct Plane {
     uint32_t chunk_bytes;
     uint32_t load_bytes;
     uint32_t byte_offset;
+    uint32_t chunk_magic;
+    uint32_t unused;
 };
-static_assert(sizeof(Plane) == 48, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Plane) == 56, "the layout of kvcanary/abi.py");
 
 struct Digest {
     uint32_t first_plane;
     uint32_t n_planes;
     uint32_t n_words;
     uint32_t half;
+    uint32_t n_loads;
+    uint32_t load_bytes;
 };
-static_assert(sizeof(Digest) == 16, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Digest) == 24, "the layout of kvcanary/abi.py");
 
 struct Row {
     uint64_t anchor;
@@ -206,6 +217,7 @@ struct Pool {
     uint64_t rows;
     uint64_t work;
     int32_t page_size;
+    int32_t page_shift;
     int32_t n_blocks;
     int32_t window;
     int32_t token_offset;
@@ -215,9 +227,10 @@ struct Pool {
     uint32_t n_digests;
     uint32_t n_reserved;
     uint32_t max_requests;
+    uint32_t unused;
     int32_t reserved[8];
 };
-static_assert(sizeof(Pool) == 192, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Pool) == 200, "the layout of kvcanary/abi.py");
 
 struct Batch {
     uint64_t block_table;
@@ -242,6 +255,8 @@ struct Batch {
     uint32_t table_kind;
     int32_t table_width;
     int32_t table_page;
+    uint32_t table_limit;
+    int32_t table_shift;
     uint32_t wide_ids;
     uint32_t wide_slots;
     uint32_t check_write_position;
@@ -250,7 +265,7 @@ struct Batch {
     uint32_t full_verify_min_tokens;
     uint32_t is_first_forward;
 };
-static_assert(sizeof(Batch) == 184, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Batch) == 192, "the layout of kvcanary/abi.py");
 
 struct BeginParams {
     Guard guard;
@@ -259,14 +274,14 @@ struct BeginParams {
     uint32_t is_first_pool;
     uint32_t unused;
 };
-static_assert(sizeof(BeginParams) == 456, "the layout of kvcanary/abi.py");
+static_assert(sizeof(BeginParams) == 472, "the layout of kvcanary/abi.py");
 
 struct StepParams {
     Guard guard;
     Pool pool;
     Batch batch;
 };
-static_assert(sizeof(StepParams) == 448, "the layout of kvcanary/abi.py");
+static_assert(sizeof(StepParams) == 464, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;
@@ -277,4 +292,4 @@ struct SweepParams {
     uint64_t tokens;
     int64_t n;
 };
-static_assert(sizeof(SweepParams) == 304, "the layout of kvcanary/abi.py");
+static_assert(sizeof(SweepParams) == 312, "the layout of kvcanary/abi.py");

@@ -19,8 +19,11 @@ typedef unsigned long long uint64_t;
 #include <cstdint>
 #endif
 
-#define KVC_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// KVC_KERNEL(threads) or KVC_KERNEL(threads, least blocks a multiprocessor is to hold)
+#define KVC_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define KVC_DEVICE static __device__ __forceinline__
+#define KVC_DEVICE_MEMBER __device__ __forceinline__
+#define KVC_NOINLINE static __device__ __noinline__
 #define KVC_SHARED __shared__
 #define KVC_PARAM const __grid_constant__
 #define KVC_FULL_WARP 0xffffffffu
@@ -38,6 +41,8 @@ KVC_DEVICE uint32_t kvc_warp_in_block() { return threadIdx.x >> 5; }
 
 // ---- collectives: all 32 lanes of the warp, or all threads of the block, take part ------------------------------------
 KVC_DEVICE void kvc_sync_block() { __syncthreads(); }
+// Whether any thread of the block says so.
+KVC_DEVICE bool kvc_sync_block_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
 KVC_DEVICE void kvc_sync_warp() { __syncwarp(KVC_FULL_WARP); }
 KVC_DEVICE uint32_t kvc_ballot(bool predicate) { return __ballot_sync(KVC_FULL_WARP, predicate); }
 KVC_DEVICE uint32_t kvc_shfl_u32(uint32_t v, uint32_t lane) { return __shfl_sync(KVC_FULL_WARP, v, (int)lane); }
@@ -53,8 +58,13 @@ KVC_DEVICE uint64_t kvc_shfl_xor_u64(uint64_t v, uint32_t mask) {
     return (uint64_t)__shfl_xor_sync(KVC_FULL_WARP, (unsigned long long)v, (int)mask);
 }
 
+// ---- arithmetic ----------------------------------------------------------------------------------------------------------
+// About a / b: a few units in the last place off, and without the slow path of an exact division.
+KVC_DEVICE float kvc_divide_roughly(float a, float b) { return __fdividef(a, b); }
+
 // ---- bits --------------------------------------------------------------------------------------------------------------
 KVC_DEVICE uint32_t kvc_popcount(uint32_t v) { return (uint32_t)__popc((int)v); }
+KVC_DEVICE uint32_t kvc_leading_zeros(uint32_t v) { return (uint32_t)__clz((int)v); }
 // Index of the lowest set bit; v must not be 0.
 KVC_DEVICE uint32_t kvc_lowest_bit(uint32_t v) { return (uint32_t)__ffs((int)v) - 1u; }
 
@@ -74,6 +84,22 @@ KVC_DEVICE uint64_t kvc_load_once_u64(const void* p) {
 KVC_DEVICE uint32_t kvc_load_once_u32(const void* p) { return *(const uint32_t*)p; }
 KVC_DEVICE uint32_t kvc_load_once_u16(const void* p) { return *(const uint16_t*)p; }
 KVC_DEVICE uint32_t kvc_load_once_u8(const void* p) { return *(const uint8_t*)p; }
+// The guard's own arrays, whose neighbours share lines; or zeros without touching memory: no branch, so that several such loads
+// are under way at once.
+KVC_DEVICE kvc_u128 kvc_load_u128_if(const void* p, bool predicate) {
+    kvc_u128 v;
+    asm volatile(
+        "{ .reg .pred q; setp.ne.u32 q, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+        " @q ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((uint32_t)predicate));
+    return v;
+}
+KVC_DEVICE uint32_t kvc_load_u32_if(const void* p, bool predicate) {
+    uint32_t v;
+    asm volatile("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.u32 %0, [%1]; }"
+                 : "=&r"(v) : "l"(p), "r"((uint32_t)predicate));
+    return v;
+}
 // Words that other blocks of the same launch, or the host, may change under us: never from L1, never merged.
 KVC_DEVICE uint64_t kvc_load_volatile_u64(const uint64_t* p) { return *(const volatile uint64_t*)p; }
 KVC_DEVICE uint32_t kvc_load_volatile_u32(const uint32_t* p) { return *(const volatile uint32_t*)p; }

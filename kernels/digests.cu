@@ -5,294 +5,214 @@
 // kvc_digests_adopt   HEAD, option: stamps and digests of prefix slots that nobody ever stamped
 // kvc_digests_sweep   digests of resident slots that the host handed in
 //
-// A warp computes one digest: the sum is order-free, so lane l takes every 32nd load of 16 bytes, coalesced, and the same
-// four constants serve it for the whole plane: after 128 words the constants repeat times R (Horner's rule). grid.y splits
-// the digests of a slot, so that a slot with many planes is worked on by many warps at once.
-#include "report.cuh"
+// A warp takes up to 32 slots at a time (digest.cuh). grid.y splits the digests of a slot, so that a slot with many planes
+// is worked on by many blocks at once.
+#include "digest.cuh"
 
-// ---- one digest ------------------------------------------------------------------------------------------------------------
-KVC_DEVICE uint64_t kvc_digest_constant(uint32_t word) {  // K of any word
-    return (kvc_mix64(KVC_DIGEST_SEED + word % KVC_DIGEST_PERIOD) | 1) * kvc_pow(KVC_DIGEST_R, word / KVC_DIGEST_PERIOD);
-}
-
-struct LaneConstants {
-    uint64_t k[4];  // of the four words that this lane loads, before the powers of R
+// ---- verification --------------------------------------------------------------------------------------------------------
+// Slots that fell due in a chunk in which few do, gathered by the block so that its warps can share them.
+struct DueList {
+    uint32_t count;
+    uint32_t slot[KVC_DATA_LIST];
+    int32_t position[KVC_DATA_LIST];
 };
-KVC_DEVICE LaneConstants kvc_lane_constants() {
-    LaneConstants c;
-    for (uint32_t j = 0; j < 4; ++j) c.k[j] = kvc_mix64(KVC_DIGEST_SEED + 4 * kvc_lane() + j) | 1;
-    return c;
+
+// Puts the slots of the warp's lanes into the list. All lanes take part; there is room for all of them.
+KVC_DEVICE void kvc_list_due(DueList& list, bool is_due, int64_t slot, int64_t position) {
+    const uint32_t due = kvc_ballot(is_due);
+    if (due == 0) return;
+    uint32_t place = 0;
+    if (kvc_lane() == 0) place = kvc_atomic_add_u32(&list.count, kvc_popcount(due));
+    place = kvc_shfl_u32(place, 0) + kvc_popcount(due & ((1u << kvc_lane()) - 1));
+    if (!is_due) return;
+    list.slot[place] = (uint32_t)slot;
+    list.position[place] = (int32_t)position;
 }
 
-KVC_DEVICE uint64_t kvc_plane_offset(const Plane& plane, int64_t slot, int32_t page_size) {
-    return plane.base + (uint64_t)((slot / page_size) * plane.page_stride + (slot % page_size) * plane.token_stride);
-}
-
-KVC_DEVICE uint64_t kvc_words_16(uint64_t address, const LaneConstants& c) {
-    const kvc_u128 v = kvc_load_once_u128((const void*)address);
-    return v.x * c.k[0] + v.y * c.k[1] + v.z * c.k[2] + v.w * c.k[3];
-}
-
-// This lane's part of sum_i w_i K_i of a plane of 16-byte loads that starts a digest. Horner from the last load down:
-// load l + 32 t carries R^t.
-KVC_DEVICE uint64_t kvc_plane_sum_16(const Plane& plane, uint64_t start, const LaneConstants& c) {
-    const uint32_t per_chunk = plane.chunk_bytes / 16, n = plane.n_chunks * per_chunk, lane = kvc_lane();
-    if (lane >= n) return 0;
-    uint64_t sum = 0;
-    uint32_t t = (n - 1 - lane) / 32 + 1;
-    if (plane.n_chunks == 1) {
-#pragma unroll 4
-        for (; t > 0; --t) sum = sum * KVC_DIGEST_R + kvc_words_16(start + 16ull * (lane + 32 * (t - 1)), c);
-        return sum;
-    }
-#pragma unroll 4
-    for (; t > 0; --t) {
-        const uint32_t load = lane + 32 * (t - 1), chunk = load / per_chunk;
-        const uint64_t address = start + (uint64_t)((int64_t)chunk * plane.chunk_stride) + 16ull * (load - chunk * per_chunk);
-        sum = sum * KVC_DIGEST_R + kvc_words_16(address, c);
-    }
-    return sum;
-}
-
-KVC_DEVICE uint64_t kvc_load_up_to_8(uint64_t address, uint32_t n_bytes) {
-    const void* p = (const void*)address;
-    return n_bytes == 8   ? kvc_load_once_u64(p)
-           : n_bytes == 4 ? kvc_load_once_u32(p)
-           : n_bytes == 2 ? kvc_load_once_u16(p)
-                          : kvc_load_once_u8(p);
-}
-
-// The same for any alignment and any place in a group: loads of 16, 8, 4, 2 or 1 bytes, each inside one chunk. A load below a
-// word adds its bytes shifted to their place: the sum is linear.
-KVC_DEVICE uint64_t kvc_plane_sum_any(const Plane& plane, uint64_t start) {
-    const uint32_t size = plane.load_bytes < 8 ? plane.load_bytes : 8;
-    const uint32_t per_chunk = plane.chunk_bytes / size, n = plane.n_chunks * per_chunk;
-    uint64_t sum = 0;
-    for (uint32_t load = kvc_lane(); load < n; load += 32) {
-        const uint32_t chunk = load / per_chunk;
-        const uint64_t address = start + (uint64_t)((int64_t)chunk * plane.chunk_stride) + (load - chunk * per_chunk) * size;
-        const uint64_t v = kvc_load_up_to_8(address, size);
-        const uint32_t byte = plane.byte_offset + load * size, word = byte / 4;
-        sum += (v << (8 * (byte % 4)) & 0xffffffffull) * kvc_digest_constant(word);
-        if (size == 8) sum += (v >> 32) * kvc_digest_constant(word + 1);
-    }
-    return sum;
-}
-
-// The digest of one slot; all lanes take part and get it.
-KVC_DEVICE uint64_t kvc_slot_digest(const Pool& pool, uint32_t index, int64_t slot, int32_t position, const LaneConstants& c) {
-    const Digest unit = kvc_pointer<Digest>(pool.digest_units)[index];
-    uint64_t sum = 0;
-    for (uint32_t i = 0; i < unit.n_planes; ++i) {
-        const Plane plane = kvc_pointer<Plane>(pool.planes)[unit.first_plane + i];
-        const uint64_t start = kvc_plane_offset(plane, slot, pool.page_size);
-        const bool is_fast = plane.load_bytes == 16 && plane.byte_offset == 0;
-        sum += is_fast ? kvc_plane_sum_16(plane, start, c) : kvc_plane_sum_any(plane, start);
-    }
-    sum = kvc_warp_sum(sum) + unit.n_words * KVC_DIGEST_C0 + index * KVC_DIGEST_C1 + (uint32_t)position * KVC_DIGEST_C2;
-    const uint64_t digest = kvc_mix64(sum);
-    return digest ? digest : 1;
-}
-
-KVC_DEVICE uint64_t* kvc_digest_at(const Pool& pool, uint32_t index, int64_t slot) {
-    return kvc_mutable_pointer<uint64_t>(pool.digests) + (int64_t)index * pool.n_slots + slot;
-}
-
-// The digests that this block's grid.y takes: [first, last).
-struct DigestRange {
-    uint32_t first, last;
-};
-KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
-    const uint32_t per_y = (pool.n_digests + kvc_n_blocks_y() - 1) / kvc_n_blocks_y();
-    const uint32_t first = kvc_block_y() * per_y, last = first + per_y;
-    return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
-}
-
-KVC_DEVICE bool kvc_is_first_thread() { return kvc_block() == 0 && kvc_block_y() == 0 && kvc_thread() == 0; }
-
-// ---- verification of a slot --------------------------------------------------------------------------------------------------
-// What the stamps say of a slot's data: bit `half` set = this half may be judged, and at which position it was written.
-struct Judgeable {
-    uint32_t halves;
-    int32_t position[2];
-};
-KVC_DEVICE Judgeable kvc_judgeable(const Pool& pool, int64_t slot, uint32_t forward) {
-    Judgeable j = {0, {0, 0}};
-#pragma unroll  // constant indices keep the positions in registers
-    for (uint32_t half = 0; half < 2; ++half) {
-        if (half >= pool.n_halves) break;
-        const Stamp& head = kvc_pointer<Stamp>(pool.head[half])[slot];
-        const uint32_t step = head.step;
-        j.position[half] = head.position;
-        if (step && step != forward && kvc_pointer<Stamp>(pool.tail[half])[slot].step == step) j.halves |= 1u << half;
-    }
-    return j;
-}
-
-// All lanes take part. Returns how many digests were compared; lane 0 reports.
-KVC_DEVICE uint64_t kvc_verify_slot(const Guard& guard, const Pool& pool, const DigestRange& range, int64_t slot,
-                                    const Judgeable& judgeable, const LaneConstants& c, const Violation& about) {
-    uint64_t n_compared = 0;
-    for (uint32_t d = range.first; d < range.last; ++d) {
-        const uint32_t half = kvc_pointer<Digest>(pool.digest_units)[d].half;
-        if (!(judgeable.halves >> half & 1)) continue;
-        const uint64_t stored = *kvc_digest_at(pool, d, slot);
-        if (!stored) continue;
-        n_compared += 1;
-        const uint64_t found = kvc_slot_digest(pool, d, slot, half ? judgeable.position[1] : judgeable.position[0], c);
-        if (found == stored || kvc_lane() != 0) continue;
-        Violation v = about;
-        v.reasons = KVC_REASON_DATA;
-        v.tag = about.tag + half;
-        v.slot = slot;
-        v.plane = (int32_t)d;
-        kvc_put_stamp(v, kvc_pointer<Stamp>(pool.head[half])[slot]);
-        v.stored_digest = stored;
-        v.found_digest = found;
-        kvc_report(guard, pool, v);
+// Slots of a row's prefix, one a lane. All lanes take part; returns the digests compared.
+KVC_DEVICE uint32_t kvc_verify_slots(const StepParams& p, int32_t index, const DigestRange& range, const LaneSlot& at,
+                                     uint32_t forward) {
+    uint32_t n_compared = 0;
+    const bool is_odd = kvc_compare_digests(p.pool, range, at, n_compared);
+    if (kvc_ballot(is_odd)) {
+        const Row row = kvc_pointer<Row>(p.pool.rows)[index];
+        const Violation about = kvc_row_violation(p.pool, row, index, kvc_tag(KVC_STAGE_HEAD, p.pool.kind, 0));
+        kvc_judge_digests(p.guard, p.pool, range, at, forward, about);
     }
     return n_compared;
 }
 
-KVC_DEVICE uint64_t kvc_verify_chunk_data(const StepParams& p, const KvcUnit& unit, const DigestRange& range, uint32_t forward,
-                                          const LaneConstants& c) {
+// All positions [first, last) are due: the block goes through them 256 at a time, each warp taking every eighth run of `run`
+// neighbours, so that its warps read the same few pages of memory at any time.
+KVC_DEVICE uint32_t kvc_verify_all_due(const StepParams& p, int32_t index, int64_t first, int64_t last, const DigestRange& range,
+                                       uint32_t forward) {
+    const uint32_t n_words = kvc_pointer<Digest>(p.pool.digest_units)[range.first].n_words;
+    const uint32_t shift = n_words >= 512 ? 1 : n_words >= 256 ? 2 : n_words >= 128 ? 3 : 4, run = 1u << shift;  // about 4 KiB
+    const uint32_t lane = kvc_lane();
+    int64_t position = first + ((lane >> shift) * KVC_WARPS << shift) + (kvc_warp_in_block() << shift) + (lane & (run - 1));
+    int64_t next = position < last ? kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
+    uint32_t n_compared = 0;
+    for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
+        const int64_t slot = next;
+        next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS).slot : -1;
+        n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, slot, position), forward);
+    }
+    return n_compared;
+}
+
+// Those of the list: each warp takes one digest of up to 32 of them at a time. The list is complete and synchronised.
+KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, int32_t index, const DueList& list, const DigestRange& range,
+                                      uint32_t forward) {
+    const uint32_t n_parts = (list.count + 31) / 32;
+    uint32_t n_compared = 0;
+    for (uint32_t task = kvc_warp_in_block(); task < n_parts * (range.last - range.first); task += KVC_WARPS) {
+        const uint32_t d = range.first + task / n_parts, entry = task % n_parts * 32 + kvc_lane();
+        const bool is_there = entry < list.count;
+        const LaneSlot at = kvc_lane_slot(p.pool, is_there ? (int64_t)list.slot[entry] : -1, is_there ? list.position[entry] : 0);
+        n_compared += kvc_verify_slots(p, index, {d, d + 1}, at, forward);
+    }
+    return n_compared;
+}
+
+// Positions [first, last), of which few fall due: the block looks through all of them, then digests those that do.
+KVC_DEVICE uint32_t kvc_verify_few_due(const StepParams& p, const Row& row, int32_t index, int64_t first, int64_t last,
+                                       DueList& list, const DigestRange& range, uint32_t forward) {
+    const KvcSlot none = {-1, 0, KVC_SLOT_EMPTY};
+    uint32_t n_compared = 0;
+    int64_t position = first + kvc_thread();
+    KvcSlot next = position < last ? kvc_table_slot(p.pool, p.batch, index, position) : none;
+    for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
+        const KvcSlot at = next;
+        next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS) : none;
+        const bool is_due = at.status == KVC_SLOT_OK && kvc_share(at.slot, p.batch.verify_data_every) == row.share;
+        kvc_list_due(list, is_due, at.slot, position);
+        kvc_sync_block();
+        const uint32_t count = list.count;
+        const bool is_last = base + KVC_THREADS >= last;
+        if (count && (is_last || count + KVC_THREADS > KVC_DATA_LIST)) {
+            n_compared += kvc_verify_listed(p, index, list, range, forward);
+            kvc_sync_block();
+            if (kvc_thread() == 0) list.count = 0;
+        }
+        kvc_sync_block();
+    }
+    return n_compared;
+}
+
+// An even share of all units for each block, in the order of the rows; a unit is about sixteen slots that are due: as many
+// positions where all are, many more where few are (kvc_stamps_write has counted them).
+KVC_KERNEL(KVC_THREADS, 3) kvc_digests_verify(KVC_PARAM StepParams p) {
+    KVC_SHARED DueList list;
     const Pool& pool = p.pool;
-    const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-    if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
-    const int64_t begin = row.verify_start + unit.chunk * KVC_VERIFY_CHUNK;
-    const int64_t end = begin + KVC_VERIFY_CHUNK < row.verify_end ? begin + KVC_VERIFY_CHUNK : row.verify_end;
-    uint64_t n_compared = 0;
-    for (int64_t base = begin; base < end; base += 32) {
-        const int64_t position = base + kvc_lane();
-        KvcSlot at = {-1, 0, KVC_SLOT_EMPTY};
-        if (position < end) at = kvc_table_slot(pool, p.batch, unit.row, position);
-        Judgeable own = {0, {0, 0}};
-        if (at.status == KVC_SLOT_OK &&
-            (row.flags & KVC_ROW_FULL_DATA || kvc_share(at.slot, p.batch.verify_data_every) == row.share)) {
-            own = kvc_judgeable(pool, at.slot, forward);
-        }
-        for (uint32_t due = kvc_ballot(own.halves != 0); due; due &= due - 1) {
-            const uint32_t lane = kvc_lowest_bit(due);
-            const int64_t slot = (int64_t)kvc_shfl_u64((uint64_t)at.slot, lane);
-            const Judgeable its = {kvc_shfl_u32(own.halves, lane),
-                                   {(int32_t)kvc_shfl_u32((uint32_t)own.position[0], lane),
-                                    (int32_t)kvc_shfl_u32((uint32_t)own.position[1], lane)}};
-            Violation about = kvc_row_violation(pool, row, unit.row, kvc_tag(KVC_STAGE_HEAD, pool.kind, 0));
-            about.position = (int32_t)(base + lane);
-            n_compared += kvc_verify_slot(p.guard, pool, range, slot, its, c, about);
-        }
-    }
-    return n_compared;
-}
-
-// A warp per 128 positions and digest range; of those positions it hashes the slots whose share is due.
-KVC_KERNEL(KVC_THREADS) kvc_digests_verify(KVC_PARAM StepParams p) {
     if (!kvc_is_judging(p.guard)) return;
     const uint32_t forward = kvc_forward_number(p.guard);
-    const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
+    const int64_t* work = kvc_work(pool, KVC_WORK_DATA);
     const int64_t n_units = work[p.batch.rows];
-    const DigestRange range = kvc_digest_range(p.pool);
-    const LaneConstants c = kvc_lane_constants();
-    if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, p.pool, KVC_STAGE_HEAD);
-    uint64_t n_compared = 0;
-    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
-        n_compared += kvc_verify_chunk_data(p, kvc_find_unit(work, p.batch.rows, u), range, forward, c);
+    const DigestRange range = kvc_digest_range(pool);
+    if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
+    if (kvc_thread() == 0) list.count = 0;
+    kvc_make_constants();
+    uint32_t n_compared = 0;
+    int64_t u = n_units * kvc_block() / kvc_n_blocks();
+    const int64_t end = n_units * (kvc_block() + 1) / kvc_n_blocks();
+    while (u < end) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        const int64_t length = kvc_data_unit(p.batch, row), left = kvc_data_units(p.batch, row) - unit.chunk;
+        const int64_t n = left < end - u ? left : end - u;
+        const int64_t first = row.verify_start + unit.chunk * length;
+        const int64_t last = first + n * length < row.verify_end ? first + n * length : row.verify_end;
+        n_compared += row.flags & KVC_ROW_FULL_DATA
+                          ? kvc_verify_all_due(p, unit.row, first, last, range, forward)
+                          : kvc_verify_few_due(p, row, unit.row, first, last, list, range, forward);
+        u += n > 0 ? n : 1;
     }
-    if (kvc_lane() == 0 && n_compared) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n_compared);
+    const uint64_t n = kvc_block_sum(n_compared);
+    if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);
 }
 
 // ---- new tokens ----------------------------------------------------------------------------------------------------------
-// A warp per 32 new tokens and digest range.
-KVC_KERNEL(KVC_THREADS) kvc_digests_write(KVC_PARAM StepParams p) {
+// A warp per few places of the token arrays and digest range, of one place if there are warps enough: a token that has won the
+// claim on its slot belongs to a live row, and its stamp tells the position, so no row is looked up.
+KVC_KERNEL(KVC_THREADS, 3) kvc_digests_write(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     const uint32_t forward = kvc_forward_number(p.guard);
-    const int64_t* work = kvc_work(pool, KVC_WORK_DIGEST);
-    const int64_t n_units = work[p.batch.rows];
     const DigestRange range = kvc_digest_range(pool);
-    const LaneConstants c = kvc_lane_constants();
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_TAIL);
-    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
-        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u);
-        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-        if (!(row.flags & KVC_ROW_LIVE)) continue;
-        const int64_t i = unit.chunk * KVC_DIGEST_CHUNK + kvc_lane();
-        KvcSlot target = {-1, 0, KVC_SLOT_EMPTY};
-        if (i < row.n_new) target = kvc_write_slot(pool, p.batch, row.first_token + i);
-        const bool is_winner =
-            target.status == KVC_SLOT_OK &&
-            kvc_pointer<uint64_t>(pool.claims)[target.slot] == ((uint64_t)forward << 32 | (uint64_t)(row.first_token + i + 1));
-        for (uint32_t due = kvc_ballot(is_winner); due; due &= due - 1) {
-            const uint32_t lane = kvc_lowest_bit(due);
-            const int64_t slot = (int64_t)kvc_shfl_u64((uint64_t)target.slot, lane);
-            const int32_t position = (int32_t)(row.prefix + unit.chunk * KVC_DIGEST_CHUNK + lane);
-            for (uint32_t d = range.first; d < range.last; ++d) {
-                const uint64_t digest = kvc_slot_digest(pool, d, slot, position, c);
-                if (kvc_lane() == 0) *kvc_digest_at(pool, d, slot) = digest;
-            }
+    const int64_t n_told = kvc_pointer<int32_t>(p.batch.query_start_loc)[p.batch.rows];  // at most a hint
+    int64_t each = (n_told + kvc_global_warps() - 1) / kvc_global_warps();
+    each = each < 1 ? 1 : each > 32 ? 32 : each;
+    kvc_make_constants();
+    for (int64_t base = kvc_global_warp() * each; base < p.batch.n_tokens; base += kvc_global_warps() * each) {
+        const int64_t t = base + kvc_lane();
+        int64_t slot = -1;
+        int32_t position = 0;
+        if (kvc_lane() < each && t < p.batch.n_tokens) slot = kvc_write_slot(pool, p.batch, t).slot;
+        if (slot >= 0) {
+            position = kvc_pointer<Stamp>(pool.head[0])[slot].position;
+            if (kvc_pointer<uint64_t>(pool.claims)[slot] != ((uint64_t)forward << 32 | (uint64_t)(t + 1))) slot = -1;
         }
+        if (kvc_ballot(slot >= 0)) kvc_store_digests(pool, range, kvc_lane_slot(pool, slot, position));
     }
 }
 
 // ---- adoption ------------------------------------------------------------------------------------------------------------
-// A warp per 128 positions, all digests (grid.y is 1): a slot is stamped only after its digests are there. kvc_stamps_verify
-// has claimed the slots; two rows that have a slot at the same position both adopt it, and write the same.
-KVC_DEVICE void kvc_adopt_chunk(const StepParams& p, const KvcUnit& unit, uint32_t forward, const LaneConstants& c) {
+// A warp per 32 prefix positions, all digests (grid.y is 1): a slot is stamped only after its digests are there.
+// kvc_stamps_verify has claimed the slots; two rows that have a slot at the same position both adopt it, and write the same.
+KVC_KERNEL(KVC_THREADS, 3) kvc_digests_adopt(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
-    const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-    if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return;
-    const int64_t begin = row.verify_start + unit.chunk * KVC_VERIFY_CHUNK;
-    const int64_t end = begin + KVC_VERIFY_CHUNK < row.verify_end ? begin + KVC_VERIFY_CHUNK : row.verify_end;
-    for (int64_t base = begin; base < end; base += 32) {
-        const int64_t position = base + kvc_lane();
-        KvcSlot at = {-1, 0, KVC_SLOT_EMPTY};
-        if (position < end) at = kvc_table_slot(pool, p.batch, unit.row, position);
-        const bool is_mine = at.status == KVC_SLOT_OK && kvc_pointer<uint64_t>(pool.claims)[at.slot] ==
-                                                            kvc_adoption_claim(forward, position);
-        for (uint32_t due = kvc_ballot(is_mine); due; due &= due - 1) {
-            const uint32_t lane = kvc_lowest_bit(due);
-            const int64_t slot = (int64_t)kvc_shfl_u64((uint64_t)at.slot, lane);
-            for (uint32_t d = 0; d < pool.n_digests; ++d) {
-                const uint64_t digest = kvc_slot_digest(pool, d, slot, (int32_t)(base + lane), c);
-                if (kvc_lane() == 0) *kvc_digest_at(pool, d, slot) = digest;
-            }
-        }
-        kvc_sync_warp();
-        if (is_mine) {
-            const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
-            for (uint32_t half = 0; half < pool.n_halves; ++half) {
-                kvc_mutable_pointer<Stamp>(pool.head[half])[at.slot] = stamp;
-                kvc_mutable_pointer<Stamp>(pool.tail[half])[at.slot] = stamp;
-            }
-        }
-    }
-}
-
-KVC_KERNEL(KVC_THREADS) kvc_digests_adopt(KVC_PARAM StepParams p) {
     const uint32_t forward = kvc_forward_number(p.guard);
-    const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
-    const int64_t n_units = work[p.batch.rows];
-    const LaneConstants c = kvc_lane_constants();
-    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
-        kvc_adopt_chunk(p, kvc_find_unit(work, p.batch.rows, u), forward, c);
+    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
+    const int64_t n = work[p.batch.rows];
+    kvc_make_constants();
+    for (int64_t at = kvc_global_warp() * 32; at < n; at += kvc_global_warps() * 32) {
+        const int64_t end = at + 32 < n ? at + 32 : n;
+        for (int64_t i = at; i < end;) {  // once for each row of which some positions are among them
+            const KvcUnit unit = kvc_find_unit(work, p.batch.rows, i, n);
+            const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+            const int64_t first = row.verify_start + unit.chunk, position = first + kvc_lane();
+            const int64_t last = first + (end - i) < row.verify_end ? first + (end - i) : row.verify_end;
+            int64_t slot = -1;
+            if (row.flags & KVC_ROW_LIVE && !(row.flags & KVC_ROW_PENDING) && position < last) {
+                slot = kvc_table_slot(pool, p.batch, unit.row, position).slot;
+                const bool is_mine =
+                    slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] == kvc_adoption_claim(forward, position);
+                if (!is_mine) slot = -1;
+            }
+            if (kvc_ballot(slot >= 0)) {
+                kvc_store_digests(pool, {0, pool.n_digests}, kvc_lane_slot(pool, slot, position));
+                const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
+                for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
+                    kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;
+                    kvc_mutable_pointer<Stamp>(pool.tail[half])[slot] = stamp;
+                }
+            }
+            i += last > first ? last - first : 1;
+        }
     }
 }
 
 // ---- sweep ---------------------------------------------------------------------------------------------------------------
-// A warp per resident slot and digest range.
-KVC_KERNEL(KVC_THREADS) kvc_digests_sweep(KVC_PARAM SweepParams p) {
+// A warp per 32 resident slots and digest range.
+KVC_KERNEL(KVC_THREADS, 3) kvc_digests_sweep(KVC_PARAM SweepParams p) {
     const Pool& pool = p.pool;
     const DigestRange range = kvc_digest_range(pool);
-    const LaneConstants c = kvc_lane_constants();
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_SWEEP);
-    uint64_t n_compared = 0;
-    for (int64_t i = kvc_global_warp(); i < p.n; i += kvc_global_warps()) {
-        const int64_t slot = kvc_pointer<int32_t>(p.slots)[i];
-        if (slot < 0 || slot >= pool.n_slots || kvc_is_reserved(pool, slot)) continue;
-        Violation about = kvc_no_violation();
-        about.pool = (int32_t)pool.index;
-        about.tag = kvc_tag(KVC_STAGE_SWEEP, pool.kind, 0);
-        about.position = kvc_pointer<int32_t>(p.positions)[i];
-        n_compared += kvc_verify_slot(p.guard, pool, range, slot, kvc_judgeable(pool, slot, 0), c, about);
+    kvc_make_constants();
+    uint32_t n_compared = 0;
+    for (int64_t base = kvc_global_warp() * 32; base < p.n; base += kvc_global_warps() * 32) {
+        const int64_t i = base + kvc_lane();
+        int64_t slot = i < p.n ? kvc_pointer<int32_t>(p.slots)[i] : -1;
+        if (slot < 0 || slot >= pool.n_slots || kvc_is_reserved(pool, slot)) slot = -1;
+        const LaneSlot at = kvc_lane_slot(pool, slot, slot >= 0 ? kvc_pointer<int32_t>(p.positions)[i] : 0);
+        const bool is_odd = kvc_compare_digests(pool, range, at, n_compared);
+        if (kvc_ballot(is_odd)) {
+            Violation about = kvc_no_violation();
+            about.pool = (int32_t)pool.index;
+            about.tag = kvc_tag(KVC_STAGE_SWEEP, pool.kind, 0);
+            kvc_judge_digests(p.guard, pool, range, at, 0, about);
+        }
     }
-    if (kvc_lane() == 0 && n_compared) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n_compared);
+    const uint64_t n = kvc_block_sum(n_compared);
+    if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);
 }

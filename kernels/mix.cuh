@@ -43,25 +43,31 @@ KVC_DEVICE uint64_t kvc_block_sum(uint64_t v) {
     return total;
 }
 
-// Exclusive prefix sum over the block; *total is the sum of all. All threads of the block take part.
-KVC_DEVICE uint64_t kvc_block_exclusive_sum(uint64_t v, uint64_t* total) {
-    KVC_SHARED uint64_t sums[KVC_WARPS];
-    const uint32_t lane = kvc_lane();
-    uint64_t inclusive = v;
-    for (uint32_t d = 1; d < 32; d <<= 1) {
-        const uint64_t below = kvc_shfl_up_u64(inclusive, d);
-        if (lane >= d) inclusive += below;
-    }
-    if (lane == 31) sums[kvc_warp_in_block()] = inclusive;
-    kvc_sync_block();
-    uint64_t before = 0, all = 0;
-    for (uint32_t w = 0; w < KVC_WARPS; ++w) {
-        if (w < kvc_warp_in_block()) before += sums[w];
-        all += sums[w];
+// Exclusive prefix sums over the block, N at once, in place; totals are those of all threads. All threads take part.
+template <int N>
+KVC_DEVICE void kvc_block_exclusive_sums(uint64_t (&v)[N], uint64_t (&totals)[N]) {
+    KVC_SHARED uint64_t sums[N][KVC_WARPS];
+    const uint32_t lane = kvc_lane(), warp = kvc_warp_in_block();
+    uint64_t inclusive[N];
+    for (int k = 0; k < N; ++k) {
+        inclusive[k] = v[k];
+        for (uint32_t d = 1; d < 32; d <<= 1) {
+            const uint64_t below = kvc_shfl_up_u64(inclusive[k], d);
+            if (lane >= d) inclusive[k] += below;
+        }
+        if (lane == 31) sums[k][warp] = inclusive[k];
     }
     kvc_sync_block();
-    *total = all;
-    return before + inclusive - v;
+    for (int k = 0; k < N; ++k) {
+        uint64_t before = 0;
+        totals[k] = 0;
+        for (uint32_t w = 0; w < KVC_WARPS; ++w) {
+            if (w < warp) before += sums[k][w];
+            totals[k] += sums[k][w];
+        }
+        v[k] = before + inclusive[k] - v[k];
+    }
+    kvc_sync_block();  // sums may be written again
 }
 
 // The chain after n tokens that continue `start`: start P^n + sum_j m_j P^(n-1-j), m_j = token_mix_of(j).
@@ -72,6 +78,7 @@ KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, int64_t n, TokenMixOf token_
     const uint64_t stride_power = kvc_pow(KVC_CHAIN_P, KVC_THREADS);
     uint64_t sum = 0;
     int64_t last = -1;
+#pragma unroll 8  // loads in flight
     for (int64_t j = kvc_thread(); j < n; j += KVC_THREADS) {
         sum = sum * stride_power + token_mix_of(j);
         last = j;

@@ -39,7 +39,8 @@ KVC_DEVICE void kvc_put_stamp(Violation& v, const Stamp& stamp) {
     v.stamp_epoch = stamp.epoch;
 }
 
-KVC_DEVICE void kvc_report(const Guard& guard, const Pool& pool, Violation v) {
+// Out of line: it is rare, and would weigh down the code around every call.
+KVC_NOINLINE void kvc_report(const Guard& guard, const Pool& pool, Violation v) {
     uint64_t* state = kvc_state(guard);
     uint64_t* control = kvc_mutable_pointer<uint64_t>(guard.control);
     v.step = (uint32_t)state[KVC_STATE_STEP];

@@ -21,10 +21,13 @@ KVC_DEVICE const T* kvc_pointer(uint64_t address) { return (const T*)address; }
 template <typename T>
 KVC_DEVICE T* kvc_mutable_pointer(uint64_t address) { return (T*)address; }
 
+// A division of 32-bit numbers by a power of two (shift) or by anything else (negative shift).
+KVC_DEVICE uint32_t kvc_divide(uint32_t n, int32_t by, int32_t shift) { return shift >= 0 ? n >> shift : n / (uint32_t)by; }
+
+// `slot` lies inside the pool.
 KVC_DEVICE bool kvc_is_reserved(const Pool& pool, int64_t slot) {
-    const int64_t block = slot / pool.page_size;
     for (uint32_t i = 0; i < pool.n_reserved; ++i) {
-        if (pool.reserved[i] == block) return true;
+        if ((uint32_t)slot - (uint32_t)pool.reserved[i] < (uint32_t)pool.page_size) return true;
     }
     return false;
 }
@@ -53,8 +56,9 @@ KVC_DEVICE int64_t kvc_table_entries(const Batch& batch, int32_t row) {
 }
 
 KVC_DEVICE KvcSlot kvc_table_slot(const Pool& pool, const Batch& batch, int32_t row, int64_t position) {
-    const int64_t index = position / batch.table_page;
-    if (position < 0 || index >= kvc_table_entries(batch, row)) return {-1, position, KVC_SLOT_OUT};
+    if (position < 0 || position > KVC_MAX_POSITIONS) return {-1, position, KVC_SLOT_OUT};
+    const int64_t index = kvc_divide((uint32_t)position, batch.table_page, batch.table_shift);
+    if (index >= kvc_table_entries(batch, row)) return {-1, position, KVC_SLOT_OUT};
     int64_t entry = row;
     if (batch.table_kind == KVC_TABLE_DENSE) {
         entry = kvc_pointer<int32_t>(batch.block_table)[(int64_t)row * batch.table_stride + index];
@@ -62,7 +66,7 @@ KVC_DEVICE KvcSlot kvc_table_slot(const Pool& pool, const Batch& batch, int32_t 
         entry = kvc_pointer<int32_t>(batch.block_table)[kvc_pointer<int32_t>(batch.kv_indptr)[row] + index];
     }
     if (entry < 0) return {-1, entry, KVC_SLOT_EMPTY};
-    return kvc_engine_slot(pool, entry * batch.table_page + position % batch.table_page, entry);
+    return kvc_engine_slot(pool, entry * batch.table_page + (position - index * batch.table_page), entry);
 }
 
 KVC_DEVICE int64_t kvc_int_at(uint64_t array, uint32_t wide, int64_t i) {
@@ -86,30 +90,40 @@ KVC_DEVICE int32_t kvc_continued_slot(const Stamp& stamp) {
 KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
 KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }
 
-// The row and the chunk within it of a unit of work, from the units before each row (i64[rows + 1], ascending).
-// The warp narrows the interval 32-fold a round. All lanes take part and get the same answer.
+KVC_DEVICE int64_t* kvc_work(const Pool& pool, uint32_t which) {
+    return kvc_mutable_pointer<int64_t>(pool.work) + (int64_t)which * (pool.max_requests + 1);
+}
+
+// The row and the place within it of a unit of work, from the units before each row (i64[rows + 1], ascending; unit < n, the
+// last of them). All lanes take part and get the same answer.
 struct KvcUnit {
     int32_t row;
     int64_t chunk;
 };
-KVC_DEVICE KvcUnit kvc_find_unit(const int64_t* before, int32_t rows, int64_t unit) {
+KVC_DEVICE KvcUnit kvc_find_unit(const int64_t* before, int32_t rows, int64_t unit, int64_t n) {
+    const int32_t lane = (int32_t)kvc_lane();
     int32_t low = 0, high = rows;  // before[low] <= unit < before[high]
-    while (high - low > 1) {
-        const int32_t step = (high - low + 31) / 32;
-        const int32_t pivot = low + (int32_t)kvc_lane() * step;
-        const uint32_t at_or_before = kvc_ballot(pivot < high && before[pivot < high ? pivot : low] <= unit);
-        low += (int32_t)(kvc_popcount(at_or_before) - 1) * step;  // lane 0 always votes
-        high = low + step < high ? low + step : high;
+    // Rows are often of one size: look around the proportional place first.
+    int32_t step = 1, from = (int32_t)(kvc_divide_roughly((float)unit, (float)n) * (float)rows) - 15;
+    from = from > rows - 31 ? rows - 31 : from;
+    from = from < 0 ? 0 : from;
+    for (;;) {
+        const int32_t pivot = from + lane * step;
+        const bool is_inside = pivot <= high;
+        const int64_t at = before[is_inside ? pivot : high];
+        const uint32_t n_below = kvc_popcount(kvc_ballot(is_inside && at <= unit));  // ascending: the lowest lanes
+        if (n_below == 0) {
+            high = from;
+        } else {
+            low = from + (int32_t)(n_below - 1) * step;
+            high = low + step < high && n_below < 32 ? low + step : high;
+        }
+        const uint64_t before_low = kvc_shfl_u64((uint64_t)at, n_below ? n_below - 1 : 0);
+        if (high - low <= 1) return {low, n_below ? unit - (int64_t)before_low : unit};  // no row below the first place: row 0
+        step = (high - low + 31) / 32;
+        from = low;
     }
-    return {low, unit - before[low]};
 }
-
-KVC_DEVICE const int64_t* kvc_work(const Pool& pool, uint32_t which) {
-    return kvc_pointer<int64_t>(pool.work) + (int64_t)which * (pool.max_requests + 1);
-}
-#define KVC_WORK_VERIFY 0u
-#define KVC_WORK_WRITE 1u
-#define KVC_WORK_DIGEST 2u
 
 // No half was ever stamped.
 KVC_DEVICE bool kvc_is_never_stamped(const Pool& pool, int64_t slot) {
@@ -124,10 +138,30 @@ KVC_DEVICE uint64_t kvc_adoption_claim(uint32_t forward, int64_t position) {
     return (uint64_t)forward << 32 | (0xffffffffu - (uint32_t)position);
 }
 
-KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
-    return (uint32_t)(((kvc_mix64((uint64_t)(slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);
+// New tokens of a row that a block stamps: few in short rows, so that many blocks share them; more in long ones, where each
+// tile has to hash all tokens before it.
+KVC_DEVICE int64_t kvc_tile_length(int64_t n_new) { return n_new <= KVC_SHORT_ROW ? KVC_THREADS : KVC_WRITE_TILE; }
+// A row of at most 32 is a warp's business instead.
+KVC_DEVICE int64_t kvc_tiles(int64_t n_new) {
+    return n_new <= 32 ? 0 : (n_new + kvc_tile_length(n_new) - 1) / kvc_tile_length(n_new);
 }
 
+// Positions of a row's prefix in a unit of kvc_digests_verify: about as many slots fall due in each.
+KVC_DEVICE int64_t kvc_data_unit(const Batch& batch, const Row& row) {
+    const uint32_t every = batch.verify_data_every < 128 ? batch.verify_data_every : 128;
+    return row.flags & KVC_ROW_FULL_DATA ? KVC_DATA_UNIT : KVC_DATA_UNIT * (int64_t)every;
+}
+KVC_DEVICE int64_t kvc_data_units(const Batch& batch, const Row& row) {
+    if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
+    const int64_t length = kvc_data_unit(batch, row);
+    return (row.verify_end - row.verify_start + length - 1) / length;
+}
+
+KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
+    return (uint32_t)(((kvc_mix64((uint64_t)((uint32_t)slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);
+}
+
+// ---- the guard's own words -------------------------------------------------------------------------------------------------
 KVC_DEVICE uint64_t* kvc_state(const Guard& guard) { return kvc_mutable_pointer<uint64_t>(guard.state); }
 KVC_DEVICE uint32_t kvc_forward_number(const Guard& guard) { return (uint32_t)kvc_state(guard)[KVC_STATE_FORWARD]; }
 KVC_DEVICE bool kvc_is_judging(const Guard& guard) { return kvc_state(guard)[KVC_STATE_JUDGING] != 0; }

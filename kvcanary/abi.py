@@ -28,9 +28,11 @@ MAX_PLANE_BYTES = 64 * 1024
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 THREADS = 256  # of every kernel
 WARPS = THREADS // 32
-VERIFY_CHUNK = 128  # consecutive positions of one request that a warp verifies
-WRITE_TILE = 1024  # consecutive new tokens of one request that a block stamps
-DIGEST_CHUNK = 32  # consecutive new tokens of one request that a warp digests
+DATA_UNIT = 16  # slots that fall due, about, in a unit of kvc_digests_verify
+DATA_LIST = 512  # slots that a block digests at once
+WRITE_TILE = 1024  # consecutive new tokens of a long row that a block stamps; 256 of a short one
+SHORT_ROW = 16384  # new tokens
+TAIL_CHUNK = 32  # consecutive new tokens of one request that a warp finishes
 SHARE_RUN = 16  # slots of a physical run that fall due together
 N_REGISTER_LENGTHS = 16  # lengths whose chain a register keeps
 N_ABORTED = 58  # forwards without TAIL that a pool remembers
@@ -58,6 +60,13 @@ ROW_BAD_LENGTH = 128  # seq_len goes beyond the table row
 ROW_BAD_REQUEST_SLOT = 256
 ROW_RELATIVE = 512  # its chain is relative
 ROW_KNOWS_LAST = 1024  # the register knows the token before its new ones: last_mix
+
+# ---- work lists: prefix sums over the rows of a batch ------------------------------------------------------------------
+WORK_VERIFY = 0  # prefix positions to verify
+WORK_WRITE = 1  # tiles of new tokens, of rows with more than 32
+WORK_TAIL = 2  # chunks of new tokens
+WORK_DATA = 3  # units of prefix positions whose bytes may fall due
+N_WORK = 4
 
 # ---- device state: one flat u64 array, header words first ------------------------------------------------------------
 STATE_FORWARD = 0  # number of the forward in progress, or of the last one
@@ -113,9 +122,20 @@ PLANE = np.dtype(
         ("chunk_bytes", "<u4"),
         ("load_bytes", "<u4"),
         ("byte_offset", "<u4"),
+        ("chunk_magic", "<u4"),  # load l lies in chunk l * magic >> 32, or, if 0, in chunk l
+        ("unused", "<u4"),
     ]
 )
-DIGEST = np.dtype([("first_plane", "<u4"), ("n_planes", "<u4"), ("n_words", "<u4"), ("half", "<u4")])
+DIGEST = np.dtype(
+    [
+        ("first_plane", "<u4"),
+        ("n_planes", "<u4"),
+        ("n_words", "<u4"),
+        ("half", "<u4"),
+        ("n_loads", "<u4"),  # of a slot, of load_bytes each; 0 = planes that need the general way
+        ("load_bytes", "<u4"),  # 8 or 16
+    ]
+)
 ROW = np.dtype(
     [
         ("anchor", "<u8"),
@@ -201,8 +221,9 @@ POOL = np.dtype(
         ("registers", "<u8"),  # REGISTER[max_requests]
         ("register_claims", "<u8"),  # u64[max_requests]: forward << 32 | row + 1
         ("rows", "<u8"),  # ROW[max_requests]
-        ("work", "<u8"),  # i64[3, max_requests + 1]: verify chunks, write tiles, digest chunks before each row
+        ("work", "<u8"),  # i64[4, max_requests + 1]: what lies before each row, see WORK_*
         ("page_size", "<i4"),
+        ("page_shift", "<i4"),  # log2 of page_size; negative = not a power of two
         ("n_blocks", "<i4"),
         ("window", "<i4"),  # 0 = none
         ("token_offset", "<i4"),
@@ -212,7 +233,8 @@ POOL = np.dtype(
         ("n_digests", "<u4"),
         ("n_reserved", "<u4"),
         ("max_requests", "<u4"),
-        ("reserved", "<i4", (MAX_RESERVED,)),
+        ("unused", "<u4"),
+        ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block
     ]
 )
 BATCH = np.dtype(
@@ -239,6 +261,8 @@ BATCH = np.dtype(
         ("table_kind", "<u4"),
         ("table_width", "<i4"),  # entries of a dense row, or of all CSR rows together
         ("table_page", "<i4"),  # positions per entry
+        ("table_limit", "<u4"),  # entries below it are in the pool or the slot_lut
+        ("table_shift", "<i4"),  # log2 of table_page; negative = not a power of two
         ("wide_ids", "<u4"),  # input_ids and expected_tokens are i64
         ("wide_slots", "<u4"),  # slot_mapping is i64
         ("check_write_position", "<u4"),
@@ -280,14 +304,19 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     **PARAMS,
 }
 _U64_CONSTANTS = tuple(n for n in globals() if n.startswith(("MIX_", "CHAIN_", "DIGEST_")))
-_INT_PREFIXES = ("TABLE_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN", "SHARE_RUN")
-_INT_NAMES = ("THREADS", "WARPS", "VERIFY_CHUNK", "WRITE_TILE", "DIGEST_CHUNK")
+_INT_PREFIXES = ("TABLE_", "WORK_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN", "SHARE_RUN")
+_INT_NAMES = ("THREADS", "WARPS", "DATA_UNIT", "DATA_LIST", "WRITE_TILE", "SHORT_ROW", "TAIL_CHUNK")
 _C_TYPES = {"<u8": "uint64_t", "<i8": "int64_t", "<u4": "uint32_t", "<i4": "int32_t"}
 
 
 def zeros_of(dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
     """One zeroed structure, as a 0-d array whose fields can be assigned and whose ``[()]`` is the by-value scalar."""
     return np.zeros((), dtype)
+
+
+def log2_or_negative(n: int) -> int:
+    """The shift that divides by ``n``; -1 if ``n`` is not a power of two."""
+    return n.bit_length() - 1 if n & (n - 1) == 0 else -1
 
 
 def c_header() -> str:
@@ -300,7 +329,7 @@ def c_header() -> str:
     ]
     names = globals()
     for name in _U64_CONSTANTS:
-        if name in ("DIGEST_PERIOD", "DIGEST_CHUNK"):
+        if name == "DIGEST_PERIOD":
             continue
         out.append(f"#define KVC_{name} 0x{names[name]:016X}ull")
     ints = [n for n in names if (n.startswith(_INT_PREFIXES) and isinstance(names[n], int)) or n in _INT_NAMES]

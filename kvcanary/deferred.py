@@ -84,6 +84,11 @@ class DelayedDeviceHostHandler:
         """Snapshots staged and not yet delivered, at most ``depth``."""
         return len(self._in_flight)
 
+    @property
+    def has_in_flight(self) -> bool:
+        """Whether a snapshot waits to be delivered."""
+        return bool(self._in_flight)
+
     def is_capturing(self, stream: Any) -> bool:
         """Whether ``stream`` is being captured, so that `step` would refuse it."""
         return self._staging.is_capturing(stream)

@@ -14,7 +14,7 @@ def pool_bytes(config: CanaryConfig, pool: KvPool, max_requests: int) -> int:
     """Memory that the guard takes for one pool, in bytes."""
     n_digests = len(pool.digest_units(config.real_data))
     per_slot = 2 * len(pool.halves) * abi.STAMP.itemsize + 8 + 8 * n_digests
-    per_request = abi.REGISTER.itemsize + 8 + abi.ROW.itemsize + 3 * 8
+    per_request = abi.REGISTER.itemsize + 8 + abi.ROW.itemsize + 8 * abi.N_WORK
     tables = len(pool.planes) * abi.PLANE.itemsize + n_digests * abi.DIGEST.itemsize
     return pool.n_slots * per_slot + max_requests * per_request + tables
 

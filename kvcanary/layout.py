@@ -128,10 +128,21 @@ class KvPool:
             first += len(planes)
         return units
 
-    def digest_records(self, real_data: str = "all") -> npt.NDArray[Any]:
-        """DIGEST[n_digests]: `digest_units` as the kernels read them."""
+    def digest_records(
+        self, real_data: str = "all", base_of: Callable[[Plane], int] | None = None
+    ) -> npt.NDArray[Any]:
+        """DIGEST[n_digests]: `digest_units` as the kernels read them; ``base_of`` as in `plane_records`."""
+        planes = self.plane_records(real_data, base_of)
         units = self.digest_units(real_data)
-        return np.array([(u.first_plane, u.n_planes, u.n_words, u.half) for u in units], DIGEST)
+        records = np.zeros(len(units), DIGEST)
+        for record, unit in zip(records, units, strict=True):
+            record["first_plane"], record["n_planes"] = unit.first_plane, unit.n_planes
+            record["n_words"], record["half"] = unit.n_words, unit.half
+            plane = planes[unit.first_plane]
+            if unit.n_planes == 1 and plane["load_bytes"] >= 8:
+                record["n_loads"] = plane["n_chunks"] * plane["chunk_bytes"] // plane["load_bytes"]
+                record["load_bytes"] = plane["load_bytes"]
+        return records
 
     def plane_records(self, real_data: str = "all", base_of: Callable[[Plane], int] | None = None) -> npt.NDArray[Any]:
         """PLANE[n_planes], in the order of `ordered_planes`.
@@ -150,7 +161,8 @@ class KvPool:
                 row["base"], row["page_stride"], row["token_stride"] = base, plane.page_stride, plane.token_stride
                 row["chunk_stride"], row["n_chunks"], row["chunk_bytes"] = plane.chunk_stride, plane.n_chunks, n
                 row["load_bytes"] = math.gcd(_MAX_LOAD_BYTES, base, n, byte_offset, *steps)
-                row["byte_offset"] = byte_offset
+                row["byte_offset"], per_chunk = byte_offset, n // int(row["load_bytes"])
+                row["chunk_magic"] = -(-(1 << 32) // per_chunk) if per_chunk > 1 else 0
                 byte_offset += plane.n_chunks * n
         return records
 

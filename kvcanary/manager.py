@@ -103,6 +103,7 @@ class CanaryManager:
         self._handlers = handlers
         self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0])
         self._stats_logger = PeriodicCanaryStatsLogger(config, self.active_tags, handlers[1])
+        self._observers = (self._violations, self._health, self._stats_logger)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
     @property
@@ -243,19 +244,36 @@ class CanaryManager:
             self._sweep.step(self._step + 1, self._backend, self._stream)
         self._step += 1
         self._n_counted_steps += counted
+        step, is_odd = self._step, self._has_odd_stream()
+        due = [observer for observer in self._observers if is_odd or observer.is_due(step)]
+        if due:
+            self._observe(due, self._backend)
+
+    def _has_odd_stream(self) -> bool:
+        """A stream that is captured, or whose context died: for the handlers to refuse, so all observers are asked."""
+        try:
+            return self._handlers[0].is_capturing(self._stream)
+        except Exception:  # noqa: BLE001  the observers meet it again and report it, after the violations were read
+            return True
+
+    def _observe(self, due: Sequence[Any], backend: Backend) -> None:
         errors: list[KvCanaryError] = []
         # The order is violations, health, stats; the totals in the facts are those after the first.
-        for observer in (self._violations, self._health, self._stats_logger):
+        facts: StepFacts | None = None
+        for observer in due:
             if self._phases.phase is Phase.CLOSED:  # a callback closed the manager
                 return
             try:
-                observer.step(self._facts(self._backend))
+                facts = facts or self._facts(backend)
+                observer.step(facts)
             except KvCanaryError as error:  # the others still get their step; the first error is the one raised
                 errors.append(error)
             except Exception:  # a log handler that raises is not the engine's problem
                 self.n_observer_errors += 1
                 with suppress(Exception):
                     logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
+            if observer is self._violations:
+                facts = None  # its totals are older than what it has just read
         with suppress(Exception):
             self._note_dropped()
             for later in errors[1:]:

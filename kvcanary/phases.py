@@ -17,6 +17,9 @@ class Phase(Enum):
     CLOSED = "nothing: the manager is closed; make a new one"
 
 
+_OUTSIDE, _STEP, _FORWARD, _FORWARD_IN_STEP = Phase.OUTSIDE, Phase.STEP, Phase.FORWARD, Phase.FORWARD_IN_STEP
+
+
 class PhaseChecker:
     """Refuses calls in the wrong order and says what came and what was expected."""
 
@@ -24,16 +27,30 @@ class PhaseChecker:
         self.phase = Phase.OUTSIDE
 
     def begin_step(self) -> None:
-        self._move("begin_step()", {Phase.OUTSIDE: Phase.STEP})
+        if self.phase is not _OUTSIDE:
+            self._refuse("begin_step()")
+        self.phase = _STEP
 
     def end_step(self) -> None:
-        self._move("end_step()", {Phase.STEP: Phase.OUTSIDE})
+        if self.phase is not _STEP:
+            self._refuse("end_step()")
+        self.phase = _OUTSIDE
 
     def head(self) -> None:
-        self._move("head()", {Phase.OUTSIDE: Phase.FORWARD, Phase.STEP: Phase.FORWARD_IN_STEP})
+        if self.phase is _STEP:
+            self.phase = _FORWARD_IN_STEP
+        elif self.phase is _OUTSIDE:
+            self.phase = _FORWARD
+        else:
+            self._refuse("head()")
 
     def tail(self) -> None:
-        self._move("tail()", {Phase.FORWARD: Phase.OUTSIDE, Phase.FORWARD_IN_STEP: Phase.STEP})
+        if self.phase is _FORWARD_IN_STEP:
+            self.phase = _STEP
+        elif self.phase is _FORWARD:
+            self.phase = _OUTSIDE
+        else:
+            self._refuse("tail()")
 
     def abandon_forward(self) -> None:
         """The model raised between HEAD and TAIL."""
@@ -56,11 +73,6 @@ class PhaseChecker:
 
     def close(self) -> None:
         self.phase = Phase.CLOSED
-
-    def _move(self, call: str, allowed: dict[Phase, Phase]) -> None:
-        if self.phase not in allowed:
-            self._refuse(call)
-        self.phase = allowed[self.phase]
 
     def _refuse(self, call: str) -> None:
         raise PhaseError(f"{call} came in phase {self.phase.name}; expected: {self.phase.value}")

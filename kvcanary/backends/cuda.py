@@ -169,6 +169,9 @@ class CudaDriver:
         assert n_registers > 0
         return kernel
 
+    def resident_blocks(self, kernel: Any) -> int:
+        return int(self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, abi.THREADS, 0))
+
     def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
         with self._cupy_stream(stream):
             kernel(grid, (abi.THREADS,), (params,))
@@ -211,20 +214,21 @@ class CudaStaging:
         self._on_device = driver.zeros((depth, n_words), np.uint64)
         host, _address = driver.mapped(depth * n_words, np.uint64)
         self._host = host.reshape(depth, n_words)
+        self._clone_at = [self._on_device.data.ptr + i * self._n_bytes for i in range(depth)]
+        self._host_at = [int(row.ctypes.data) for row in self._host]
         self._side = driver._device.create_stream()
+        self._side_pointer = int(self._side.handle)
         self._cloned = [driver._device.create_event() for _ in range(depth)]
         self._arrived = [driver._device.create_event() for _ in range(depth)]
         self._engine_streams: dict[int, Any] = {}
 
     def copy(self, index: int, source: Any, stream: Any) -> None:
         pointer = stream_pointer(stream)
-        clone = self._on_device.data.ptr + index * self._n_bytes
-        kind = self._runtime.memcpyDeviceToDevice
-        self._runtime.memcpyAsync(clone, source.data.ptr, self._n_bytes, kind, pointer)
+        runtime, n_bytes, clone = self._runtime, self._n_bytes, self._clone_at[index]
+        runtime.memcpyAsync(clone, source.data.ptr, n_bytes, runtime.memcpyDeviceToDevice, pointer)
         self._engine_stream(pointer).record(self._cloned[index])
         self._side.wait(self._cloned[index])
-        host, kind = self._host[index].ctypes.data, self._runtime.memcpyDeviceToHost
-        self._runtime.memcpyAsync(host, clone, self._n_bytes, kind, int(self._side.handle))
+        runtime.memcpyAsync(self._host_at[index], clone, n_bytes, runtime.memcpyDeviceToHost, self._side_pointer)
         self._side.record(self._arrived[index])
 
     def is_done(self, index: int) -> bool:

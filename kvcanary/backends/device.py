@@ -22,11 +22,13 @@ from kvcanary.layout import KvPool
 from kvcanary.state import CanaryDeviceState, CounterLayout
 
 KERNELS = {
-    "stamps": ("kvc_begin", "kvc_stamps_write", "kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
+    "begin": ("kvc_begin",),
+    "stamps": ("kvc_stamps_write",),
+    "verify": ("kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
     "digests": ("kvc_digests_verify", "kvc_digests_write", "kvc_digests_adopt", "kvc_digests_sweep"),
 }
-BLOCKS_PER_MULTIPROCESSOR = 8  # of 256 threads: a persistent grid that fills the device
-MAX_DIGEST_SPLIT = 16  # parts that the digests of a slot are split into, for warps to work on side by side
+MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
+MAX_GRID_Y = 1024  # the same for new tokens, whose slots are found at no cost
 MAX_BEGIN_BLOCKS = 2048  # of kvc_begin: enough to claim the slots of a long prefill side by side
 SWEEP_SLOTS = 1 << 16  # resident slots that a sweep copies at once; longer lists go in parts
 
@@ -49,6 +51,9 @@ class Driver(Protocol):
 
     def kernel(self, source: str, name: str) -> Any:
         """A loaded kernel of ``kernels/<source>.cu``."""
+
+    def resident_blocks(self, kernel: Any) -> int:
+        """Blocks of ``abi.THREADS`` threads of a kernel that a multiprocessor holds at once."""
 
     def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
         """Launch with ``abi.THREADS`` threads a block and one by-value structure."""
@@ -130,6 +135,7 @@ class DeviceBackend:
         self._kv_pools = tuple(pools)
         self._max_requests = max_requests
         self._kernels = {n: driver.kernel(source, n) for source, names in KERNELS.items() for n in names}
+        self._resident = {name: driver.resident_blocks(kernel) for name, kernel in self._kernels.items()}
         self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
         self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
         self._pools = [self._pool_record(i) for i in range(len(pools))]
@@ -146,7 +152,7 @@ class DeviceBackend:
             "registers": driver.zeros(self._max_requests, abi.REGISTER),
             "register_claims": driver.zeros(self._max_requests, np.uint64),
             "rows": driver.zeros(self._max_requests, abi.ROW),
-            "work": driver.zeros((3, self._max_requests + 1), np.int64),
+            "work": driver.zeros((abi.N_WORK, self._max_requests + 1), np.int64),
         }
         for key, records in (("planes", pool.plane_records(self._config.real_data)), ("digest_units", digests)):
             arrays[key] = driver.zeros(max(1, len(records)), records.dtype)
@@ -186,11 +192,12 @@ class DeviceBackend:
         if pool.lut_view is not None:
             record["slot_lut"], record["lut_length"] = pool.lut_view.pointer, pool.lut_view.shape[0]
         record["n_slots"], record["page_size"], record["n_blocks"] = pool.n_slots, pool.page_size, pool.n_blocks
+        record["page_shift"] = abi.log2_or_negative(pool.page_size)
         record["window"], record["token_offset"] = pool.window or 0, pool.token_offset
         record["kind"], record["index"], record["n_halves"] = int(pool.kind), index, len(pool.halves)
         record["n_digests"] = len(pool.digest_units(self._config.real_data))
         record["n_reserved"], record["max_requests"] = len(pool.reserved_blocks), self._max_requests
-        record["reserved"][: len(pool.reserved_blocks)] = pool.reserved_blocks
+        record["reserved"][: len(pool.reserved_blocks)] = [b * pool.page_size for b in pool.reserved_blocks]
         return record
 
     @property
@@ -211,7 +218,7 @@ class DeviceBackend:
         begin = [abi.zeros_of(abi.PARAMS["BeginParams"]) for _ in range(2)]
         for is_first, b in enumerate(begin):
             b["guard"], b["pool"], b["batch"], b["is_first_pool"] = self._guard, self._pools[pool], record, is_first
-        grids = _grids(self._driver.n_multiprocessors, self._pools[pool], bound)
+        grids = _grids(self._driver.n_multiprocessors, self._resident, self._pools[pool], bound)
         head, tail = ["kvc_stamps_write", "kvc_stamps_verify"], ["kvc_stamps_tail"]
         if self._pools[pool]["n_digests"]:
             head.append("kvc_digests_verify")
@@ -256,11 +263,14 @@ class DeviceBackend:
         params["guard"], params["pool"], params["n"] = self._guard, self._pools[pool_index], n
         for name, address in zip(("slots", "positions", "predecessors", "tokens"), addresses, strict=True):
             params[name] = address
-        full = self._driver.n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR
         n_digests = int(self._pools[pool_index]["n_digests"])
-        grids = {"kvc_stamps_sweep": (min(full, max(1, -(-n // abi.THREADS))), 1)}
+        wanted = {"kvc_stamps_sweep": (-(-n // abi.THREADS), 1)}
         if n_digests:
-            grids["kvc_digests_sweep"] = (min(full, max(1, -(-n // abi.WARPS))), min(n_digests, MAX_DIGEST_SPLIT))
+            wanted["kvc_digests_sweep"] = (-(-n // abi.THREADS), min(n_digests, MAX_DIGEST_SPLIT))
+        grids = {
+            name: (max(1, min(x, self._driver.n_multiprocessors * self._resident[name] // y)), y)
+            for name, (x, y) in wanted.items()
+        }
         for name, grid in grids.items():
             self._driver.launch(self._kernels[name], grid, params[()], stream)
         return True
@@ -316,7 +326,7 @@ class DeviceBackend:
         words[abi.STATE_JUDGING] = 1
         rows = np.zeros(self._max_requests, abi.ROW)
         rows[target.row] = target.as_row()
-        work = np.zeros((3, self._max_requests + 1), np.int64)
+        work = np.zeros((abi.N_WORK, self._max_requests + 1), np.int64)
         work[:, target.row + 1 :] = 1
         pool = self._pools[call.pool].copy()
         on_device = {"rows": driver.zeros(rows.shape, rows.dtype), "work": driver.zeros(work.shape, work.dtype)}
@@ -334,29 +344,38 @@ class DeviceBackend:
         return records
 
 
-def _grids(n_multiprocessors: int, pool: Array, bound: BoundBatch) -> dict[str, tuple[int, int]]:
-    """Grid of each kernel, from capacities alone: a captured graph must fit every batch in those arrays."""
-    full, rows, batch = n_multiprocessors * BLOCKS_PER_MULTIPROCESSOR, bound.rows, bound.record
+def _grids(
+    n_multiprocessors: int, resident: dict[str, int], pool: Array, bound: BoundBatch
+) -> dict[str, tuple[int, int]]:
+    """Grid of each kernel, from capacities alone: a captured graph must fit every batch in those arrays.
+
+    Args:
+        resident: blocks of each kernel that a multiprocessor holds at once.
+    """
+    rows, n_tokens, batch = bound.rows, bound.n_tokens, bound.record
     entries = int(batch["table_width"]) * (rows if batch["table_kind"] == abi.TABLE_DENSE else 1)
     if batch["table_kind"] == abi.TABLE_STATIC:
         entries = rows
     positions = entries * int(batch["table_page"])
     if pool["window"]:
         positions = min(positions, rows * int(pool["window"]))
-    verify = rows + positions // abi.VERIFY_CHUNK
-    write = rows + bound.n_tokens // abi.WRITE_TILE
-    digest = rows + bound.n_tokens // abi.DIGEST_CHUNK
     split = max(1, min(int(pool["n_digests"]), MAX_DIGEST_SPLIT))
 
-    def blocks(units: int, per_block: int, n_y: int = 1) -> int:
-        return max(1, min(-(-units // per_block), max(1, full // n_y)))
+    def blocks(kernel: str, units: int, n_y: int = 1) -> int:
+        return max(1, min(units, n_multiprocessors * resident[kernel] // n_y))
 
+    warps = -(-positions // 32) + rows  # that find work: 32 positions each
+    data_units, tail_chunks = rows + positions // abi.DATA_UNIT, rows + n_tokens // abi.TAIL_CHUNK
+    write_blocks = -(-n_tokens // abi.WARPS)  # that find work: a token for each warp
+    # Few tokens: a block for each digest, so that they are all under way at once.
+    fits = n_multiprocessors * resident["kvc_digests_write"] // max(1, write_blocks)
+    write_split = max(split, min(int(pool["n_digests"]), fits, MAX_GRID_Y))
     return {
-        "kvc_begin": (max(1, rows), max(1, min(bound.n_tokens // abi.WRITE_TILE, MAX_BEGIN_BLOCKS // max(1, rows)))),
-        "kvc_stamps_write": (blocks(write, 1), 1),
-        "kvc_stamps_verify": (blocks(verify, abi.WARPS), 1),
-        "kvc_stamps_tail": (blocks(verify + digest, abi.WARPS), 1),
-        "kvc_digests_verify": (blocks(verify, abi.WARPS, split), split),
-        "kvc_digests_write": (blocks(digest, abi.WARPS, split), split),
-        "kvc_digests_adopt": (blocks(verify, abi.WARPS), 1),
+        "kvc_begin": (max(1, rows), max(1, min(n_tokens // abi.WRITE_TILE, MAX_BEGIN_BLOCKS // max(1, rows)))),
+        "kvc_stamps_write": (blocks("kvc_stamps_write", max(-(-rows // abi.WARPS), min(rows, n_tokens // 32) + n_tokens // abi.THREADS)) + 1, 1),
+        "kvc_stamps_verify": (blocks("kvc_stamps_verify", -(-warps // abi.WARPS)), 1),
+        "kvc_stamps_tail": (blocks("kvc_stamps_tail", -(-(warps + tail_chunks) // abi.WARPS)), 1),
+        "kvc_digests_verify": (blocks("kvc_digests_verify", data_units, split), split),
+        "kvc_digests_write": (blocks("kvc_digests_write", write_blocks, write_split), write_split),
+        "kvc_digests_adopt": (blocks("kvc_digests_adopt", -(-warps // abi.WARPS)), 1),
     }

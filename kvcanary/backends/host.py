@@ -124,7 +124,7 @@ class HostBackend:
             self._recorder.count_entries(pool, Stage.TAIL, int(won.sum()))
             if self._units[call.pool]:
                 self._recorder.count_data_launch(pool, Stage.TAIL)
-                self._write_digests(pool, target.slot[won], new.position[won])
+                self._write_digests(pool, target.slot[won], pool.head[0]["position"][target.slot[won]])
 
     @property
     def _forward(self) -> int:
@@ -237,8 +237,11 @@ class HostBackend:
     def _compare_digests(self, recorder: Recorder, pool: PoolArrays, slots: Array, about: Array, forward: int) -> None:
         for d, unit in enumerate(self._units[pool.index]):
             stored = pool.digests[d, slots]
-            judged = np.flatnonzero(ref.judgeable(pool, unit.half, slots, forward) & (stored != 0))
-            recorder.add(abi.STATE_DATA_SLOTS, len(judged))
+            known = np.flatnonzero(stored)
+            recorder.add(abi.STATE_DATA_SLOTS, len(known))
+            differs = self._digest(pool.index, d, slots[known], about["position"][known]) != stored[known]
+            odd = known[differs]  # judged in full: by what the stamps say
+            judged = odd[ref.judgeable(pool, unit.half, slots[odd], forward)]
             stamps = pool.head[unit.half][slots[judged]]
             found = self._digest(pool.index, d, slots[judged], stamps["position"])
             bad = np.flatnonzero(found != stored[judged])

@@ -42,7 +42,7 @@ def _try_gpu() -> None:
 
     try:
         driver = CudaDriver(None)
-        driver.kernel("stamps", "kvc_begin")
+        driver.kernel("begin", "kvc_begin")
     except BackendError:
         raise
     except Exception as error:  # whatever CuPy and cuda.core raise on a machine that has only a part of what they need

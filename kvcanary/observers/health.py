@@ -24,6 +24,9 @@ logger = logging.getLogger("kvcanary")
 ActiveTags: TypeAlias = Mapping[int, frozenset[CanaryLaunchTag]]
 
 
+_SWEEP_TAGS = frozenset(tag for tag in CanaryLaunchTag if tag.stage == Stage.SWEEP)
+
+
 class CounterChange(NamedTuple):
     """One counter between two snapshots, in launches."""
 
@@ -51,17 +54,14 @@ def counter_deltas(
         current: the same, later.
         expected: pool index -> tags that must have risen in between.
     """
-    is_expected = np.zeros(current.shape, bool)
-    for pool, tags in expected.items():
-        is_expected[pool, list(tags)] = True
+    before, now = previous.tolist(), current.tolist()  # a dozen numbers a pool: cheaper as Python's integers
+    stalled = [(pool, tag) for pool, tags in expected.items() for tag in tags if now[pool][tag] == before[pool][tag]]
+    fallen = [(pool, tag) for pool, runs in enumerate(now) for tag, n in enumerate(runs) if n < before[pool][tag]]
 
-    def changes(where: npt.NDArray[np.bool_]) -> list[CounterChange]:
-        return [
-            CounterChange(pool, CanaryLaunchTag(tag), int(previous[pool, tag]), int(current[pool, tag]))
-            for pool, tag in np.argwhere(where).tolist()
-        ]
+    def changes(found: Sequence[tuple[int, int]]) -> list[CounterChange]:
+        return [CounterChange(p, CanaryLaunchTag(t), before[p][t], now[p][t]) for p, t in sorted(found)]
 
-    return CounterVerdict(stalled=changes(is_expected & (current == previous)), fallen=changes(current < previous))
+    return CounterVerdict(stalled=changes(stalled), fallen=changes(fallen))
 
 
 class KernelRunCounterHealthChecker:
@@ -96,6 +96,11 @@ class KernelRunCounterHealthChecker:
         self._baseline_steps = 0  # labels of the snapshot before, for the deltas
         self._baseline_sweeps: Mapping[int, int] = {}
         self._n_resets = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` has anything to do after step number ``step``: to take a snapshot or to deliver one."""
+        every = self._every
+        return every > 0 and (step % every == 0 or self._handler.has_in_flight)
 
     def step(self, facts: StepFacts) -> None:
         """Deliver earlier snapshots, take a new one when due; never blocks, must not run inside a capture.
@@ -142,10 +147,7 @@ class KernelRunCounterHealthChecker:
         if facts.n_counted_steps <= self._baseline_steps:
             return {}
         swept = {pool for pool, n in facts.n_sweeps.items() if n > self._baseline_sweeps.get(pool, 0)}
-        return {
-            pool: frozenset(tag for tag in tags if tag.stage != Stage.SWEEP or pool in swept)
-            for pool, tags in self.active_tags.items()
-        }
+        return {pool: tags if pool in swept else tags - _SWEEP_TAGS for pool, tags in self.active_tags.items()}
 
     def _report(self, verdict: CounterVerdict, step: int, since: str, n_steps: int) -> None:
         changes = verdict.fallen or verdict.stalled

@@ -6,8 +6,6 @@ import logging
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler, Words
 from kvcanary.observers.facts import StepFacts
@@ -43,6 +41,11 @@ class PeriodicCanaryStatsLogger:
         self._every = config.stats_print_every_n_steps
         self._handler = handler
 
+    def is_due(self, step: int) -> bool:
+        """Whether `step` has anything to do after step number ``step``: to take a snapshot or to deliver one."""
+        every = self._every
+        return every > 0 and (step % every == 0 or self._handler.has_in_flight)
+
     def step(self, facts: StepFacts) -> None:
         """Log the snapshots that arrived, take a new one when due; never blocks, must not run inside a capture.
 
@@ -61,14 +64,17 @@ class PeriodicCanaryStatsLogger:
     def _postprocess_on_host(self, words: Words, facts: StepFacts) -> None:
         """Log the line of the snapshot ``words`` (u64[n_words], taken at ``facts.step``)."""
         snapshot = self.latest = StateSnapshot(facts.step, facts.state.layout, words.copy())
+        if not logger.isEnabledFor(logging.INFO):
+            return
         active = frozenset[CanaryLaunchTag]().union(*self.active_tags.values())
-        has_run = set(np.flatnonzero(snapshot.kernel_run_counters.sum(axis=0)).tolist())
+        runs = snapshot.kernel_run_counters.tolist()
+        has_run = {tag for tag in active if any(of_pool[tag] for of_pool in runs)}
         logger.info(
             STATS_LINE,
             facts.step,
             snapshot.protected_tokens,
             facts.sweep_passes,
             facts.violations_total,
-            len(active & has_run),
+            len(has_run),
             len(active),
         )

@@ -66,6 +66,10 @@ class ViolationObserver:
         """All violations: records read, repeated ones too, and those known to have found the ring full."""
         return self._reader.n_read + self._n_dropped
 
+    def is_due(self, step: int) -> bool:
+        """Whether `step` has anything to do: one NumPy read."""
+        return self._reader.has_new or (self._raises and bool(self._unraised))
+
     def step(self, facts: StepFacts) -> None:
         """Report what is new; one NumPy read when nothing is. Touches no stream, so it may run beside a capture.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DEVICE_DIR = HERE.parents[1] / "kernels"  # where device.cuh is
 
-_KERNEL = re.compile(r"\bKVC_KERNEL\(([^()]+)\)\s+(kvc_\w+)\(\s*KVC_PARAM\s+(\w+)\s+\w+\s*\)")
+_KERNEL = re.compile(r"\bKVC_KERNEL\(([^(),]+)[^()]*\)\s+(kvc_\w+)\(\s*KVC_PARAM\s+(\w+)\s+\w+\s*\)")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _WARNING_FLAGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 _BASE_FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", *_WARNING_FLAGS)
@@ -82,7 +82,7 @@ def _table_of(source: Path) -> str:
     text = _COMMENT.sub(" ", source.read_text())
     kernels = _KERNEL.findall(text)
     if len(kernels) != len(re.findall(r"\bKVC_KERNEL\b", text)):
-        form = "KVC_KERNEL(threads) kvc_name(KVC_PARAM Struct name)"
+        form = "KVC_KERNEL(threads[, blocks]) kvc_name(KVC_PARAM Struct name)"
         raise BuildError(f"{source.name}: {len(kernels)} of its KVC_KERNEL have the form {form}; write all like that")
     lines = [f"// Made from {source.name}: its kernels, by name."]
     lines += ["#include <simt.hpp>", "#include <kvc_simt_device.cuh>"]

@@ -40,6 +40,9 @@ class SimtDriver:
         assert name in self._library.kernels, f"{name} is not in {source}.cu"
         return name
 
+    def resident_blocks(self, kernel: str) -> int:
+        return 2
+
     def launch(self, kernel: str, grid: tuple[int, int], params: Any, stream: Any) -> None:
         self._seed += 1
         self.launches.append((kernel, grid))

@@ -151,6 +151,7 @@ class FakeCuda:
                 Device=lambda _id=0: _Context(device),
                 Stream=stream,
                 memory=SimpleNamespace(OutOfMemoryError=MemoryError),
+                driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda _kernel, _threads, _shared: 2),
             ),
         )
         self.core = SimpleNamespace(
@@ -222,6 +223,7 @@ class FakeCuda:
 
 class _Kernel:
     num_regs = 32
+    kernel = SimpleNamespace(ptr=1)
 
     def __init__(self, world: FakeCuda, name: str) -> None:
         self._world, self._name = world, name

@@ -11,8 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
-#define KVC_KERNEL(threads) static void
+#define KVC_KERNEL(...) static void
 #define KVC_DEVICE [[maybe_unused]] static inline
+#define KVC_DEVICE_MEMBER inline
+#define KVC_NOINLINE [[maybe_unused]] static
 #define KVC_PARAM const
 #define KVC_FULL_WARP 0xffffffffu
 
@@ -73,6 +75,15 @@ KVC_DEVICE uint32_t kvc_warp_in_block() { return kvc_simt::here.thread >> 5; }
 
 // ---- collectives ---------------------------------------------------------------------------------------------------
 KVC_DEVICE void kvc_sync_block() { kvc_simt::sync_block(); }
+KVC_DEVICE bool kvc_sync_block_or(bool predicate) {
+    static bool any;
+    kvc_simt::sync_block();
+    any = false;
+    kvc_simt::sync_block();
+    any |= predicate;
+    kvc_simt::sync_block();
+    return any;
+}
 KVC_DEVICE void kvc_sync_warp() { kvc_simt::meet(kvc_simt::State::sync_warp, 0); }
 KVC_DEVICE uint32_t kvc_ballot(bool predicate) { return kvc_simt::meet(kvc_simt::State::ballot, predicate).ballot; }
 KVC_DEVICE uint32_t kvc_shfl_u32(uint32_t v, uint32_t lane) {
@@ -91,16 +102,26 @@ KVC_DEVICE uint64_t kvc_shfl_xor_u64(uint64_t v, uint32_t mask) {
     return kvc_simt::shfl_xor(kvc_simt::State::shfl_xor_u64, v, mask);
 }
 
+// ---- arithmetic ----------------------------------------------------------------------------------------------------
+KVC_DEVICE float kvc_divide_roughly(float a, float b) { return a / b; }
+
 // ---- bits ----------------------------------------------------------------------------------------------------------
 KVC_DEVICE uint32_t kvc_popcount(uint32_t v) { return static_cast<uint32_t>(__builtin_popcount(v)); }
+KVC_DEVICE uint32_t kvc_leading_zeros(uint32_t v) { return v ? static_cast<uint32_t>(__builtin_clz(v)) : 32; }
 KVC_DEVICE uint32_t kvc_lowest_bit(uint32_t v) {
     if (v == 0) kvc_simt::fail("lowest set bit of 0");
     return static_cast<uint32_t>(__builtin_ctz(v));
 }
 
 // ---- loads ---------------------------------------------------------------------------------------------------------
-KVC_DEVICE kvc_u128 kvc_load_once_u128(const void* p) { return kvc_simt::load<kvc_u128>(p); }
 KVC_DEVICE uint64_t kvc_load_once_u64(const void* p) { return kvc_simt::load<uint64_t>(p); }
+KVC_DEVICE kvc_u128 kvc_load_u128_if(const void* p, bool predicate) {
+    return predicate ? kvc_simt::load<kvc_u128>(p) : kvc_u128{0, 0, 0, 0};
+}
+KVC_DEVICE uint32_t kvc_load_u32_if(const void* p, bool predicate) {
+    return predicate ? kvc_simt::load<uint32_t>(p) : 0;
+}
+KVC_DEVICE kvc_u128 kvc_load_once_u128(const void* p) { return kvc_simt::load<kvc_u128>(p); }
 KVC_DEVICE uint32_t kvc_load_once_u32(const void* p) { return kvc_simt::load<uint32_t>(p); }
 KVC_DEVICE uint32_t kvc_load_once_u16(const void* p) { return kvc_simt::load<uint16_t>(p); }
 KVC_DEVICE uint32_t kvc_load_once_u8(const void* p) { return kvc_simt::load<uint8_t>(p); }

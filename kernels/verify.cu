@@ -1,0 +1,401 @@
+// verify.cu: who is in each slot. HEAD and TAIL of a forward, and the sweep.
+//
+// kvc_stamps_verify  an even share of all prefix positions per warp: HEAD stamps of both halves against table, register, history
+// kvc_stamps_tail    the same for TAIL stamps of the prefix; the new tokens: looked up through the table, TAIL stamps written
+// kvc_stamps_sweep   a lane per resident slot that the host handed in
+//
+// A position that the fast path finds healthy is done; any other is judged anew, from memory, by judge.cuh. So the fast path
+// may be wrong in one direction only: it must not call healthy what the judgement would report.
+#include "judge.cuh"
+
+// ---- fast path -----------------------------------------------------------------------------------------------------------
+// What the loop wants to know of a row, in the shape in which it wants it.
+struct HotRow {
+    const int32_t* entries;  // null: no table, the block is the row
+    const int32_t* history;  // of position known_from; null: none
+    uint32_t n_entries, known_from, n_known;
+    uint32_t anchored_at;  // the position whose chain must be the anchor
+    uint64_t anchor;
+};
+KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index) {
+    const Batch& batch = p.batch;
+    HotRow hot = {nullptr, nullptr, (uint32_t)kvc_table_entries(batch, index), 0, 0, 0xffffffffu, row.anchor};
+    if (batch.table_kind == KVC_TABLE_DENSE) {
+        hot.entries = kvc_pointer<int32_t>(batch.block_table) + (int64_t)index * batch.table_stride;
+    } else if (batch.table_kind == KVC_TABLE_CSR && hot.n_entries) {
+        hot.entries = kvc_pointer<int32_t>(batch.block_table) + kvc_pointer<int32_t>(batch.kv_indptr)[index];
+    }
+    const int64_t offset = p.pool.token_offset;
+    if (batch.token_history && row.request_slot >= 0 && batch.history_length > offset) {
+        hot.known_from = offset < 0 ? (uint32_t)-offset : 0;
+        const int64_t n_known = batch.history_length - offset - hot.known_from;
+        hot.n_known = n_known > KVC_MAX_POSITIONS ? KVC_MAX_POSITIONS : n_known > 0 ? (uint32_t)n_known : 0;
+        hot.history = kvc_pointer<int32_t>(batch.token_history) + row.request_slot * batch.history_length + offset + hot.known_from;
+    }
+    if (row.flags & KVC_ROW_ANCHORED && row.prefix > 0) hot.anchored_at = (uint32_t)row.prefix - 1;
+    return hot;
+}
+
+// The table's entry of a position; ~0 beyond the table.
+KVC_DEVICE uint32_t kvc_fast_entry(const Batch& batch, const HotRow& hot, int32_t index, uint32_t position) {
+    const uint32_t i = kvc_divide(position, batch.table_page, batch.table_shift);
+    if (i >= hot.n_entries) return 0xffffffffu;
+    return (uint32_t)(hot.entries ? hot.entries[i] : index);
+}
+// The slot of a position by its entry, or -1 where it takes a closer look to tell.
+KVC_DEVICE int32_t kvc_fast_slot(const Pool& pool, const Batch& batch, uint32_t entry, uint32_t position) {
+    if (entry >= batch.table_limit) return -1;
+    const uint32_t i = kvc_divide(position, batch.table_page, batch.table_shift);
+    int64_t slot = entry * (uint32_t)batch.table_page + (position - i * (uint32_t)batch.table_page);
+    if (pool.slot_lut) {
+        slot = kvc_pointer<int64_t>(pool.slot_lut)[slot];
+        if (slot < 0 || slot >= pool.n_slots) return -1;
+    }
+    return kvc_is_reserved(pool, slot) ? -1 : (int32_t)slot;
+}
+
+// A stamp as it comes from memory, in two loads: x, y = chain; z = token; w = position; then prev_slot, step, owner, epoch.
+struct RawStamp {
+    kvc_u128 front, back;
+};
+KVC_DEVICE RawStamp kvc_raw_stamp(uint64_t plane, int32_t slot) {
+    const uint64_t address = plane + (uint64_t)(uint32_t)slot * sizeof(Stamp);
+    return {kvc_load_u128_if((const void*)address, slot >= 0), kvc_load_u128_if((const void*)(address + 16), slot >= 0)};
+}
+KVC_DEVICE uint32_t kvc_differs(const kvc_u128& a, const kvc_u128& b) {
+    return (a.x ^ b.x) | (a.y ^ b.y) | (a.z ^ b.z) | (a.w ^ b.w);
+}
+
+// What the stamps of a position say at a stage, both halves at once.
+struct Seen {
+    uint64_t chain;
+    int32_t token;
+    uint32_t position;
+    bool is_same;      // in both halves
+    bool is_judged;    // false: written in this forward, or (TAIL) never
+    bool is_whole;     // written, and (TAIL) of the forward of the HEAD stamp
+    bool is_relative;
+    bool is_linkable;  // the next position's link to it can be judged
+};
+struct Raw {
+    RawStamp k, v;
+    uint32_t head_steps[2];
+};
+template <uint32_t STAGE>
+KVC_DEVICE Raw kvc_raw(const Pool& pool, int32_t slot) {
+    const uint64_t* planes = STAGE == KVC_STAGE_HEAD ? pool.head : pool.tail;
+    const uint32_t other = pool.n_halves - 1;  // of one half, the same again: it costs nothing but the second look
+    Raw raw;
+    raw.k = kvc_raw_stamp(planes[0], slot);
+    raw.v = kvc_raw_stamp(planes[other], slot);
+    raw.head_steps[0] = raw.head_steps[1] = 0;
+    if (STAGE == KVC_STAGE_TAIL) {
+        const uint64_t offset = (uint64_t)(uint32_t)slot * sizeof(Stamp) + 20;
+        raw.head_steps[0] = kvc_load_u32_if((const void*)(pool.head[0] + offset), slot >= 0);
+        raw.head_steps[1] = kvc_load_u32_if((const void*)(pool.head[other] + offset), slot >= 0);
+    }
+    return raw;
+}
+template <uint32_t STAGE>
+KVC_DEVICE Seen kvc_see(const Raw& raw, uint32_t forward) {
+    const RawStamp &k = raw.k, &v = raw.v;
+    const uint32_t step = k.back.y;
+    const uint32_t head_steps[2] = {STAGE == KVC_STAGE_HEAD ? step : raw.head_steps[0],
+                                    STAGE == KVC_STAGE_HEAD ? v.back.y : raw.head_steps[1]};
+    Seen seen;
+    seen.chain = (uint64_t)k.front.y << 32 | k.front.x;
+    seen.token = (int32_t)k.front.z;
+    seen.position = k.front.w;
+    seen.is_judged = STAGE == KVC_STAGE_HEAD || (head_steps[0] != 0 && head_steps[0] != forward);
+    seen.is_whole = step != 0 && step == head_steps[0];
+    seen.is_relative = (int32_t)k.back.x <= KVC_PREV_RELATIVE;
+    seen.is_linkable = seen.is_judged && seen.is_whole && seen.token != KVC_NO_TOKEN && !seen.is_relative;
+    const bool is_equal = (kvc_differs(k.front, v.front) | kvc_differs(k.back, v.back)) == 0;
+    // What is not judged may differ: at TAIL, stamps that are being written.
+    seen.is_same = head_steps[0] == head_steps[1] && (is_equal || !seen.is_judged);
+    return seen;
+}
+
+// What the positions before those at hand leave to them. It must be the same in both halves, or the first lane is odd.
+struct Carried {
+    uint64_t chain;
+    uint32_t is_linkable, is_same;
+};
+
+// Whether this lane's position is plainly healthy. All lanes take part; lane 0 finds its predecessor's link in `carried`, which
+// then gets the last lane's.
+template <uint32_t STAGE>
+KVC_DEVICE bool kvc_is_healthy(const HotRow& hot, uint32_t position, int32_t slot, const Seen& seen, Carried& carried) {
+    const uint32_t lane = kvc_lane();
+    int32_t expected = KVC_NO_TOKEN;
+    if (position - hot.known_from < hot.n_known && slot >= 0) expected = hot.history[position - hot.known_from];
+    const uint32_t linkable = kvc_ballot(slot >= 0 && seen.is_linkable), same = kvc_ballot(seen.is_same);
+    const uint64_t rotated = kvc_shfl_u64(seen.chain, (lane - 1) & 31);
+    const uint64_t previous = lane ? rotated : carried.chain;
+    const bool has_link = (linkable << 1 | carried.is_linkable) >> lane & 1;
+    const bool is_same = (same & (same << 1 | carried.is_same)) >> lane & 1;
+    carried = {rotated, linkable >> 31, same >> 31};  // the chain is right in lane 0
+    bool is_healthy = seen.is_whole && seen.position == position;
+    if (seen.token != KVC_NO_TOKEN) {  // not adopted
+        is_healthy &= !seen.is_relative && (expected < 0 || expected == seen.token);
+        is_healthy &= position != hot.anchored_at || seen.chain == hot.anchor;
+        is_healthy &= !has_link || seen.chain == kvc_link(previous, seen.token, (int32_t)seen.position);
+    }
+    if (STAGE == KVC_STAGE_TAIL) is_healthy |= !seen.is_judged;
+    return slot >= 0 && is_same && is_healthy;
+}
+
+// A warp walks positions [first, last) of a live row, 64 at a time, with the stamps of all of them under way at once and the
+// table entries read ahead; each lane gets its predecessor's link from the lane below. If anything is not plainly healthy, the
+// whole run is judged anew, once: a call inside the loop would cost it its registers.
+template <uint32_t STAGE>
+KVC_DEVICE void kvc_verify_run(const StepParams& p, const Row& row, int32_t index, uint32_t first, uint32_t last, uint32_t forward) {
+    const Pool& pool = p.pool;
+    const Batch& batch = p.batch;
+    const HotRow hot = kvc_hot_row(p, row, index);
+    const uint32_t lane = kvc_lane();
+    uint32_t entries[2];
+    for (uint32_t g = 0; g < 2; ++g) entries[g] = kvc_fast_entry(batch, hot, index, first + 32 * g + lane);
+    Carried carried = {0, 1, 1};  // before position 0 stands the anchor
+    if (first > 0) {
+        const int32_t before = kvc_fast_slot(pool, batch, kvc_fast_entry(batch, hot, index, first - 1), first - 1);
+        const Seen seen = kvc_see<STAGE>(kvc_raw<STAGE>(pool, before), forward);
+        carried = {seen.chain, before >= 0 && seen.is_linkable, seen.is_same};
+    } else {
+        carried.chain = kvc_anchor(batch.salts ? kvc_pointer<uint64_t>(batch.salts)[index] : 0);
+    }
+    bool is_odd = row.flags & KVC_ROW_RELATIVE && hot.anchored_at - first < last - first;
+    for (uint32_t base = first; base < last; base += 64) {
+        int32_t slots[2];
+        Raw raw[2];
+#pragma unroll
+        for (uint32_t g = 0; g < 2; ++g) {
+            const uint32_t position = base + 32 * g + lane;
+            slots[g] = position < last ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
+            raw[g] = kvc_raw<STAGE>(pool, slots[g]);
+        }
+#pragma unroll
+        for (uint32_t g = 0; g < 2; ++g) entries[g] = kvc_fast_entry(batch, hot, index, base + 64 + 32 * g + lane);
+#pragma unroll
+        for (uint32_t g = 0; g < 2; ++g) {
+            const uint32_t position = base + 32 * g + lane;
+            const bool is_healthy = kvc_is_healthy<STAGE>(hot, position, slots[g], kvc_see<STAGE>(raw[g], forward), carried);
+            is_odd |= position < last && !is_healthy;
+        }
+    }
+    if (kvc_ballot(is_odd)) kvc_judge_run(p, index, first, last, STAGE, forward);
+}
+
+// Calls run(row, its index, first, last) for the warp's even share of all prefix positions, which may lie in several rows.
+template <typename Run>
+KVC_DEVICE void kvc_for_prefix_runs(const StepParams& p, Run run) {
+    const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
+    const int64_t n = work[p.batch.rows];
+    const uint32_t per_round = 32u * (uint32_t)kvc_global_warps();
+    const uint64_t share = 32 * (n < KVC_MAX_POSITIONS ? ((uint32_t)n + per_round - 1) / per_round
+                                                       : ((uint64_t)n + per_round - 1) / per_round);
+    int64_t at = kvc_global_warp() * (int64_t)share;
+    const int64_t end = at + (int64_t)share < n ? at + (int64_t)share : n;
+    while (at < end) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, at, n);
+        const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
+        const int64_t first = row.verify_start + unit.chunk;
+        const int64_t last = first + (end - at) < row.verify_end ? first + (end - at) : row.verify_end;
+        if (row.flags & KVC_ROW_LIVE) run(row, unit.row, (uint32_t)first, (uint32_t)last);
+        at += last > first ? last - first : 1;  // 1: never, but a damaged row must not hang the device
+    }
+}
+
+// Returns the entries of this warp in its first lane, 0 in the others.
+template <uint32_t STAGE>
+KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
+    uint32_t n_entries = 0;
+    kvc_for_prefix_runs(p, [&](const Row& row, int32_t index, uint32_t first, uint32_t last) {
+        kvc_verify_run<STAGE>(p, row, index, first, last, forward);
+        n_entries += last - first;
+    });
+    return kvc_lane() == 0 ? n_entries : 0;
+}
+
+// ---- kvc_stamps_verify ---------------------------------------------------------------------------------------------------
+// Claims the slots that kvc_digests_adopt will take: rows may share one, and a broken table may name it at two positions;
+// the lowest position has it. Counts the slots that nobody had claimed before.
+KVC_DEVICE void kvc_claim_unknown(const StepParams& p, uint32_t forward) {
+    const Pool& pool = p.pool;
+    uint64_t n_claimed = 0;
+    kvc_for_prefix_runs(p, [&](const Row& row, int32_t index, uint32_t first, uint32_t last) {
+        if (row.flags & KVC_ROW_PENDING) return;
+        for (uint32_t position = first + kvc_lane(); position < last; position += 32) {
+            const KvcSlot at = kvc_table_slot(pool, p.batch, index, position);
+            if (at.status != KVC_SLOT_OK || !kvc_is_never_stamped(pool, at.slot)) continue;
+            const uint64_t claim = kvc_adoption_claim(forward, position);
+            const uint64_t before = kvc_atomic_max_u64(kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot, claim);
+            n_claimed += before < claim && before >> 32 != forward;
+        }
+    });
+    if (n_claimed) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_ADOPTED_SLOTS, n_claimed);
+}
+
+// Even shares of all prefix positions for the warps, both halves in one pass, no plan: a warp finds its first row by searching
+// the prefix sums of kvc_begin.
+KVC_KERNEL(KVC_THREADS, 3) kvc_stamps_verify(KVC_PARAM StepParams p) {
+    const uint32_t forward = kvc_forward_number(p.guard);
+    if (p.batch.adopt) kvc_claim_unknown(p, forward);
+    if (!kvc_is_judging(p.guard)) return;
+    if (kvc_block() == 0 && kvc_thread() == 0) kvc_count_launch(p.guard, p.pool, KVC_STAGE_HEAD);
+    const uint64_t n = kvc_block_sum(kvc_verify_prefixes<KVC_STAGE_HEAD>(p, forward));
+    if (kvc_thread() == 0) kvc_count_entries(p.guard, p.pool, KVC_STAGE_HEAD, n);
+}
+
+// ---- kvc_stamps_tail -----------------------------------------------------------------------------------------------------
+// DUPLICATE_WRITE of a loser, and the look-up of the token's place through the table as it is now.
+KVC_NOINLINE void kvc_judge_new_token(const StepParams& p, const Row& row, int32_t index, int64_t i, const KvcSlot& target,
+                                    bool is_loser, uint32_t forward) {
+    const Pool& pool = p.pool;
+    const uint32_t tag = kvc_tag(KVC_STAGE_TAIL, pool.kind, 0);
+    const int64_t t = row.first_token + i, position = row.prefix + i;
+    if (is_loser) {
+        Violation v = kvc_row_violation(pool, row, index, tag);
+        v.reasons = KVC_REASON_DUPLICATE_WRITE;
+        v.slot = target.slot;
+        v.position = (int32_t)position;
+        kvc_put_stamp(v, kvc_pointer<Stamp>(pool.head[0])[target.slot]);
+        v.expected_token = (int32_t)kvc_int_at(p.batch.input_ids, p.batch.wide_ids, t);
+        kvc_report(p.guard, pool, v);
+    }
+    if (target.raw < 0) return;  // the engine says that this token has no place
+    const KvcSlot home = kvc_table_slot(pool, p.batch, index, position);
+    if (home.status != KVC_SLOT_OK) {
+        kvc_report_table_entry(p, row, index, tag, position, home);
+        return;
+    }
+    for (uint32_t half = 0; half < pool.n_halves; ++half) {
+        const Stamp stamp = kvc_pointer<Stamp>(pool.head[half])[home.slot];
+        if (stamp.step == forward) continue;
+        Violation v = kvc_row_violation(pool, row, index, kvc_tag(KVC_STAGE_TAIL, pool.kind, half));
+        v.reasons = KVC_REASON_UNWRITTEN;
+        v.slot = home.slot;
+        v.position = (int32_t)position;
+        kvc_put_stamp(v, stamp);
+        kvc_report(p.guard, pool, v);
+    }
+}
+
+// The fast path: the token lies where the table puts it, and this forward has stamped it.
+KVC_DEVICE bool kvc_is_where_it_belongs(const StepParams& p, int32_t index, int64_t position, const KvcSlot& target,
+                                        uint32_t forward) {
+    if (target.raw < 0) return true;
+    const KvcSlot home = kvc_table_slot(p.pool, p.batch, index, position);
+    if (home.status != KVC_SLOT_OK) return false;
+    for (uint32_t half = 0; half < p.pool.n_halves; ++half) {
+        if (kvc_pointer<Stamp>(p.pool.head[half])[home.slot].step != forward) return false;
+    }
+    return true;
+}
+
+// A lane per new token of a chunk of 32; returns whether this lane's was stamped.
+KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint32_t forward, bool is_judging) {
+    const Pool& pool = p.pool;
+    const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+    if (!(row.flags & KVC_ROW_LIVE)) return false;
+    const int64_t i = unit.chunk * KVC_TAIL_CHUNK + kvc_lane();
+    bool is_written = false;
+    if (i < row.n_new) {
+        const int64_t t = row.first_token + i;
+        const KvcSlot target = kvc_write_slot(pool, p.batch, t);
+        const bool is_slot = target.status == KVC_SLOT_OK;
+        is_written =
+            is_slot && kvc_pointer<uint64_t>(pool.claims)[target.slot] == ((uint64_t)forward << 32 | (uint64_t)(t + 1));
+        for (uint32_t half = 0; half < pool.n_halves && is_written; ++half) {
+            kvc_mutable_pointer<Stamp>(pool.tail[half])[target.slot] = kvc_pointer<Stamp>(pool.head[half])[target.slot];
+        }
+        const bool is_loser = is_slot && !is_written;
+        if (is_judging && (is_loser || !kvc_is_where_it_belongs(p, unit.row, row.prefix + i, target, forward))) {
+            kvc_judge_new_token(p, row, unit.row, i, target, is_loser, forward);
+        }
+    }
+    return is_written;
+}
+
+// Even shares of the prefix as in kvc_stamps_verify, then a warp per 32 new tokens, from the last warp down; a slot written in
+// this forward is in the second kind only.
+KVC_KERNEL(KVC_THREADS, 3) kvc_stamps_tail(KVC_PARAM StepParams p) {
+    const uint32_t forward = kvc_forward_number(p.guard);
+    const bool is_judging = kvc_is_judging(p.guard);
+    const int64_t* work = kvc_work(p.pool, KVC_WORK_TAIL);
+    const int64_t n_units = work[p.batch.rows];
+    if (kvc_block() == 0 && kvc_thread() == 0) {
+        kvc_count_launch(p.guard, p.pool, KVC_STAGE_TAIL);
+        kvc_mutable_pointer<PoolState>(p.guard.pool_states)[p.pool.index].tail_forward = forward;
+    }
+    uint32_t n_entries = 0;
+    for (int64_t u = kvc_global_warps() - 1 - kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        n_entries += kvc_finish_chunk(p, kvc_find_unit(work, p.batch.rows, u, n_units), forward, is_judging);
+    }
+    if (is_judging) n_entries += kvc_verify_prefixes<KVC_STAGE_TAIL>(p, forward);
+    const uint64_t n = kvc_block_sum(n_entries);
+    if (kvc_thread() == 0) kvc_count_entries(p.guard, p.pool, KVC_STAGE_TAIL, n);
+}
+
+// ---- kvc_stamps_sweep ----------------------------------------------------------------------------------------------------
+// A lane per resident slot: HEAD stamp against the provider's position, predecessor and token; TAIL against HEAD.
+KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
+    const Pool& pool = p.pool;
+    const int64_t slot = kvc_pointer<int32_t>(p.slots)[i];
+    const int32_t position = kvc_pointer<int32_t>(p.positions)[i];
+    const int64_t before = kvc_pointer<int32_t>(p.predecessors)[i];
+    const int32_t expected = p.tokens ? kvc_pointer<int32_t>(p.tokens)[i] : KVC_NO_TOKEN;
+    for (uint32_t half = 0; half < pool.n_halves; ++half) {
+        Violation v = kvc_no_violation();
+        v.tag = kvc_tag(KVC_STAGE_SWEEP, pool.kind, half);
+        v.pool = (int32_t)pool.index;
+        v.slot = slot;
+        v.position = position;
+        if (slot < 0 || slot >= pool.n_slots || kvc_is_reserved(pool, slot)) {
+            v.detail = KVC_DETAIL_TABLE_ENTRY;
+            v.reasons = slot >= pool.n_slots ? KVC_REASON_OUT_OF_RANGE : KVC_REASON_UNWRITTEN;
+            if (half == 0) kvc_report(p.guard, pool, v);
+            continue;
+        }
+        const Stamp stamp = kvc_pointer<Stamp>(pool.head[half])[slot];
+        const uint32_t tail_step = kvc_pointer<Stamp>(pool.tail[half])[slot].step;
+        const bool is_known = stamp.token != KVC_NO_TOKEN;
+        if (stamp.step == 0) {
+            v.reasons = KVC_REASON_UNWRITTEN;
+        } else {
+            if (stamp.position != position) v.reasons |= KVC_REASON_POSITION;
+            if (expected >= 0 && is_known && stamp.token != expected) {
+                v.reasons |= KVC_REASON_TOKEN;
+                v.expected_token = expected;
+            }
+            if (before >= 0 && before < pool.n_slots && is_known) {
+                const Stamp previous = kvc_pointer<Stamp>(pool.head[half])[before];
+                const bool may_link = kvc_is_relative(stamp)
+                                          ? kvc_continued_slot(stamp) == before && previous.step <= stamp.step
+                                          : !kvc_is_relative(previous);
+                v.expected_chain = kvc_link(previous.chain, stamp.token, stamp.position);
+                if (may_link && previous.step && previous.token != KVC_NO_TOKEN && stamp.chain != v.expected_chain) {
+                    v.reasons |= KVC_REASON_CHAIN;
+                }
+            }
+            if (tail_step != stamp.step && !kvc_is_aborted(p.guard, pool, stamp.step)) {
+                v.reasons |= KVC_REASON_UNWRITTEN;
+                v.detail = KVC_DETAIL_UNFINISHED;
+            }
+        }
+        if (!v.reasons) continue;
+        kvc_put_stamp(v, stamp);
+        if (!(v.reasons & KVC_REASON_CHAIN)) v.expected_chain = 0;
+        kvc_report(p.guard, pool, v);
+    }
+}
+
+KVC_KERNEL(KVC_THREADS) kvc_stamps_sweep(KVC_PARAM SweepParams p) {
+    if (kvc_block() == 0 && kvc_thread() == 0) {
+        kvc_count_launch(p.guard, p.pool, KVC_STAGE_SWEEP);
+        kvc_count_entries(p.guard, p.pool, KVC_STAGE_SWEEP, (uint64_t)p.n);
+    }
+    for (int64_t i = (int64_t)kvc_block() * KVC_THREADS + kvc_thread(); i < p.n; i += (int64_t)kvc_n_blocks() * KVC_THREADS) {
+        kvc_sweep_slot(p, i);
+    }
+}
