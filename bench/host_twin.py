@@ -57,6 +57,9 @@ class TwinDriver:
     def kernel(self, source: str, name: str) -> str:
         return name
 
+    def resident_blocks(self, kernel: Any) -> int:
+        return 2
+
     def launch(self, kernel: str, grid: tuple[int, int], params: Any, stream: Any) -> None:
         stream_pointer(stream)
 

@@ -14,8 +14,9 @@
 #define KVC_N_TAGS 12
 #define KVC_THREADS 256
 #define KVC_WARPS 8
+#define KVC_VERIFY_UNIT 128
 #define KVC_DATA_UNIT 16
-#define KVC_DATA_LIST 512
+#define KVC_LIST_MIN_EVERY 8
 #define KVC_WRITE_TILE 1024
 #define KVC_SHORT_ROW 16384
 #define KVC_TAIL_CHUNK 32
@@ -150,6 +151,14 @@ struct Row {
 };
 static_assert(sizeof(Row) == 56, "the layout of kvcanary/abi.py");
 
+struct Due {
+    uint32_t slot;
+    int32_t position;
+    int32_t row;
+    uint32_t unused;
+};
+static_assert(sizeof(Due) == 16, "the layout of kvcanary/abi.py");
+
 struct PoolState {
     uint32_t head_forward;
     uint32_t tail_forward;
@@ -216,6 +225,7 @@ struct Pool {
     uint64_t register_claims;
     uint64_t rows;
     uint64_t work;
+    uint64_t due;
     int32_t page_size;
     int32_t page_shift;
     int32_t n_blocks;
@@ -227,10 +237,10 @@ struct Pool {
     uint32_t n_digests;
     uint32_t n_reserved;
     uint32_t max_requests;
-    uint32_t unused;
+    uint32_t due_capacity;
     int32_t reserved[8];
 };
-static_assert(sizeof(Pool) == 200, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Pool) == 208, "the layout of kvcanary/abi.py");
 
 struct Batch {
     uint64_t block_table;
@@ -274,14 +284,14 @@ struct BeginParams {
     uint32_t is_first_pool;
     uint32_t unused;
 };
-static_assert(sizeof(BeginParams) == 472, "the layout of kvcanary/abi.py");
+static_assert(sizeof(BeginParams) == 480, "the layout of kvcanary/abi.py");
 
 struct StepParams {
     Guard guard;
     Pool pool;
     Batch batch;
 };
-static_assert(sizeof(StepParams) == 464, "the layout of kvcanary/abi.py");
+static_assert(sizeof(StepParams) == 472, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;
@@ -292,4 +302,4 @@ struct SweepParams {
     uint64_t tokens;
     int64_t n;
 };
-static_assert(sizeof(SweepParams) == 312, "the layout of kvcanary/abi.py");
+static_assert(sizeof(SweepParams) == 320, "the layout of kvcanary/abi.py");

@@ -1,7 +1,7 @@
 // begin.cu: what a forward is about, found out once for the launches after it.
 //
-// kvc_begin  a block per row: facts of the row, its anchor, claims on the slots it writes; block 0 numbers the forward and adds
-//            up what lies before each row
+// kvc_begin  a block per row: facts of the row, its anchor, claims on the slots it writes; one block more numbers the forward
+//            and adds up what lies before each row
 //
 // The first launch of a forward, made by kvcanary/backends/device.py.
 #include "report.cuh"
@@ -66,7 +66,7 @@ KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
     uint64_t sums[3] = {0, 0, 0}, totals[3];
     for (int32_t row = first; row < first + per_thread && row < batch.rows; ++row) {
         const RowExtent e = kvc_row_extent(pool, batch, row);
-        sums[0] += (uint64_t)(e.verify_end - e.verify_start);
+        sums[0] += (uint64_t)kvc_units(e.verify_end - e.verify_start, KVC_VERIFY_UNIT);
         sums[1] += (uint64_t)kvc_tiles(e.n_new);
         sums[2] += (uint64_t)(e.n_new + KVC_TAIL_CHUNK - 1) / KVC_TAIL_CHUNK;
     }
@@ -80,7 +80,7 @@ KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
         tail[row] = (int64_t)sums[2];
         if (row == batch.rows) break;
         const RowExtent e = kvc_row_extent(pool, batch, row);
-        sums[0] += (uint64_t)(e.verify_end - e.verify_start);
+        sums[0] += (uint64_t)kvc_units(e.verify_end - e.verify_start, KVC_VERIFY_UNIT);
         sums[1] += (uint64_t)kvc_tiles(e.n_new);
         sums[2] += (uint64_t)(e.n_new + KVC_TAIL_CHUNK - 1) / KVC_TAIL_CHUNK;
     }
@@ -186,9 +186,10 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     const Pool& pool = p.pool;
     const Batch& batch = p.batch;
     uint64_t* state = kvc_state(p.guard);
-    // FORWARD is changed by block 0 of this very launch; FORWARD_DONE only by a later one.
+    // FORWARD is changed by the last block of this very launch; FORWARD_DONE only by a later one.
     const uint32_t forward = (uint32_t)(p.is_first_pool ? state[KVC_STATE_FORWARD_DONE] + 1 : state[KVC_STATE_FORWARD]);
     const int32_t index = (int32_t)kvc_block();
+    const bool is_last = kvc_block() == kvc_n_blocks() - 1;
     if (kvc_block_y() > 0) {
         if (index < batch.rows) kvc_claim_slots(pool, batch, kvc_ordered_row_extent(pool, batch, index), forward);
         return;
@@ -198,11 +199,14 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
         const uint32_t n = kvc_n_blocks() * KVC_THREADS;
         for (uint32_t i = (uint32_t)index * KVC_THREADS + kvc_thread(); i < pool.max_requests; i += n) taint[i] = 0;
     }
-    if (index == 0) {
+    if (is_last) {
+        if (kvc_thread() == 0) {
+            kvc_number_forward(p, forward);
+            if (pool.due) kvc_due_list(pool)[0].slot = 0;
+        }
         kvc_scan_work(pool, batch);
-        if (kvc_thread() == 0) kvc_number_forward(p, forward);
     }
-    if (index >= batch.rows) return;  // a batch without rows still numbers its forward
+    if (index >= batch.rows) return;
     const RowExtent e = kvc_ordered_row_extent(pool, batch, index);
     Row row = {};
     row.first_token = (int32_t)e.first_token;

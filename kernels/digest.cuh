@@ -9,6 +9,8 @@
 #pragma once
 #include "report.cuh"
 
+#define KVC_PIECES 8  // 16-byte loads of a lane that are in flight at once: fewer starve the memory, more or more warps crowd it
+
 // k[0..127] in shared memory, for the general way.
 KVC_DEVICE uint64_t* kvc_constants() {
     KVC_SHARED uint64_t k[KVC_DIGEST_PERIOD];
@@ -82,14 +84,16 @@ KVC_DEVICE void kvc_add_piece(Sum& sum, const kvc_u128& v, const uint64_t (&k)[4
     sum.add(v.w, k[3]);
 }
 
-// Where the bytes from `byte` on lie, from the slot's first byte; past the end, where the last load does.
+// Where the load from byte `byte` on lies, from the slot's first byte; past the end, where the last load does.
+template <bool IS_WIDE>
 KVC_DEVICE uint64_t kvc_byte_offset(const Digest& unit, const Plane& plane, uint32_t byte) {
-    uint32_t load = byte / unit.load_bytes;
+    constexpr uint32_t BYTES = IS_WIDE ? 16 : 8;
+    uint32_t load = byte / BYTES;
     if (load >= unit.n_loads) load = unit.n_loads - 1;
-    if (plane.n_chunks == 1) return (uint64_t)load * unit.load_bytes;
+    if (plane.n_chunks == 1) return (uint64_t)load * BYTES;
     const uint32_t chunk = plane.chunk_magic ? (uint32_t)(((uint64_t)load * plane.chunk_magic) >> 32) : load;
-    const uint32_t rest = load - chunk * (plane.chunk_bytes / unit.load_bytes);
-    return (uint64_t)((int64_t)chunk * plane.chunk_stride) + (uint64_t)rest * unit.load_bytes;
+    const uint32_t rest = load - chunk * (plane.chunk_bytes / BYTES);
+    return (uint64_t)((int64_t)chunk * plane.chunk_stride) + (uint64_t)rest * BYTES;
 }
 
 // Totals over groups of LANES lanes of U sums each (U <= LANES, or U == 1): the lanes of a group end up with the totals of the U
@@ -112,12 +116,13 @@ KVC_DEVICE uint64_t kvc_group_sum(uint64_t (&sum)[U]) {
     return sum[0];
 }
 
-// The sums of the lanes' slots over one plane of at most ROUNDS pieces a lane: `start` is the address of this lane's slot, 0 =
-// none. LANES lanes share a slot, U slots of each group have their turn. All lanes take part; the sum of each slot goes to its
-// lane. No load is conditional: where there is no slot, another one is read again, and past the end of a plane its last bytes,
-// with constants of zero.
+// The sums of the lanes' slots over ROUNDS pieces a lane of one plane, from piece `first` (a multiple of 32) on, as if they were
+// the plane's first: `start` is the address of this lane's slot, 0 = none. LANES lanes share a slot, U slots of each group have
+// their turn. All lanes take part; the sum of each slot goes to its lane. No load is conditional: where there is no slot, another
+// one is read again, and past the end of the plane its last bytes, which do not count. All loads of a turn are issued together:
+// neighbouring slots are neighbours in memory, which likes to be read in one go.
 template <int LANES, int ROUNDS, int U, bool IS_WIDE>
-KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint64_t start) {
+KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint64_t start, uint32_t first) {
     constexpr int GROUPS = 32 / LANES, AT_ONCE = U * GROUPS, SHARE = U > 1 ? LANES / U : LANES;
     static_assert(U == 1 || U <= LANES, "kvc_group_sum");
     const uint32_t lane = kvc_lane() % LANES, group = kvc_lane() / LANES;
@@ -127,18 +132,16 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
     if (start == 0) start = some;
     const int n_slots = 32 - (int)kvc_leading_zeros(there);  // places up to the last slot
 
-    uint64_t offset[ROUNDS], second[ROUNDS], k[4], k_last[4];  // k_last: of the last round, in which some lanes have nothing
+    uint64_t offset[ROUNDS], second[ROUNDS], k[4];
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
-        offset[r] = kvc_byte_offset(unit, plane, 16 * (lane + 32u * r));
-        second[r] = IS_WIDE ? 0 : kvc_byte_offset(unit, plane, 16 * (lane + 32u * r) + 8);
+        offset[r] = kvc_byte_offset<IS_WIDE>(unit, plane, 16 * (first + lane + 32u * r));
+        second[r] = IS_WIDE ? 0 : kvc_byte_offset<IS_WIDE>(unit, plane, 16 * (first + lane + 32u * r) + 8);
     }
-    const uint32_t n_bytes = unit.n_loads * unit.load_bytes, last = 16 * (lane + 32u * (ROUNDS - 1));
+    // In the last round, some lanes may have nothing: of one round, that is in the constants; of several, their words are dropped.
+    const uint32_t n_bytes = unit.n_loads * (IS_WIDE ? 16 : 8), last = 16 * (first + lane + 32u * (ROUNDS - 1));
 #pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) {
-        k[j] = kvc_constants()[4 * lane + j];
-        k_last[j] = last + 4 * j < n_bytes ? k[j] : 0;
-    }
+    for (uint32_t j = 0; j < 4; ++j) k[j] = ROUNDS > 1 || last + 4 * j < n_bytes ? kvc_constants()[4 * lane + j] : 0;
 
     uint64_t mine = 0;
 #pragma unroll 1
@@ -146,7 +149,7 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
         Piece<IS_WIDE> pieces[U][ROUNDS];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            const uint64_t slot = kvc_shfl_u64(start, (uint32_t)(base + u * GROUPS) + group);
+            const uint64_t slot = kvc_shfl_u64(start, ((uint32_t)(base + u * GROUPS) + group) & 31);
 #pragma unroll
             for (int r = 0; r < ROUNDS; ++r) pieces[u][r].read(slot, offset[r], second[r]);
         }
@@ -154,7 +157,8 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             Sum sum = {0, 0};
-            kvc_add_piece(sum, pieces[u][ROUNDS - 1].v, k_last);
+            if (ROUNDS > 1 && last >= n_bytes) pieces[u][ROUNDS - 1].v = {0, 0, 0, 0};
+            kvc_add_piece(sum, pieces[u][ROUNDS - 1].v, k);
 #pragma unroll
             for (int r = ROUNDS - 2; r >= 0; --r) {
                 sum = {sum.total() * KVC_DIGEST_R, 0};
@@ -174,7 +178,7 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
 // Planes of more than 2 KiB: a slot after the other, four rounds at a time.
 template <bool IS_WIDE>
 KVC_DEVICE uint64_t kvc_sums_long(const Digest& unit, const Plane& plane, uint64_t start) {
-    const uint32_t lane = kvc_lane(), n_bytes = unit.n_loads * unit.load_bytes, n_rounds = (n_bytes + 511) / 512;
+    const uint32_t lane = kvc_lane(), n_bytes = unit.n_loads * (IS_WIDE ? 16 : 8), n_rounds = (n_bytes + 511) / 512;
     uint64_t k[4], mine = 0;
 #pragma unroll
     for (uint32_t j = 0; j < 4; ++j) k[j] = kvc_constants()[4 * lane + j];
@@ -187,7 +191,8 @@ KVC_DEVICE uint64_t kvc_sums_long(const Digest& unit, const Plane& plane, uint64
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 const uint32_t byte = 16 * (lane + 32u * (uint32_t)(top + r));
-                pieces[r].read(slot, kvc_byte_offset(unit, plane, byte), IS_WIDE ? 0 : kvc_byte_offset(unit, plane, byte + 8));
+                const uint64_t second = IS_WIDE ? 0 : kvc_byte_offset<IS_WIDE>(unit, plane, byte + 8);
+                pieces[r].read(slot, kvc_byte_offset<IS_WIDE>(unit, plane, byte), second);
             }
 #pragma unroll
             for (int r = 3; r >= 0; --r) {
@@ -206,25 +211,36 @@ KVC_DEVICE uint64_t kvc_sums_long(const Digest& unit, const Plane& plane, uint64
     return mine;
 }
 
-// The shape for a plane. Out of line: so that all kernels have it once, and its loops the registers for themselves.
-KVC_NOINLINE uint64_t kvc_sums_of_plane(const Digest* at_unit, const Plane* at_plane, uint64_t start) {
+// A plane is taken in rounds of 32 pieces, one a lane. Where the last one would leave most lanes idle, fewer lanes a slot take
+// what is left. Both out of line: so that all kernels have these loops once, and the loops the registers for themselves.
+KVC_DEVICE uint32_t kvc_rounds(const Digest& unit) {
+    return unit.n_loads / 32 + (unit.n_loads % 32 > 8 && unit.n_loads > 32);
+}
+KVC_NOINLINE uint64_t kvc_sums_of_rounds(const Digest* at_unit, const Plane* at_plane, uint64_t start) {
     const Digest unit = *at_unit;
     const Plane plane = *at_plane;
-    const uint32_t n_pieces = (unit.n_loads * unit.load_bytes + 15) / 16;
     if (unit.load_bytes == 8) {
-        if (n_pieces == 1) return kvc_sums_shape<1, 1, 1, false>(unit, plane, start);
-        return kvc_sums_long<false>(unit, plane, start);
+        return unit.n_loads <= 2 ? kvc_sums_shape<1, 1, 1, false>(unit, plane, start, 0) : kvc_sums_long<false>(unit, plane, start);
     }
-    if (n_pieces > 128) return kvc_sums_long<true>(unit, plane, start);
-    if (n_pieces > 96) return kvc_sums_shape<32, 4, 2, true>(unit, plane, start);
-    if (n_pieces > 64) return kvc_sums_shape<32, 3, 2, true>(unit, plane, start);
-    if (n_pieces > 32) return kvc_sums_shape<32, 2, 4, true>(unit, plane, start);
-    if (n_pieces > 16) return kvc_sums_shape<32, 1, 8, true>(unit, plane, start);
-    if (n_pieces > 8) return kvc_sums_shape<16, 1, 8, true>(unit, plane, start);
-    if (n_pieces > 4) return kvc_sums_shape<8, 1, 8, true>(unit, plane, start);
-    if (n_pieces > 2) return kvc_sums_shape<4, 1, 4, true>(unit, plane, start);
-    if (n_pieces > 1) return kvc_sums_shape<2, 1, 2, true>(unit, plane, start);
-    return kvc_sums_shape<1, 1, 1, true>(unit, plane, start);
+    if (unit.n_loads > 128) return kvc_sums_long<true>(unit, plane, start);
+    switch (kvc_rounds(unit)) {
+        case 4: return kvc_sums_shape<32, 4, KVC_PIECES / 4, true>(unit, plane, start, 0);
+        case 3: return kvc_sums_shape<32, 3, KVC_PIECES / 4, true>(unit, plane, start, 0);
+        case 2: return kvc_sums_shape<32, 2, KVC_PIECES / 2, true>(unit, plane, start, 0);
+        default: return kvc_sums_shape<32, 1, KVC_PIECES, true>(unit, plane, start, 0);
+    }
+}
+// From piece `first` on, of which there are at most 32.
+KVC_NOINLINE uint64_t kvc_sums_of_rest(const Digest* at_unit, const Plane* at_plane, uint64_t start, uint32_t first) {
+    const Digest unit = *at_unit;
+    const Plane plane = *at_plane;
+    const uint32_t n = unit.n_loads - first;
+    if (n > 16) return kvc_sums_shape<32, 1, KVC_PIECES, true>(unit, plane, start, first);
+    if (n > 8) return kvc_sums_shape<16, 1, KVC_PIECES, true>(unit, plane, start, first);
+    if (n > 4) return kvc_sums_shape<8, 1, KVC_PIECES, true>(unit, plane, start, first);
+    if (n > 2) return kvc_sums_shape<4, 1, 4, true>(unit, plane, start, first);
+    if (n > 1) return kvc_sums_shape<2, 1, 2, true>(unit, plane, start, first);
+    return kvc_sums_shape<1, 1, 1, true>(unit, plane, start, first);
 }
 
 // ---- any planes ----------------------------------------------------------------------------------------------------------
@@ -280,7 +296,14 @@ KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& a
     const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
     if (unit->n_loads == 0) return kvc_sums_general(pool, index, at.slot, at.block, at.token);
     const Plane* plane = kvc_pointer<Plane>(pool.planes) + unit->first_plane;
-    return kvc_sums_of_plane(unit, plane, at.slot >= 0 ? kvc_slot_address(*plane, at.block, at.token) : 0);
+    const uint64_t start = at.slot >= 0 ? kvc_slot_address(*plane, at.block, at.token) : 0;
+    const uint32_t n_loads = unit->n_loads, n_rounds = kvc_rounds(*unit);
+    const bool is_narrow = unit->load_bytes == 8;
+    uint64_t sum = n_rounds || is_narrow ? kvc_sums_of_rounds(unit, plane, start) : 0;
+    if (n_loads <= 128 && n_loads > 32 * n_rounds && !is_narrow) {
+        sum += kvc_sums_of_rest(unit, plane, start, 32 * n_rounds) * kvc_pow(KVC_DIGEST_R, n_rounds);
+    }
+    return sum;
 }
 
 // ---- what to do with the slots -------------------------------------------------------------------------------------------

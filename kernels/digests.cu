@@ -10,25 +10,6 @@
 #include "digest.cuh"
 
 // ---- verification --------------------------------------------------------------------------------------------------------
-// Slots that fell due in a chunk in which few do, gathered by the block so that its warps can share them.
-struct DueList {
-    uint32_t count;
-    uint32_t slot[KVC_DATA_LIST];
-    int32_t position[KVC_DATA_LIST];
-};
-
-// Puts the slots of the warp's lanes into the list. All lanes take part; there is room for all of them.
-KVC_DEVICE void kvc_list_due(DueList& list, bool is_due, int64_t slot, int64_t position) {
-    const uint32_t due = kvc_ballot(is_due);
-    if (due == 0) return;
-    uint32_t place = 0;
-    if (kvc_lane() == 0) place = kvc_atomic_add_u32(&list.count, kvc_popcount(due));
-    place = kvc_shfl_u32(place, 0) + kvc_popcount(due & ((1u << kvc_lane()) - 1));
-    if (!is_due) return;
-    list.slot[place] = (uint32_t)slot;
-    list.position[place] = (int32_t)position;
-}
-
 // Slots of a row's prefix, one a lane. All lanes take part; returns the digests compared.
 KVC_DEVICE uint32_t kvc_verify_slots(const StepParams& p, int32_t index, const DigestRange& range, const LaneSlot& at,
                                      uint32_t forward) {
@@ -42,77 +23,63 @@ KVC_DEVICE uint32_t kvc_verify_slots(const StepParams& p, int32_t index, const D
     return n_compared;
 }
 
-// All positions [first, last) are due: the block goes through them 256 at a time, each warp taking every eighth run of `run`
-// neighbours, so that its warps read the same few pages of memory at any time.
-KVC_DEVICE uint32_t kvc_verify_all_due(const StepParams& p, int32_t index, int64_t first, int64_t last, const DigestRange& range,
-                                       uint32_t forward) {
-    const uint32_t n_words = kvc_pointer<Digest>(p.pool.digest_units)[range.first].n_words;
-    const uint32_t shift = n_words >= 512 ? 1 : n_words >= 256 ? 2 : n_words >= 128 ? 3 : 4, run = 1u << shift;  // about 4 KiB
+// Neighbours that a warp takes at once, as a shift: about 4 KiB of a plane. The next neighbours are the next warp's: the warps of a
+// block read the same few pages of memory at any time, which memory likes better than eight places of their own.
+KVC_DEVICE uint32_t kvc_run_shift(const Pool& pool, uint32_t index) {
+    const uint32_t n_words = kvc_pointer<Digest>(pool.digest_units)[index].n_words;
+    return n_words >= 512 ? 1 : n_words >= 256 ? 2 : n_words >= 128 ? 3 : 4;
+}
+KVC_DEVICE uint32_t kvc_place_in_block(uint32_t shift) {
     const uint32_t lane = kvc_lane();
-    int64_t position = first + ((lane >> shift) * KVC_WARPS << shift) + (kvc_warp_in_block() << shift) + (lane & (run - 1));
+    return ((lane >> shift) * KVC_WARPS << shift) + (kvc_warp_in_block() << shift) + (lane & ((1u << shift) - 1));
+}
+
+// Positions [first, last), of which all or many are due: the block goes through them 256 at a time.
+KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t index, int64_t first, int64_t last,
+                                   const DigestRange& range, uint32_t forward) {
+    int64_t position = first + kvc_place_in_block(kvc_run_shift(p.pool, range.first));
     int64_t next = position < last ? kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
     uint32_t n_compared = 0;
     for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
         const int64_t slot = next;
         next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS).slot : -1;
-        n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, slot, position), forward);
+        const bool is_due = slot >= 0 && kvc_is_due(p.batch, row, slot);
+        n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, is_due ? slot : -1, position), forward);
     }
     return n_compared;
 }
 
-// Those of the list: each warp takes one digest of up to 32 of them at a time. The list is complete and synchronised.
-KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, int32_t index, const DueList& list, const DigestRange& range,
-                                      uint32_t forward) {
-    const uint32_t n_parts = (list.count + 31) / 32;
+// The slots that kvc_stamps_write has listed, dealt out to the blocks of the whole grid: 64 of them and one digest at a time, small
+// enough for all blocks to end together.
+KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint32_t n_listed, uint32_t forward) {
+    const uint32_t n_parts = (n_listed + 63) / 64, n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
+    const uint32_t shift = kvc_run_shift(p.pool, 0), place = kvc_place_in_block(shift < 3 ? shift : 3);  // eight a warp
     uint32_t n_compared = 0;
-    for (uint32_t task = kvc_warp_in_block(); task < n_parts * (range.last - range.first); task += KVC_WARPS) {
-        const uint32_t d = range.first + task / n_parts, entry = task % n_parts * 32 + kvc_lane();
-        const bool is_there = entry < list.count;
-        const LaneSlot at = kvc_lane_slot(p.pool, is_there ? (int64_t)list.slot[entry] : -1, is_there ? list.position[entry] : 0);
-        n_compared += kvc_verify_slots(p, index, {d, d + 1}, at, forward);
+    for (uint64_t task = kvc_block_y() * kvc_n_blocks() + kvc_block(); task < (uint64_t)n_parts * p.pool.n_digests; task += n_blocks) {
+        const uint32_t d = (uint32_t)(task / n_parts), entry = (uint32_t)(task % n_parts) * 64 + place;
+        const bool is_there = kvc_lane() < 8 && entry < n_listed;
+        const Due due = is_there ? list[entry] : Due{0, 0, 0, 0};
+        const LaneSlot at = kvc_lane_slot(p.pool, is_there ? (int64_t)due.slot : -1, due.position);
+        if (kvc_ballot(is_there)) n_compared += kvc_verify_slots(p, due.row, {d, d + 1}, at, forward);
     }
     return n_compared;
 }
 
-// Positions [first, last), of which few fall due: the block looks through all of them, then digests those that do.
-KVC_DEVICE uint32_t kvc_verify_few_due(const StepParams& p, const Row& row, int32_t index, int64_t first, int64_t last,
-                                       DueList& list, const DigestRange& range, uint32_t forward) {
-    const KvcSlot none = {-1, 0, KVC_SLOT_EMPTY};
-    uint32_t n_compared = 0;
-    int64_t position = first + kvc_thread();
-    KvcSlot next = position < last ? kvc_table_slot(p.pool, p.batch, index, position) : none;
-    for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
-        const KvcSlot at = next;
-        next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS) : none;
-        const bool is_due = at.status == KVC_SLOT_OK && kvc_share(at.slot, p.batch.verify_data_every) == row.share;
-        kvc_list_due(list, is_due, at.slot, position);
-        kvc_sync_block();
-        const uint32_t count = list.count;
-        const bool is_last = base + KVC_THREADS >= last;
-        if (count && (is_last || count + KVC_THREADS > KVC_DATA_LIST)) {
-            n_compared += kvc_verify_listed(p, index, list, range, forward);
-            kvc_sync_block();
-            if (kvc_thread() == 0) list.count = 0;
-        }
-        kvc_sync_block();
-    }
-    return n_compared;
-}
-
-// An even share of all units for each block, in the order of the rows; a unit is about sixteen slots that are due: as many
-// positions where all are, many more where few are (kvc_stamps_write has counted them).
-KVC_KERNEL(KVC_THREADS, 3) kvc_digests_verify(KVC_PARAM StepParams p) {
-    KVC_SHARED DueList list;
+// An even share of all units for each block, in the order of the rows: runs of sixteen positions of rows of which many slots are
+// due. Where few are, kvc_stamps_write has listed them; should the list have been too short, those rows are units too.
+KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     if (!kvc_is_judging(p.guard)) return;
     const uint32_t forward = kvc_forward_number(p.guard);
     const int64_t* work = kvc_work(pool, KVC_WORK_DATA);
     const int64_t n_units = work[p.batch.rows];
+    const uint32_t n_listed = kvc_n_listed(pool);
+    const bool is_list_whole = n_listed <= pool.due_capacity;
     const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
-    if (kvc_thread() == 0) list.count = 0;
     kvc_make_constants();
     uint32_t n_compared = 0;
+    if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, kvc_due_list(pool) + 1, n_listed, forward);
     int64_t u = n_units * kvc_block() / kvc_n_blocks();
     const int64_t end = n_units * (kvc_block() + 1) / kvc_n_blocks();
     while (u < end) {
@@ -122,9 +89,9 @@ KVC_KERNEL(KVC_THREADS, 3) kvc_digests_verify(KVC_PARAM StepParams p) {
         const int64_t n = left < end - u ? left : end - u;
         const int64_t first = row.verify_start + unit.chunk * length;
         const int64_t last = first + n * length < row.verify_end ? first + n * length : row.verify_end;
-        n_compared += row.flags & KVC_ROW_FULL_DATA
-                          ? kvc_verify_all_due(p, unit.row, first, last, range, forward)
-                          : kvc_verify_few_due(p, row, unit.row, first, last, list, range, forward);
+        if (!kvc_is_listed(pool, p.batch, row) || !is_list_whole) {
+            n_compared += kvc_verify_run(p, row, unit.row, first, last, range, forward);
+        }
         u += n > 0 ? n : 1;
     }
     const uint64_t n = kvc_block_sum(n_compared);
@@ -132,69 +99,73 @@ KVC_KERNEL(KVC_THREADS, 3) kvc_digests_verify(KVC_PARAM StepParams p) {
 }
 
 // ---- new tokens ----------------------------------------------------------------------------------------------------------
+// The slot of this lane's one of `each` new tokens from `base` on, if the token has won it in this forward.
+KVC_DEVICE LaneSlot kvc_won_slot(const StepParams& p, int64_t base, uint32_t each, uint32_t forward) {
+    const int64_t t = base + kvc_lane();
+    int64_t slot = kvc_lane() < each && t < p.batch.n_tokens ? kvc_write_slot(p.pool, p.batch, t).slot : -1;
+    int32_t position = 0;
+    if (slot >= 0) {
+        position = kvc_pointer<Stamp>(p.pool.head[0])[slot].position;
+        if (kvc_pointer<uint64_t>(p.pool.claims)[slot] != ((uint64_t)forward << 32 | (uint64_t)(t + 1))) slot = -1;
+    }
+    return kvc_lane_slot(p.pool, slot, position);
+}
+
 // A warp per few places of the token arrays and digest range, of one place if there are warps enough: a token that has won the
 // claim on its slot belongs to a live row, and its stamp tells the position, so no row is looked up.
-KVC_KERNEL(KVC_THREADS, 3) kvc_digests_write(KVC_PARAM StepParams p) {
+KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     const uint32_t forward = kvc_forward_number(p.guard);
     const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_TAIL);
-    const int64_t n_told = kvc_pointer<int32_t>(p.batch.query_start_loc)[p.batch.rows];  // at most a hint
-    int64_t each = (n_told + kvc_global_warps() - 1) / kvc_global_warps();
+    const uint32_t n_warps = (uint32_t)kvc_global_warps();
+    uint32_t each = ((uint32_t)p.batch.n_tokens + n_warps - 1) / n_warps;
+    if (each > 4) {  // long arrays may be mostly empty: at most a hint, but worth a look
+        const int32_t n_told = kvc_pointer<int32_t>(p.batch.query_start_loc)[p.batch.rows];
+        if (n_told >= 0 && n_told < p.batch.n_tokens) each = ((uint32_t)n_told + n_warps - 1) / n_warps;
+    }
     each = each < 1 ? 1 : each > 32 ? 32 : each;
+    int64_t base = kvc_global_warp() * each;
+    LaneSlot at = kvc_won_slot(p, base, each, forward);
     kvc_make_constants();
-    for (int64_t base = kvc_global_warp() * each; base < p.batch.n_tokens; base += kvc_global_warps() * each) {
-        const int64_t t = base + kvc_lane();
-        int64_t slot = -1;
-        int32_t position = 0;
-        if (kvc_lane() < each && t < p.batch.n_tokens) slot = kvc_write_slot(pool, p.batch, t).slot;
-        if (slot >= 0) {
-            position = kvc_pointer<Stamp>(pool.head[0])[slot].position;
-            if (kvc_pointer<uint64_t>(pool.claims)[slot] != ((uint64_t)forward << 32 | (uint64_t)(t + 1))) slot = -1;
-        }
-        if (kvc_ballot(slot >= 0)) kvc_store_digests(pool, range, kvc_lane_slot(pool, slot, position));
+    while (base < p.batch.n_tokens) {
+        if (kvc_ballot(at.slot >= 0)) kvc_store_digests(pool, range, at);
+        base += (int64_t)n_warps * each;
+        at = kvc_won_slot(p, base, each, forward);
     }
 }
 
 // ---- adoption ------------------------------------------------------------------------------------------------------------
-// A warp per 32 prefix positions, all digests (grid.y is 1): a slot is stamped only after its digests are there.
+// A warp per unit of prefix positions, all digests (grid.y is 1): a slot is stamped only after its digests are there.
 // kvc_stamps_verify has claimed the slots; two rows that have a slot at the same position both adopt it, and write the same.
-KVC_KERNEL(KVC_THREADS, 3) kvc_digests_adopt(KVC_PARAM StepParams p) {
+KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     const uint32_t forward = kvc_forward_number(p.guard);
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
-    const int64_t n = work[p.batch.rows];
+    const int64_t n_units = work[p.batch.rows];
     kvc_make_constants();
-    for (int64_t at = kvc_global_warp() * 32; at < n; at += kvc_global_warps() * 32) {
-        const int64_t end = at + 32 < n ? at + 32 : n;
-        for (int64_t i = at; i < end;) {  // once for each row of which some positions are among them
-            const KvcUnit unit = kvc_find_unit(work, p.batch.rows, i, n);
-            const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-            const int64_t first = row.verify_start + unit.chunk, position = first + kvc_lane();
-            const int64_t last = first + (end - i) < row.verify_end ? first + (end - i) : row.verify_end;
-            int64_t slot = -1;
-            if (row.flags & KVC_ROW_LIVE && !(row.flags & KVC_ROW_PENDING) && position < last) {
-                slot = kvc_table_slot(pool, p.batch, unit.row, position).slot;
-                const bool is_mine =
-                    slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] == kvc_adoption_claim(forward, position);
-                if (!is_mine) slot = -1;
+    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) continue;
+        for (uint32_t part = 0; part < KVC_VERIFY_UNIT; part += 32) {
+            const int64_t position = row.verify_start + unit.chunk * KVC_VERIFY_UNIT + part + kvc_lane();
+            int64_t slot = position < row.verify_end ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
+            if (slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] != kvc_adoption_claim(forward, position)) slot = -1;
+            if (kvc_ballot(slot >= 0) == 0) continue;
+            kvc_store_digests(pool, {0, pool.n_digests}, kvc_lane_slot(pool, slot, position));
+            const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
+            for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
+                kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;
+                kvc_mutable_pointer<Stamp>(pool.tail[half])[slot] = stamp;
             }
-            if (kvc_ballot(slot >= 0)) {
-                kvc_store_digests(pool, {0, pool.n_digests}, kvc_lane_slot(pool, slot, position));
-                const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
-                for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
-                    kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;
-                    kvc_mutable_pointer<Stamp>(pool.tail[half])[slot] = stamp;
-                }
-            }
-            i += last > first ? last - first : 1;
         }
     }
 }
 
 // ---- sweep ---------------------------------------------------------------------------------------------------------------
 // A warp per 32 resident slots and digest range.
-KVC_KERNEL(KVC_THREADS, 3) kvc_digests_sweep(KVC_PARAM SweepParams p) {
+KVC_KERNEL(KVC_THREADS, 2) kvc_digests_sweep(KVC_PARAM SweepParams p) {
     const Pool& pool = p.pool;
     const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_SWEEP);

@@ -69,6 +69,39 @@ KVC_DEVICE KvcSlot kvc_table_slot(const Pool& pool, const Batch& batch, int32_t 
     return kvc_engine_slot(pool, entry * batch.table_page + (position - index * batch.table_page), entry);
 }
 
+// The same in fewer instructions for the common case: a row's table once, then entry and slot of a position in 32 bits.
+struct TableRow {
+    const int32_t* entries;  // null: no table, the block is the row
+    uint32_t n_entries, row;
+};
+KVC_DEVICE TableRow kvc_table_row(const Batch& batch, int32_t row) {
+    TableRow table = {nullptr, (uint32_t)kvc_table_entries(batch, row), (uint32_t)row};
+    if (batch.table_kind == KVC_TABLE_DENSE) {
+        table.entries = kvc_pointer<int32_t>(batch.block_table) + (int64_t)row * batch.table_stride;
+    } else if (batch.table_kind == KVC_TABLE_CSR && table.n_entries) {
+        table.entries = kvc_pointer<int32_t>(batch.block_table) + kvc_pointer<int32_t>(batch.kv_indptr)[row];
+    }
+    return table;
+}
+// The entry of a position; ~0 beyond the table.
+KVC_DEVICE uint32_t kvc_fast_entry(const Batch& batch, const TableRow& table, uint32_t position) {
+    const uint32_t i = kvc_divide(position, batch.table_page, batch.table_shift);
+    if (i >= table.n_entries) return 0xffffffffu;
+    return table.entries ? (uint32_t)table.entries[i] : table.row;
+}
+// The slot of a position by its entry, or -1 where it takes kvc_table_slot to tell: there is none, or it is reserved.
+KVC_DEVICE int32_t kvc_fast_slot(const Pool& pool, const Batch& batch, uint32_t entry, uint32_t position) {
+    if (entry >= batch.table_limit) return -1;
+    const uint32_t i = kvc_divide(position, batch.table_page, batch.table_shift);
+    int64_t slot = entry * (uint32_t)batch.table_page + (position - i * (uint32_t)batch.table_page);
+    if (pool.slot_lut) {
+        if (slot >= pool.lut_length) return -1;
+        slot = kvc_pointer<int64_t>(pool.slot_lut)[slot];
+        if (slot < 0 || slot >= pool.n_slots) return -1;
+    }
+    return kvc_is_reserved(pool, slot) ? -1 : (int32_t)slot;
+}
+
 KVC_DEVICE int64_t kvc_int_at(uint64_t array, uint32_t wide, int64_t i) {
     return wide ? kvc_pointer<int64_t>(array)[i] : (int64_t)kvc_pointer<int32_t>(array)[i];
 }
@@ -138,12 +171,28 @@ KVC_DEVICE uint64_t kvc_adoption_claim(uint32_t forward, int64_t position) {
     return (uint64_t)forward << 32 | (0xffffffffu - (uint32_t)position);
 }
 
+KVC_DEVICE int64_t kvc_units(int64_t n, int64_t of) { return (n + of - 1) / of; }
+
 // New tokens of a row that a block stamps: few in short rows, so that many blocks share them; more in long ones, where each
 // tile has to hash all tokens before it.
 KVC_DEVICE int64_t kvc_tile_length(int64_t n_new) { return n_new <= KVC_SHORT_ROW ? KVC_THREADS : KVC_WRITE_TILE; }
 // A row of at most 32 is a warp's business instead.
 KVC_DEVICE int64_t kvc_tiles(int64_t n_new) {
-    return n_new <= 32 ? 0 : (n_new + kvc_tile_length(n_new) - 1) / kvc_tile_length(n_new);
+    return n_new <= 32 ? 0 : kvc_units(n_new, kvc_tile_length(n_new));
+}
+
+KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
+    return (uint32_t)(((kvc_mix64((uint64_t)((uint32_t)slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);
+}
+// Whether the bytes of a slot of a row's prefix are to be digested in this forward.
+KVC_DEVICE bool kvc_is_due(const Batch& batch, const Row& row, int64_t slot) {
+    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share;
+}
+// Where few slots of a row are due, they are listed for kvc_digests_verify: entry 0 holds how many there are.
+KVC_DEVICE Due* kvc_due_list(const Pool& pool) { return kvc_mutable_pointer<Due>(pool.due); }
+KVC_DEVICE uint32_t kvc_n_listed(const Pool& pool) { return pool.due ? kvc_due_list(pool)[0].slot : 0; }
+KVC_DEVICE bool kvc_is_listed(const Pool& pool, const Batch& batch, const Row& row) {
+    return pool.due && batch.verify_data_every >= KVC_LIST_MIN_EVERY && !(row.flags & KVC_ROW_FULL_DATA);
 }
 
 // Positions of a row's prefix in a unit of kvc_digests_verify: about as many slots fall due in each.
@@ -153,12 +202,7 @@ KVC_DEVICE int64_t kvc_data_unit(const Batch& batch, const Row& row) {
 }
 KVC_DEVICE int64_t kvc_data_units(const Batch& batch, const Row& row) {
     if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
-    const int64_t length = kvc_data_unit(batch, row);
-    return (row.verify_end - row.verify_start + length - 1) / length;
-}
-
-KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
-    return (uint32_t)(((kvc_mix64((uint64_t)((uint32_t)slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);
+    return kvc_units(row.verify_end - row.verify_start, kvc_data_unit(batch, row));
 }
 
 // ---- the guard's own words -------------------------------------------------------------------------------------------------

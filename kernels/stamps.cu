@@ -1,7 +1,7 @@
 // stamps.cu: HEAD stamps and registers of the new tokens.
 //
 // kvc_stamps_write  a warp per short row, a block per tile of a longer one: HEAD stamps of both halves by an affine scan, the
-//                   register; and what kvc_digests_verify has to know of the rows
+//                   register; and for kvc_digests_verify, which slots fall due
 //
 // Launched after kvc_begin, on whose rows, claims and work lists it builds.
 #include "report.cuh"
@@ -105,20 +105,21 @@ struct Start {
     bool is_relative;
     int32_t prev_slot;  // what the stamp of the row's first new token says of its predecessor
 };
-KVC_DEVICE Start kvc_start_of(const StepParams& p, const Row& row, int32_t index, uint32_t forward) {
+KVC_DEVICE Start kvc_start_of(const StepParams& p, const Row& row, const TableRow& table, uint32_t forward) {
     if (row.prefix == 0) return {false, KVC_PREV_NONE};
-    const KvcSlot before = kvc_table_slot(p.pool, p.batch, index, row.prefix - 1);
-    const bool is_slot = before.status == KVC_SLOT_OK;
+    const uint32_t last = (uint32_t)row.prefix - 1;
+    const int32_t before = kvc_fast_slot(p.pool, p.batch, kvc_fast_entry(p.batch, table, last), last);
+    const bool is_slot = before >= 0;
+    const Start absolute = {false, is_slot ? before : KVC_PREV_NONE};
+    if (row.flags & KVC_ROW_ANCHORED && !(row.flags & KVC_ROW_RELATIVE)) return absolute;
     // Another row of this launch may be writing the stamp of a slot that is claimed in this forward.
-    const bool is_rewritten = is_slot && kvc_pointer<uint64_t>(p.pool.claims)[before.slot] >> 32 == forward;
+    const bool is_rewritten = is_slot && kvc_pointer<uint64_t>(p.pool.claims)[before] >> 32 == forward;
     const bool is_from_stamp = !(row.flags & KVC_ROW_ANCHORED);
-    if (!(row.flags & KVC_ROW_RELATIVE || (is_from_stamp && is_rewritten))) {
-        return {false, is_slot ? (int32_t)before.slot : KVC_PREV_NONE};
-    }
+    if (!(row.flags & KVC_ROW_RELATIVE || (is_from_stamp && is_rewritten))) return absolute;
     if (!is_slot || is_rewritten) return {true, KVC_PREV_RELATIVE};
-    const Stamp stamp = kvc_pointer<Stamp>(p.pool.head[0])[before.slot];
+    const Stamp stamp = kvc_pointer<Stamp>(p.pool.head[0])[before];
     const bool continues = stamp.step && stamp.token != KVC_NO_TOKEN && stamp.chain == row.anchor;
-    return {true, continues ? KVC_PREV_RELATIVE_BASE - (int32_t)before.slot : KVC_PREV_RELATIVE};
+    return {true, continues ? KVC_PREV_RELATIVE_BASE - before : KVC_PREV_RELATIVE};
 }
 
 // What the engine's arrays say of a new token.
@@ -128,20 +129,18 @@ struct NewToken {
     uint64_t claim;
     bool is_odd;  // to be judged in full
 };
-KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, int32_t index, int64_t i, const Start& start) {
+KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, const TableRow& table, int64_t i, const Start& start) {
     const Batch& batch = p.batch;
     const int64_t t = row.first_token + i;
-    const int32_t position = (int32_t)(row.prefix + i);
+    const uint32_t position = (uint32_t)(row.prefix + i);
     NewToken n = {(int32_t)kvc_int_at(batch.input_ids, batch.wide_ids, t), start.prev_slot, kvc_write_slot(p.pool, batch, t), 0, false};
     if (n.target.status == KVC_SLOT_OK) n.claim = kvc_pointer<uint64_t>(p.pool.claims)[n.target.slot];
-    const KvcSlot home = kvc_table_slot(p.pool, batch, index, position);
+    const int32_t home = kvc_fast_slot(p.pool, batch, kvc_fast_entry(batch, table, position), position);
     n.is_odd = n.target.status == KVC_SLOT_OUT || batch.expected_tokens ||
-               (batch.check_write_position && (home.status != KVC_SLOT_OK || home.slot != n.target.slot));
-    if (i > 0) {
-        const KvcSlot previous = kvc_table_slot(p.pool, batch, index, position - 1);
-        const bool is_slot = previous.status == KVC_SLOT_OK;
-        n.prev_slot = is_slot ? (int32_t)previous.slot : KVC_PREV_NONE;
-        if (start.is_relative) n.prev_slot = is_slot ? KVC_PREV_RELATIVE_BASE - n.prev_slot : KVC_PREV_RELATIVE;
+               (batch.check_write_position && (home < 0 || home != n.target.slot));
+    if (i > 0) {  // no slot, evicted or reserved: -1, which is KVC_PREV_NONE
+        n.prev_slot = kvc_fast_slot(p.pool, batch, kvc_fast_entry(batch, table, position - 1), position - 1);
+        if (start.is_relative) n.prev_slot = n.prev_slot >= 0 ? KVC_PREV_RELATIVE_BASE - n.prev_slot : KVC_PREV_RELATIVE;
     }
     return n;
 }
@@ -170,9 +169,10 @@ KVC_DEVICE bool kvc_write_short_row(const StepParams& p, const Row& row, int32_t
     const uint32_t lane = kvc_lane();
     const bool is_token = lane < (uint32_t)row.n_new;
     const bool owns_register = kvc_owns_register(p.pool, row, index, forward);
-    const Start start = kvc_start_of(p, row, index, forward);
+    const TableRow table = kvc_table_row(p.batch, index);
+    const Start start = kvc_start_of(p, row, table, forward);
     NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, false};
-    if (is_token) n = kvc_new_token(p, row, index, lane, start);
+    if (is_token) n = kvc_new_token(p, row, table, lane, start);
     Affine all = is_token ? Affine{KVC_CHAIN_P, kvc_token_mix(n.token, (int32_t)(row.prefix + lane))} : Affine{1, 0};
     for (uint32_t d = 1; d < (uint32_t)row.n_new; d <<= 1) {
         const Affine below = {kvc_shfl_up_u64(all.a, d), kvc_shfl_up_u64(all.b, d)};
@@ -180,8 +180,9 @@ KVC_DEVICE bool kvc_write_short_row(const StepParams& p, const Row& row, int32_t
     }
     if (!is_token) return false;
     const uint64_t chain = all.a * row.anchor + all.b;
+    const bool is_stamped = kvc_stamp_token(p, row, index, lane, n, chain, forward, is_judging);
     if (owns_register) kvc_keep_in_register(p, row, lane, chain, start.is_relative);
-    return kvc_stamp_token(p, row, index, lane, n, chain, forward, is_judging);
+    return is_stamped;
 }
 
 // A tile of a longer row: 256 tokens at a time, a thread each. All threads of the block take part; returns how many stamps this
@@ -199,22 +200,23 @@ KVC_DEVICE uint32_t kvc_write_tile(const StepParams& p, int32_t index, int64_t t
     const int64_t length = kvc_tile_length(row.n_new), begin = tile * length;
     const int64_t end = begin + length < row.n_new ? begin + length : row.n_new;
     const bool owns_register = kvc_owns_register(pool, row, index, forward);
-    const Start start = kvc_start_of(p, row, index, forward);
+    const TableRow table = kvc_table_row(p.batch, index);
+    const Start start = kvc_start_of(p, row, table, forward);
     uint64_t carry = begin ? kvc_block_chain(row.anchor, begin, mix_of) : row.anchor;
     uint32_t n_written = 0;
     for (int64_t base = begin; base < end; base += KVC_THREADS) {
         const int64_t i = base + kvc_thread();
         const bool is_token = i < end;
         NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, false};
-        if (is_token) n = kvc_new_token(p, row, index, i, start);
+        if (is_token) n = kvc_new_token(p, row, table, i, start);
         const uint64_t mix = kvc_token_mix(n.token, (int32_t)(prefix + i));
         Affine all;
         const Affine before = kvc_block_exclusive_affine(is_token ? Affine{KVC_CHAIN_P, mix} : Affine{1, 0}, &all);
         const uint64_t chain = (before.a * carry + before.b) * KVC_CHAIN_P + mix;
         carry = all.a * carry + all.b;
         if (!is_token) continue;
-        if (owns_register) kvc_keep_in_register(p, row, i, chain, start.is_relative);
         n_written += kvc_stamp_token(p, row, index, i, n, chain, forward, is_judging);
+        if (owns_register) kvc_keep_in_register(p, row, i, chain, start.is_relative);
     }
     return n_written;
 }
@@ -235,6 +237,35 @@ KVC_DEVICE void kvc_scan_data_work(const Pool& pool, const Batch& batch) {
     }
 }
 
+// Lists the slots that fall due in rows in which few do, a warp per unit of positions. A list that is full only counts on.
+KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch) {
+    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
+    const int64_t n_units = work[batch.rows];
+    Due* list = kvc_due_list(pool);
+    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        const KvcUnit unit = kvc_find_unit(work, batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING || !kvc_is_listed(pool, batch, row)) continue;
+        const TableRow table = kvc_table_row(batch, unit.row);
+        const uint32_t first = (uint32_t)row.verify_start + (uint32_t)unit.chunk * KVC_VERIFY_UNIT;
+        uint32_t entries[KVC_VERIFY_UNIT / 32];
+#pragma unroll
+        for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) entries[g] = kvc_fast_entry(batch, table, first + 32 * g + kvc_lane());
+#pragma unroll
+        for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) {
+            const uint32_t position = first + 32 * g + kvc_lane();
+            const int32_t slot = position < (uint32_t)row.verify_end ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
+            const bool is_due = slot >= 0 && kvc_is_due(batch, row, slot);
+            const uint32_t due = kvc_ballot(is_due);
+            if (due == 0) continue;
+            uint32_t place = 0;
+            if (kvc_lane() == 0) place = kvc_atomic_add_u32(&list->slot, kvc_popcount(due));
+            place = kvc_shfl_u32(place, 0) + kvc_popcount(due & ((1u << kvc_lane()) - 1));
+            if (is_due && place < pool.due_capacity) list[1 + place] = {(uint32_t)slot, (int32_t)position, unit.row, 0};
+        }
+    }
+}
+
 // What is to be said of the rows themselves. All threads of the block take part.
 KVC_DEVICE void kvc_judge_rows(const StepParams& p) {
     const uint32_t bad = KVC_ROW_BAD_QUERY | KVC_ROW_BAD_LENGTH | KVC_ROW_BAD_REQUEST_SLOT;
@@ -249,7 +280,7 @@ KVC_DEVICE void kvc_judge_rows(const StepParams& p) {
     if (kvc_lane() == 0 && n_unanchored) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_UNANCHORED_ROWS, n_unanchored);
 }
 
-// A warp per row of at most 32 new tokens, then a block per tile of longer rows: each tile recomputes the cheap hash of the
+// A block per tile of longer rows, then a warp per row of at most 32 new tokens: each tile recomputes the cheap hash of the
 // tokens before it, so tiles do not wait for each other. The last block prepares the digests and judges the rows instead.
 KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
     KVC_SHARED uint32_t n_written[KVC_WARPS];
@@ -266,24 +297,27 @@ KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
         }
         if (p.pool.n_digests) kvc_scan_data_work(p.pool, p.batch);
         if (is_judging) kvc_judge_rows(p);
+        if (is_judging && p.pool.due) kvc_list_due(p.pool, p.batch);
         return;
     }
     const int64_t* tiles = kvc_work(p.pool, KVC_WORK_WRITE);
     const int64_t n_tiles = tiles[rows];
     uint32_t n = 0;
+    for (int64_t u = kvc_block(); u < n_tiles; u += n_blocks) {
+        const KvcUnit unit = kvc_find_unit(tiles, rows, u, n_tiles);
+        n += kvc_write_tile(p, unit.row, unit.chunk, forward, is_judging);
+    }
     for (int64_t r = kvc_global_warp(); r < rows; r += (int64_t)n_blocks * KVC_WARPS) {
         const Row row = kvc_pointer<Row>(p.pool.rows)[r];
         if (row.n_new > 32 || !(row.flags & KVC_ROW_LIVE)) continue;
         n += kvc_write_short_row(p, row, (int32_t)r, forward, is_judging);
     }
-    for (int64_t u = kvc_block(); u < n_tiles; u += n_blocks) {
-        const KvcUnit unit = kvc_find_unit(tiles, rows, u, n_tiles);
-        n += kvc_write_tile(p, unit.row, unit.chunk, forward, is_judging);
-    }
     n = (uint32_t)kvc_warp_sum(n);
     if (kvc_lane() == 0) n_written[kvc_warp_in_block()] = n;
     kvc_sync_block();
-    if (kvc_thread() != 0) return;
-    for (uint32_t w = 1; w < KVC_WARPS; ++w) n += n_written[w];
-    kvc_count_entries(p.guard, p.pool, KVC_STAGE_HEAD, n);
+    if (kvc_thread() == 0) {
+        for (uint32_t w = 1; w < KVC_WARPS; ++w) n += n_written[w];
+        kvc_count_entries(p.guard, p.pool, KVC_STAGE_HEAD, n);
+    }
+    if (is_judging && p.pool.due) kvc_list_due(p.pool, p.batch);
 }

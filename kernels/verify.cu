@@ -1,6 +1,6 @@
 // verify.cu: who is in each slot. HEAD and TAIL of a forward, and the sweep.
 //
-// kvc_stamps_verify  an even share of all prefix positions per warp: HEAD stamps of both halves against table, register, history
+// kvc_stamps_verify  an even share of all prefix positions per block: HEAD stamps of both halves against table, register, history
 // kvc_stamps_tail    the same for TAIL stamps of the prefix; the new tokens: looked up through the table, TAIL stamps written
 // kvc_stamps_sweep   a lane per resident slot that the host handed in
 //
@@ -11,20 +11,15 @@
 // ---- fast path -----------------------------------------------------------------------------------------------------------
 // What the loop wants to know of a row, in the shape in which it wants it.
 struct HotRow {
-    const int32_t* entries;  // null: no table, the block is the row
+    TableRow table;
     const int32_t* history;  // of position known_from; null: none
-    uint32_t n_entries, known_from, n_known;
+    uint32_t known_from, n_known;
     uint32_t anchored_at;  // the position whose chain must be the anchor
     uint64_t anchor;
 };
 KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index) {
     const Batch& batch = p.batch;
-    HotRow hot = {nullptr, nullptr, (uint32_t)kvc_table_entries(batch, index), 0, 0, 0xffffffffu, row.anchor};
-    if (batch.table_kind == KVC_TABLE_DENSE) {
-        hot.entries = kvc_pointer<int32_t>(batch.block_table) + (int64_t)index * batch.table_stride;
-    } else if (batch.table_kind == KVC_TABLE_CSR && hot.n_entries) {
-        hot.entries = kvc_pointer<int32_t>(batch.block_table) + kvc_pointer<int32_t>(batch.kv_indptr)[index];
-    }
+    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.anchor};
     const int64_t offset = p.pool.token_offset;
     if (batch.token_history && row.request_slot >= 0 && batch.history_length > offset) {
         hot.known_from = offset < 0 ? (uint32_t)-offset : 0;
@@ -34,24 +29,6 @@ KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index
     }
     if (row.flags & KVC_ROW_ANCHORED && row.prefix > 0) hot.anchored_at = (uint32_t)row.prefix - 1;
     return hot;
-}
-
-// The table's entry of a position; ~0 beyond the table.
-KVC_DEVICE uint32_t kvc_fast_entry(const Batch& batch, const HotRow& hot, int32_t index, uint32_t position) {
-    const uint32_t i = kvc_divide(position, batch.table_page, batch.table_shift);
-    if (i >= hot.n_entries) return 0xffffffffu;
-    return (uint32_t)(hot.entries ? hot.entries[i] : index);
-}
-// The slot of a position by its entry, or -1 where it takes a closer look to tell.
-KVC_DEVICE int32_t kvc_fast_slot(const Pool& pool, const Batch& batch, uint32_t entry, uint32_t position) {
-    if (entry >= batch.table_limit) return -1;
-    const uint32_t i = kvc_divide(position, batch.table_page, batch.table_shift);
-    int64_t slot = entry * (uint32_t)batch.table_page + (position - i * (uint32_t)batch.table_page);
-    if (pool.slot_lut) {
-        slot = kvc_pointer<int64_t>(pool.slot_lut)[slot];
-        if (slot < 0 || slot >= pool.n_slots) return -1;
-    }
-    return kvc_is_reserved(pool, slot) ? -1 : (int32_t)slot;
 }
 
 // A stamp as it comes from memory, in two loads: x, y = chain; z = token; w = position; then prev_slot, step, owner, epoch.
@@ -145,75 +122,93 @@ KVC_DEVICE bool kvc_is_healthy(const HotRow& hot, uint32_t position, int32_t slo
     return slot >= 0 && is_same && is_healthy;
 }
 
-// A warp walks positions [first, last) of a live row, 64 at a time, with the stamps of all of them under way at once and the
-// table entries read ahead; each lane gets its predecessor's link from the lane below. If anything is not plainly healthy, the
-// whole run is judged anew, once: a call inside the loop would cost it its registers.
+// A warp takes units of up to 64 positions of one row at a time, with all stamps of a unit under way at once and the table entries
+// of its next one; each lane gets its predecessor's link from the lane below, the first from memory. The units of a block are
+// neighbours, dealt out to its warps in turn, so that it reads the same few pages of memory at any time.
+#define KVC_GROUPS (KVC_VERIFY_UNIT / 32)
+struct Entries {
+    uint32_t own[KVC_GROUPS], before;  // before: of the position before the unit
+};
+KVC_DEVICE Entries kvc_entries(const Batch& batch, const HotRow& hot, uint32_t first) {
+    Entries e;
+#pragma unroll
+    for (uint32_t g = 0; g < KVC_GROUPS; ++g) e.own[g] = kvc_fast_entry(batch, hot.table, first + 32 * g + kvc_lane());
+    e.before = kvc_fast_entry(batch, hot.table, first - 1);  // beyond any table for position 0
+    return e;
+}
+
+// Whether this lane has found something odd in positions [first, last) of a live row. `entries` are theirs; afterwards those of
+// the unit from `next` on.
 template <uint32_t STAGE>
-KVC_DEVICE void kvc_verify_run(const StepParams& p, const Row& row, int32_t index, uint32_t first, uint32_t last, uint32_t forward) {
+KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRow& hot, int32_t index, uint32_t first, uint32_t last,
+                                uint32_t next, Entries& entries, uint32_t forward) {
     const Pool& pool = p.pool;
     const Batch& batch = p.batch;
-    const HotRow hot = kvc_hot_row(p, row, index);
     const uint32_t lane = kvc_lane();
-    uint32_t entries[2];
-    for (uint32_t g = 0; g < 2; ++g) entries[g] = kvc_fast_entry(batch, hot, index, first + 32 * g + lane);
+    int32_t slots[KVC_GROUPS];
+    Raw raw[KVC_GROUPS];
+#pragma unroll
+    for (uint32_t g = 0; g < KVC_GROUPS; ++g) {
+        const uint32_t position = first + 32 * g + lane;
+        slots[g] = position < last ? kvc_fast_slot(pool, batch, entries.own[g], position) : -1;
+        raw[g] = kvc_raw<STAGE>(pool, slots[g]);
+    }
+    const int32_t before = lane == 0 && first ? kvc_fast_slot(pool, batch, entries.before, first - 1) : -1;
+    const Raw raw_before = kvc_raw<STAGE>(pool, before);
+    entries = kvc_entries(batch, hot, next);
     Carried carried = {0, 1, 1};  // before position 0 stands the anchor
-    if (first > 0) {
-        const int32_t before = kvc_fast_slot(pool, batch, kvc_fast_entry(batch, hot, index, first - 1), first - 1);
-        const Seen seen = kvc_see<STAGE>(kvc_raw<STAGE>(pool, before), forward);
-        carried = {seen.chain, before >= 0 && seen.is_linkable, seen.is_same};
-    } else {
+    if (first == 0) {
         carried.chain = kvc_anchor(batch.salts ? kvc_pointer<uint64_t>(batch.salts)[index] : 0);
+    } else {
+        const Seen seen = kvc_see<STAGE>(raw_before, forward);
+        carried.chain = seen.chain;
+        carried.is_linkable = kvc_ballot(before >= 0 && seen.is_linkable) & 1;
+        carried.is_same = kvc_ballot(seen.is_same) & 1;
     }
     bool is_odd = row.flags & KVC_ROW_RELATIVE && hot.anchored_at - first < last - first;
-    for (uint32_t base = first; base < last; base += 64) {
-        int32_t slots[2];
-        Raw raw[2];
 #pragma unroll
-        for (uint32_t g = 0; g < 2; ++g) {
-            const uint32_t position = base + 32 * g + lane;
-            slots[g] = position < last ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
-            raw[g] = kvc_raw<STAGE>(pool, slots[g]);
-        }
-#pragma unroll
-        for (uint32_t g = 0; g < 2; ++g) entries[g] = kvc_fast_entry(batch, hot, index, base + 64 + 32 * g + lane);
-#pragma unroll
-        for (uint32_t g = 0; g < 2; ++g) {
-            const uint32_t position = base + 32 * g + lane;
-            const bool is_healthy = kvc_is_healthy<STAGE>(hot, position, slots[g], kvc_see<STAGE>(raw[g], forward), carried);
-            is_odd |= position < last && !is_healthy;
-        }
+    for (uint32_t g = 0; g < KVC_GROUPS; ++g) {
+        const uint32_t position = first + 32 * g + lane;
+        const bool is_healthy = kvc_is_healthy<STAGE>(hot, position, slots[g], kvc_see<STAGE>(raw[g], forward), carried);
+        is_odd |= position < last && !is_healthy;
     }
-    if (kvc_ballot(is_odd)) kvc_judge_run(p, index, first, last, STAGE, forward);
+    return is_odd;
 }
 
-// Calls run(row, its index, first, last) for the warp's even share of all prefix positions, which may lie in several rows.
-template <typename Run>
-KVC_DEVICE void kvc_for_prefix_runs(const StepParams& p, Run run) {
-    const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
-    const int64_t n = work[p.batch.rows];
-    const uint32_t per_round = 32u * (uint32_t)kvc_global_warps();
-    const uint64_t share = 32 * (n < KVC_MAX_POSITIONS ? ((uint32_t)n + per_round - 1) / per_round
-                                                       : ((uint64_t)n + per_round - 1) / per_round);
-    int64_t at = kvc_global_warp() * (int64_t)share;
-    const int64_t end = at + (int64_t)share < n ? at + (int64_t)share : n;
-    while (at < end) {
-        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, at, n);
-        const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
-        const int64_t first = row.verify_start + unit.chunk;
-        const int64_t last = first + (end - at) < row.verify_end ? first + (end - at) : row.verify_end;
-        if (row.flags & KVC_ROW_LIVE) run(row, unit.row, (uint32_t)first, (uint32_t)last);
-        at += last > first ? last - first : 1;  // 1: never, but a damaged row must not hang the device
-    }
-}
-
-// Returns the entries of this warp in its first lane, 0 in the others.
+// This warp's part of all prefix positions; returns how many there were in its first lane, 0 in the others. What is odd in a row is
+// judged once the warp is through with it: a call inside the loop would cost the loop its registers.
 template <uint32_t STAGE>
 KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
+    const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
+    const int64_t n_units = work[p.batch.rows];
+    const int64_t end = n_units * (kvc_block() + 1) / kvc_n_blocks();
+    int64_t u = n_units * kvc_block() / kvc_n_blocks() + kvc_warp_in_block();
     uint32_t n_entries = 0;
-    kvc_for_prefix_runs(p, [&](const Row& row, int32_t index, uint32_t first, uint32_t last) {
-        kvc_verify_run<STAGE>(p, row, index, first, last, forward);
-        n_entries += last - first;
-    });
+    while (u < end) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
+        const int64_t n_left = kvc_units(row.verify_end - row.verify_start, KVC_VERIFY_UNIT) - unit.chunk;
+        const int64_t row_end = u + n_left < end ? u + n_left : end;
+        if (!(row.flags & KVC_ROW_LIVE) || n_left <= 0) {
+            u += KVC_WARPS;
+            continue;
+        }
+        const HotRow hot = kvc_hot_row(p, row, unit.row);
+        uint32_t first = (uint32_t)row.verify_start + (uint32_t)unit.chunk * KVC_VERIFY_UNIT, odd = 0xffffffffu;
+        Entries entries = kvc_entries(p.batch, hot, first);
+#pragma unroll 1
+        for (; u < row_end; u += KVC_WARPS, first += KVC_WARPS * KVC_VERIFY_UNIT) {
+            const uint32_t stop = first + KVC_VERIFY_UNIT, last = stop < (uint32_t)row.verify_end ? stop : (uint32_t)row.verify_end;
+            const uint32_t next = first + KVC_WARPS * KVC_VERIFY_UNIT;
+            const bool is_odd = kvc_verify_unit<STAGE>(p, row, hot, unit.row, first, last, next, entries, forward);
+            if (odd == 0xffffffffu && kvc_ballot(is_odd)) odd = first;
+            n_entries += last - first;
+        }
+        for (; odd < first; odd += KVC_WARPS * KVC_VERIFY_UNIT) {
+            const uint32_t stop = odd + KVC_VERIFY_UNIT, last = stop < (uint32_t)row.verify_end ? stop : (uint32_t)row.verify_end;
+            kvc_judge_run(p, unit.row, odd, last, STAGE, forward);
+        }
+    }
     return kvc_lane() == 0 ? n_entries : 0;
 }
 
@@ -222,23 +217,28 @@ KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
 // the lowest position has it. Counts the slots that nobody had claimed before.
 KVC_DEVICE void kvc_claim_unknown(const StepParams& p, uint32_t forward) {
     const Pool& pool = p.pool;
+    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
+    const int64_t n_units = work[p.batch.rows];
     uint64_t n_claimed = 0;
-    kvc_for_prefix_runs(p, [&](const Row& row, int32_t index, uint32_t first, uint32_t last) {
-        if (row.flags & KVC_ROW_PENDING) return;
-        for (uint32_t position = first + kvc_lane(); position < last; position += 32) {
-            const KvcSlot at = kvc_table_slot(pool, p.batch, index, position);
+    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) continue;
+        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
+        for (int64_t position = first + kvc_lane(); position < first + KVC_VERIFY_UNIT && position < row.verify_end; position += 32) {
+            const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
             if (at.status != KVC_SLOT_OK || !kvc_is_never_stamped(pool, at.slot)) continue;
             const uint64_t claim = kvc_adoption_claim(forward, position);
             const uint64_t before = kvc_atomic_max_u64(kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot, claim);
             n_claimed += before < claim && before >> 32 != forward;
         }
-    });
+    }
     if (n_claimed) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_ADOPTED_SLOTS, n_claimed);
 }
 
-// Even shares of all prefix positions for the warps, both halves in one pass, no plan: a warp finds its first row by searching
-// the prefix sums of kvc_begin.
-KVC_KERNEL(KVC_THREADS, 3) kvc_stamps_verify(KVC_PARAM StepParams p) {
+// Even shares of all prefix positions for the blocks, both halves in one pass, no plan: a warp finds the row of a unit by searching
+// the prefix sums of kvc_begin, once per row.
+KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_verify(KVC_PARAM StepParams p) {
     const uint32_t forward = kvc_forward_number(p.guard);
     if (p.batch.adopt) kvc_claim_unknown(p, forward);
     if (!kvc_is_judging(p.guard)) return;
@@ -319,7 +319,7 @@ KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint3
 
 // Even shares of the prefix as in kvc_stamps_verify, then a warp per 32 new tokens, from the last warp down; a slot written in
 // this forward is in the second kind only.
-KVC_KERNEL(KVC_THREADS, 3) kvc_stamps_tail(KVC_PARAM StepParams p) {
+KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_tail(KVC_PARAM StepParams p) {
     const uint32_t forward = kvc_forward_number(p.guard);
     const bool is_judging = kvc_is_judging(p.guard);
     const int64_t* work = kvc_work(p.pool, KVC_WORK_TAIL);

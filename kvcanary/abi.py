@@ -28,8 +28,9 @@ MAX_PLANE_BYTES = 64 * 1024
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 THREADS = 256  # of every kernel
 WARPS = THREADS // 32
+VERIFY_UNIT = 128  # consecutive positions of one request whose stamps a warp verifies at once
 DATA_UNIT = 16  # slots that fall due, about, in a unit of kvc_digests_verify
-DATA_LIST = 512  # slots that a block digests at once
+LIST_MIN_EVERY = 8  # verify_data_every from which on the slots that fall due are listed
 WRITE_TILE = 1024  # consecutive new tokens of a long row that a block stamps; 256 of a short one
 SHORT_ROW = 16384  # new tokens
 TAIL_CHUNK = 32  # consecutive new tokens of one request that a warp finishes
@@ -61,8 +62,8 @@ ROW_BAD_REQUEST_SLOT = 256
 ROW_RELATIVE = 512  # its chain is relative
 ROW_KNOWS_LAST = 1024  # the register knows the token before its new ones: last_mix
 
-# ---- work lists: prefix sums over the rows of a batch ------------------------------------------------------------------
-WORK_VERIFY = 0  # prefix positions to verify
+# ---- work lists: prefix sums over the rows of a batch ----------------------------------------------------------------
+WORK_VERIFY = 0  # units of prefix positions
 WORK_WRITE = 1  # tiles of new tokens, of rows with more than 32
 WORK_TAIL = 2  # chunks of new tokens
 WORK_DATA = 3  # units of prefix positions whose bytes may fall due
@@ -152,6 +153,7 @@ ROW = np.dtype(
         ("bad_value", "<i4"),
     ]
 )
+DUE = np.dtype([("slot", "<u4"), ("position", "<i4"), ("row", "<i4"), ("unused", "<u4")])
 POOL_STATE = np.dtype(
     [
         ("head_forward", "<u4"),
@@ -222,6 +224,7 @@ POOL = np.dtype(
         ("register_claims", "<u8"),  # u64[max_requests]: forward << 32 | row + 1
         ("rows", "<u8"),  # ROW[max_requests]
         ("work", "<u8"),  # i64[4, max_requests + 1]: what lies before each row, see WORK_*
+        ("due", "<u8"),  # DUE[due_capacity + 1], entry 0 counts; null: none are listed
         ("page_size", "<i4"),
         ("page_shift", "<i4"),  # log2 of page_size; negative = not a power of two
         ("n_blocks", "<i4"),
@@ -233,7 +236,7 @@ POOL = np.dtype(
         ("n_digests", "<u4"),
         ("n_reserved", "<u4"),
         ("max_requests", "<u4"),
-        ("unused", "<u4"),
+        ("due_capacity", "<u4"),
         ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block
     ]
 )
@@ -296,6 +299,7 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     "Plane": PLANE,
     "Digest": DIGEST,
     "Row": ROW,
+    "Due": DUE,
     "PoolState": POOL_STATE,
     "Violation": VIOLATION,
     "Guard": GUARD,
@@ -304,14 +308,31 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     **PARAMS,
 }
 _U64_CONSTANTS = tuple(n for n in globals() if n.startswith(("MIX_", "CHAIN_", "DIGEST_")))
-_INT_PREFIXES = ("TABLE_", "WORK_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN", "SHARE_RUN")
-_INT_NAMES = ("THREADS", "WARPS", "DATA_UNIT", "DATA_LIST", "WRITE_TILE", "SHORT_ROW", "TAIL_CHUNK")
+_INT_PREFIXES = ("TABLE_", "WORK_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN")
+_INT_NAMES = (
+    "SHARE_RUN",
+    "THREADS",
+    "WARPS",
+    "VERIFY_UNIT",
+    "DATA_UNIT",
+    "LIST_MIN_EVERY",
+    "WRITE_TILE",
+    "SHORT_ROW",
+    "TAIL_CHUNK",
+)
 _C_TYPES = {"<u8": "uint64_t", "<i8": "int64_t", "<u4": "uint32_t", "<i4": "int32_t"}
 
 
 def zeros_of(dtype: np.dtype[Any]) -> np.ndarray[Any, np.dtype[Any]]:
     """One zeroed structure, as a 0-d array whose fields can be assigned and whose ``[()]`` is the by-value scalar."""
     return np.zeros((), dtype)
+
+
+def due_capacity(n_slots: int, n_digests: int, verify_data_every: int) -> int:
+    """Entries of a pool's list of slots that fall due, 0 = no list: twice what falls due of a pool in full use."""
+    if n_digests == 0 or verify_data_every < LIST_MIN_EVERY:
+        return 0
+    return 2 * n_slots // verify_data_every + 1024
 
 
 def log2_or_negative(n: int) -> int:

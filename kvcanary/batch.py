@@ -301,7 +301,7 @@ def _record(views: Mapping[str, ArrayView], pool: KvPool, rows: int, n_tokens: i
     record["rows"], record["n_tokens"] = rows, n_tokens
     record["table_page"] = 1 if entries == "slots" else pool.page_size
     named = pool.n_slots if pool.lut_view is None else min(pool.lut_view.shape[0], _MAX_I32)
-    record["table_limit"] = named // int(record["table_page"])
+    record["table_limit"] = -(-named // int(record["table_page"]))
     record["table_shift"] = abi.log2_or_negative(int(record["table_page"]))
     table, indices = views.get("block_table"), views.get("kv_indices")
     if table is not None:

@@ -16,7 +16,9 @@ def pool_bytes(config: CanaryConfig, pool: KvPool, max_requests: int) -> int:
     per_slot = 2 * len(pool.halves) * abi.STAMP.itemsize + 8 + 8 * n_digests
     per_request = abi.REGISTER.itemsize + 8 + abi.ROW.itemsize + 8 * abi.N_WORK
     tables = len(pool.planes) * abi.PLANE.itemsize + n_digests * abi.DIGEST.itemsize
-    return pool.n_slots * per_slot + max_requests * per_request + tables
+    capacity = abi.due_capacity(pool.n_slots, n_digests, config.verify_data_every)
+    due = (capacity + 1) * abi.DUE.itemsize if capacity else 0
+    return pool.n_slots * per_slot + max_requests * per_request + tables + due
 
 
 def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:

@@ -128,9 +128,7 @@ class KvPool:
             first += len(planes)
         return units
 
-    def digest_records(
-        self, real_data: str = "all", base_of: Callable[[Plane], int] | None = None
-    ) -> npt.NDArray[Any]:
+    def digest_records(self, real_data: str = "all", base_of: Callable[[Plane], int] | None = None) -> npt.NDArray[Any]:
         """DIGEST[n_digests]: `digest_units` as the kernels read them; ``base_of`` as in `plane_records`."""
         planes = self.plane_records(real_data, base_of)
         units = self.digest_units(real_data)

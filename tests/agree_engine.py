@@ -428,7 +428,7 @@ def random_scenario(
     specs = random_pools(rng, max_requests, max_len, habits.table == "static", is_odd)
     chosen = {
         "real_data": rng.choice(("all", "all", "partial", "none")),
-        "verify_data_every": rng.choice((1, 2, 5)),
+        "verify_data_every": rng.choice((1, 2, 5, 9, 13)),
         "full_verify_min_tokens": rng.choice((0, 4, 16)),
         "on_unwritten": "adopt" if habits.imports else "violation",
         "check_write_position": rng.random() < 0.8,

@@ -69,6 +69,22 @@ def test_neither_grid_nor_order_matter(library: SimtLibrary, seed: int, first: i
     run(seed, [Side(), *sides], KINDS, 5)
 
 
+@pytest.mark.parametrize("capacity", [0, 1, 7, 10**4])
+def test_however_short_the_list_of_due_slots_is(
+    library: SimtLibrary, monkeypatch: pytest.MonkeyPatch, capacity: int
+) -> None:
+    """Where it has no room for all, kvc_digests_verify looks through the rows itself."""
+    monkeypatch.setattr(abi, "due_capacity", lambda *_sizes: capacity)
+    n_compared = 0
+    for seed in range(4):
+        rng = random.Random(seed)
+        config = {"verify_data_every": rng.choice((8, 11)), "full_verify_min_tokens": 100, "real_data": "all"}
+        twins, engine = random_scenario(rng, [Side(), SimtSide(library, 2)], max_len=200, **config)
+        drive(twins, engine, rng, 8, lambda call: None, Faults(rng, ("bytes",), 0.3))
+        n_compared += int(twins.words[abi.STATE_DATA_SLOTS])
+    assert n_compared > 100
+
+
 @examples(10)
 @given(SEEDS)
 def test_more_positions_than_a_warp_takes_at_once(library: SimtLibrary, seed: int) -> None:

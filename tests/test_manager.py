@@ -410,8 +410,9 @@ class TestKnowing:
     def test_estimate_is_what_is_taken(self) -> None:
         engine = ToyEngine()
         estimate = engine.manager.estimate_bytes(engine.config, [engine.pool], 4)
-        tables = len(engine.pool.planes) * 48 + 4 * 16  # the plane tables lie in the pool itself on the host
-        per_request = 4 * (kvcanary.abi.ROW.itemsize + 24)  # and so do row facts and work lists
+        abi = kvcanary.abi  # the plane tables lie in the pool itself on the host
+        tables = len(engine.pool.planes) * abi.PLANE.itemsize + 4 * abi.DIGEST.itemsize
+        per_request = 4 * (abi.ROW.itemsize + 8 * abi.N_WORK)  # and so do row facts and work lists
         assert estimate - tables - per_request - kvcanary.abi.POOL_STATE.itemsize == engine.manager.memory_bytes
 
     def test_one_snapshot_is_a_few_hundred_bytes(self) -> None:

@@ -154,6 +154,9 @@ class DeviceBackend:
             "rows": driver.zeros(self._max_requests, abi.ROW),
             "work": driver.zeros((abi.N_WORK, self._max_requests + 1), np.int64),
         }
+        capacity = abi.due_capacity(n, len(digests), self._config.verify_data_every)
+        if capacity:
+            arrays["due"] = driver.zeros(capacity + 1, abi.DUE)
         for key, records in (("planes", pool.plane_records(self._config.real_data)), ("digest_units", digests)):
             arrays[key] = driver.zeros(max(1, len(records)), records.dtype)
             if len(records):
@@ -189,6 +192,8 @@ class DeviceBackend:
         names = ("claims", "digests", "planes", "digest_units", "registers", "register_claims", "rows", "work")
         for name in names:
             record[name] = self._driver.pointer(arrays[name])
+        if "due" in arrays:
+            record["due"], record["due_capacity"] = self._driver.pointer(arrays["due"]), len(arrays["due"]) - 1
         if pool.lut_view is not None:
             record["slot_lut"], record["lut_length"] = pool.lut_view.pointer, pool.lut_view.shape[0]
         record["n_slots"], record["page_size"], record["n_blocks"] = pool.n_slots, pool.page_size, pool.n_blocks
@@ -329,6 +334,7 @@ class DeviceBackend:
         work = np.zeros((abi.N_WORK, self._max_requests + 1), np.int64)
         work[:, target.row + 1 :] = 1
         pool = self._pools[call.pool].copy()
+        pool["due"] = 0
         on_device = {"rows": driver.zeros(rows.shape, rows.dtype), "work": driver.zeros(work.shape, work.dtype)}
         for name, values in (("rows", rows), ("work", work)):
             driver.upload(on_device[name], values, stream)
@@ -364,18 +370,25 @@ def _grids(
     def blocks(kernel: str, units: int, n_y: int = 1) -> int:
         return max(1, min(units, n_multiprocessors * resident[kernel] // n_y))
 
-    warps = -(-positions // 32) + rows  # that find work: 32 positions each
+    verify_units = -(-positions // abi.VERIFY_UNIT) + rows
     data_units, tail_chunks = rows + positions // abi.DATA_UNIT, rows + n_tokens // abi.TAIL_CHUNK
+    writers = max(rows, verify_units if pool["due"] else 0)  # warps: a row to stamp, or a unit to look through
     write_blocks = -(-n_tokens // abi.WARPS)  # that find work: a token for each warp
     # Few tokens: a block for each digest, so that they are all under way at once.
     fits = n_multiprocessors * resident["kvc_digests_write"] // max(1, write_blocks)
     write_split = max(split, min(int(pool["n_digests"]), fits, MAX_GRID_Y))
     return {
-        "kvc_begin": (max(1, rows), max(1, min(n_tokens // abi.WRITE_TILE, MAX_BEGIN_BLOCKS // max(1, rows)))),
-        "kvc_stamps_write": (blocks("kvc_stamps_write", max(-(-rows // abi.WARPS), min(rows, n_tokens // 32) + n_tokens // abi.THREADS)) + 1, 1),
-        "kvc_stamps_verify": (blocks("kvc_stamps_verify", -(-warps // abi.WARPS)), 1),
-        "kvc_stamps_tail": (blocks("kvc_stamps_tail", -(-(warps + tail_chunks) // abi.WARPS)), 1),
+        "kvc_begin": (rows + 1, max(1, min(n_tokens // abi.WRITE_TILE, MAX_BEGIN_BLOCKS // max(1, rows)))),
+        "kvc_stamps_write": (
+            blocks(
+                "kvc_stamps_write", max(-(-writers // abi.WARPS), min(rows, n_tokens // 32) + n_tokens // abi.THREADS)
+            )
+            + 1,
+            1,
+        ),
+        "kvc_stamps_verify": (blocks("kvc_stamps_verify", verify_units), 1),
+        "kvc_stamps_tail": (blocks("kvc_stamps_tail", verify_units + -(-tail_chunks // abi.WARPS)), 1),
         "kvc_digests_verify": (blocks("kvc_digests_verify", data_units, split), split),
         "kvc_digests_write": (blocks("kvc_digests_write", write_blocks, write_split), write_split),
-        "kvc_digests_adopt": (blocks("kvc_digests_adopt", -(-warps // abi.WARPS)), 1),
+        "kvc_digests_adopt": (blocks("kvc_digests_adopt", -(-verify_units // abi.WARPS)), 1),
     }

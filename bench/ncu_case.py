@@ -1,4 +1,4 @@
-"""Launch one kernel of a case a few times, for a profiler: ``ncu -k regex:KERNEL -c 1 -s 2 python -m bench.profile CASE KERNEL``."""
+"""Launch one kernel of a case a few times, for a profiler: see ``bench/ncu.sh``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.rig import Rig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.ncu_case", description=__doc__)
     parser.add_argument("case")
     parser.add_argument("kernel", help="its name, or the beginning of it")
     parser.add_argument("--launches", type=int, default=3)

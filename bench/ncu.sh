@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nsight Compute over single launches: bench/profile.sh DIRECTORY CASE:KERNEL ...; a summary to stdout, SASS with samples to files.
+# Nsight Compute over single launches: bench.ncu_case.sh DIRECTORY CASE:KERNEL ...; a summary to stdout, SASS with samples to files.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
@@ -9,7 +9,7 @@ metrics='gpu__time_duration.sum|dram__throughput.avg.pct_of_peak_sustained_elaps
 for pair in "$@"; do
     case=${pair%%:*} kernel=${pair##*:} name=$(printf '%s' "${pair#*/}" | tr '/:' '__')
     ncu --clock-control none --set full --import-source no -k "regex:^$kernel" -s 3 -c 1 -f -o "$out/$name" \
-        "${PYTHON:-python3}" -m bench.profile "$case" "$kernel" >"$out/$name.log" 2>&1 || tail -n 5 "$out/$name.log"
+        "${PYTHON:-python3}" -m bench.ncu_case "$case" "$kernel" >"$out/$name.log" 2>&1 || tail -n 5 "$out/$name.log"
     printf '\n== %s\n' "$pair"
     ncu --import "$out/$name.ncu-rep" --page raw | grep -E "$metrics" | grep -v ' 0 *$' | sed 's/  */ /g'
     ncu --import "$out/$name.ncu-rep" --page source --csv >"$out/$name.csv" 2>/dev/null
