@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nsight Compute over single launches: bench.ncu_case.sh DIRECTORY CASE:KERNEL ...; a summary to stdout, SASS with samples to files.
+# Nsight Compute over single launches: bench/ncu.sh DIRECTORY CASE:KERNEL ...; a summary to stdout, SASS with samples to files.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
