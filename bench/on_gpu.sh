@@ -29,6 +29,9 @@ for fault in none bit-flip stale-table lost-write; do
 done
 part pytest-gpu "$python" -m pytest -q -m gpu -p no:cacheprovider -s
 part bench-replay "$python" bench/bench_replay.py --json "$out/bench_replay.json"
+part bench-step "$python" bench/bench_step.py --json "$out/bench_step.json"
+part bench-host "$python" bench/bench_host.py --json "$out/bench_host.json"
+part bench-kernels "$python" -m bench --out "$out"
 if command -v compute-sanitizer >/dev/null; then
     # Without a pool: CuPy's would hide an access beyond one array in the next one. API errors are left out: cuda.bindings
     # probes the driver for symbols that this one does not have, which is no access to memory.

@@ -33,7 +33,7 @@ def draw(run: Mapping[str, Any], target: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SystemExit(f"{error}: pip install matplotlib") from error
+        raise SystemExit(f"{error}: pip install -e '.[plot]'") from error
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for rows in series(run, "plane_bytes").values():
