@@ -51,7 +51,7 @@ def draw(run: Mapping[str, Any], target: Path) -> None:
     right.set_xscale("log", base=2)
     right.set_yscale("log")
     right.set_ylim(bottom=run["ceiling"]["launch_floor_us"] / 2)
-    right.set_title("one launch over ever more slots; dotted: its bytes at the ceiling")
+    right.set_title("one launch; dotted: its bytes at the ceiling")
     right.legend(frameon=False)
     machine = run["machine"]
     figure.suptitle(f"{machine.get('gpu')}, {machine.get('date')}, commit {machine.get('commit')}", fontsize=9)
