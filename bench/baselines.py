@@ -5,6 +5,7 @@ Each baseline is compared too before it is timed; `bench/baselines.cu` has the k
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from bench.cases import STAMP_BYTES, Case, bytes_of
 from bench.checks import CheckFailed
 from bench.rig import Rig
-from bench.timing import Timer, Timing
+from bench.timing import Launch, Timer, Timing
 from kvcanary import abi, hashing
 
 GRID, THREADS = 64, 512  # of the per-thread scheme
@@ -33,7 +34,7 @@ def fold(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     return h
 
 
-class Baseline:
+class Baseline(ABC):
     """A baseline over a rig: make, check, time.
 
     Attributes:
@@ -47,13 +48,13 @@ class Baseline:
         self.rig, self.place, self.case, self.timer = rig, rig.place, rig.case, timer
         self.n_bytes = bytes_of(self.case, self.case.measures[0])
 
+    @abstractmethod
     def run(self) -> Timing:
         """Check, then time.
 
         Raises:
             CheckFailed: its results are wrong.
         """
-        raise NotImplementedError
 
     def _launch(self, name: str, args: tuple[Any, ...], stream: Any = None, *, is_serial: bool = False) -> None:
         grid, threads = (-(-self.case.rows // WRITE_THREADS), WRITE_THREADS) if is_serial else (GRID, THREADS)
@@ -68,6 +69,15 @@ class Baseline:
         found = int(self.place.to_host(counter)[0]) - before
         if found != wanted:
             raise CheckFailed(f"{type(self).__name__} found {found} bad entries, not {wanted}")
+
+    def _expect_to_find(self, counter: Any, address: int, launch: Launch) -> None:
+        """Nothing is found, then one bad entry while a bit at ``address`` is flipped."""
+        self._expect_bad(counter, 0, lambda: launch(self.place.stream))
+        self.rig.flip(address, 1)
+        try:
+            self._expect_bad(counter, 1, lambda: launch(self.place.stream))
+        finally:
+            self.rig.flip(address, 1)
 
     def _verified_slots(self) -> npt.NDArray[np.int64]:
         return np.ascontiguousarray(self.rig.slots[:, : self.case.prefix]).ravel()
@@ -100,13 +110,8 @@ class PlanVerify(Baseline):
                 args = (np.int64(n), slot, position, previous, expected, stamps, _ANCHOR, bad)
                 self._launch("base_verify_stamps", args, stream)
 
-        self._expect_bad(bad, 0, lambda: launch(self.place.stream))
         address = self.rig.stamp_address("head", 0, int(self.rig.slots[0, case.prefix - 1]))
-        self.rig.flip(address, 1)
-        try:
-            self._expect_bad(bad, 1, lambda: launch(self.place.stream))
-        finally:
-            self.rig.flip(address, 1)
+        self._expect_to_find(bad, address, launch)
         return self.timer.time(launch)
 
 
@@ -128,13 +133,8 @@ class FoldVerify(Baseline):
         def launch(stream: Any) -> None:
             self._launch("base_verify_folds", (*common, bad), stream)
 
-        self._expect_bad(bad, 0, lambda: launch(self.place.stream))
         address, _n = self.rig.runs(0, int(slots[0]))[0]
-        self.rig.flip(address, 1)
-        try:
-            self._expect_bad(bad, 1, lambda: launch(self.place.stream))
-        finally:
-            self.rig.flip(address, 1)
+        self._expect_to_find(bad, address, launch)
         return self.timer.time(launch)
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from step_kernels import LAYERS, MAX_NEW, PREFIX, ROWS, TOKEN_BYTES, DecodeModel, capture, needed_bytes
+from bench_replay import capture
+from step_kernels import LAYERS, MAX_NEW, PREFIX, ROWS, TOKEN_BYTES, DecodeModel, needed_bytes
 
 from kvcanary import CanaryConfig, CanaryManager, KvCanaryError, Reason, abi, hashing
 

@@ -6,7 +6,6 @@ are read through the block table. Arithmetic is left out: a decode step waits fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -210,21 +209,3 @@ class DecodeModel:
     def plane(self, digest: int) -> Any:
         """u8[slots, TOKEN_BYTES]: the array behind a digest: K of layer 0, V of layer 0, K of layer 1, ..."""
         return (self.v if digest % 2 else self.k)[digest // 2].reshape(-1, TOKEN_BYTES)
-
-
-def capture(stream: Any, run: Callable[[], None]) -> tuple[Callable[[], None], int]:
-    """Capture ``run`` on a CuPy stream; returns the launch of the graph on it, and its number of nodes."""
-    from cuda.bindings import driver
-
-    def ok(result: tuple[Any, ...]) -> Any:
-        if int(result[0]):
-            raise RuntimeError(str(result[0]))
-        return result[1:] if len(result) > 2 else result[-1]
-
-    raw = driver.CUstream(stream.ptr)
-    ok(driver.cuStreamBeginCapture(raw, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-    run()
-    graph = ok(driver.cuStreamEndCapture(raw))
-    n_nodes = int(ok(driver.cuGraphGetNodes(graph))[1])
-    executable = ok(driver.cuGraphInstantiate(graph, 0))
-    return lambda: ok(driver.cuGraphLaunch(executable, raw)), n_nodes

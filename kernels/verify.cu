@@ -122,7 +122,7 @@ KVC_DEVICE bool kvc_is_healthy(const HotRow& hot, uint32_t position, int32_t slo
     return slot >= 0 && is_same && is_healthy;
 }
 
-// A warp takes units of up to 64 positions of one row at a time, with all stamps of a unit under way at once and the table entries
+// A warp takes units of up to 128 positions of one row at a time, with all stamps of a unit under way at once and the table entries
 // of its next one; each lane gets its predecessor's link from the lane below, the first from memory. The units of a block are
 // neighbours, dealt out to its warps in turn, so that it reads the same few pages of memory at any time.
 #define KVC_GROUPS (KVC_VERIFY_UNIT / 32)

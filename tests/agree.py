@@ -144,6 +144,9 @@ def simt_library(base: Path, sanitize: bool = False) -> SimtLibrary:
     return SimtLibrary(build(KERNELS_DIR, base / "kvcanary-kernels", sanitize=sanitize))
 
 
+Sides = Callable[[], list[Side]]  # the reference, and the kernels where they can be built
+
+
 # ---- the twins -------------------------------------------------------------------------------------------------------
 class Twins:
     """Guards on several sides, and the engine's memory that they are all given copies of.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 # Matrices here are small: BLAS threads only get into each other's way. Before NumPy is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -45,3 +47,27 @@ def _is_installed(name: str) -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := why_no_gpu()):
         pytest.skip(reason)
+
+
+# The tests' own modules are imported where they are used: they bring NumPy, which comes after the lines at the top.
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernels built for the CPU (`simt.runner.SimtLibrary`), once a session."""
+    from agree import simt_library
+    from simt.build import find_compiler
+
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler: install g++ or clang++")
+    return simt_library(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def sides(request: pytest.FixtureRequest) -> Callable[[], list[Any]]:
+    """New sides for a script: the reference, and the kernels where there is a compiler."""
+    from agree import Side, SimtSide
+    from simt.build import find_compiler
+
+    if find_compiler() is None:
+        return lambda: [Side()]
+    library = request.getfixturevalue("library")
+    return lambda: [Side(), SimtSide(library)]

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from agree import Arrays, PoolSpec, Side, SimtSide, Twins, simt_library
+from agree import Arrays, PoolSpec, Side, SimtSide, Twins
 from agree_engine import drive, random_scenario
 from agree_faults import KINDS, Faults
 from agree_pools import random_pool
 from agree_script import A, B, Row, Script, batch_of, kinds, pool_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simt.build import find_compiler, sanitizer_environment
+from simt.build import sanitizer_environment
 from simt.runner import SimtLibrary
 
 from kvcanary import Reason, abi
@@ -40,13 +40,6 @@ def run(
     twins, engine = random_scenario(rng, sides, max_len=max_len, is_odd=True)
     drive(twins, engine, rng, n_steps, lambda call: None, Faults(rng, kinds, probability))
     return twins
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
-    if find_compiler() is None:
-        pytest.skip("no C++ compiler: install g++ or clang++")
-    return simt_library(tmp_path_factory.getbasetemp())
 
 
 # ---- random engines --------------------------------------------------------------------------------------------------

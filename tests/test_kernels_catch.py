@@ -5,14 +5,12 @@ Chains and digests are worked out here from the formulas, by plain integers: a t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from agree import Side, SimtSide, simt_library
+from agree import Sides
 from agree_script import N_LAYERS, A, B, Row, Script, Seen
-from simt.build import find_compiler
 
 from kvcanary import CanaryLaunchTag, Reason, abi
 from kvcanary.tags import Detail
@@ -20,15 +18,6 @@ from kvcanary.tags import Detail
 MASK = (1 << 64) - 1
 HEAD = ("HEAD_K_FULL", "HEAD_V_FULL")
 TAIL = ("TAIL_K_FULL", "TAIL_V_FULL")
-Sides = Callable[[], list[Side]]
-
-
-@pytest.fixture(scope="session")
-def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
-    if find_compiler() is None:
-        return lambda: [Side()]
-    library = simt_library(tmp_path_factory.getbasetemp())
-    return lambda: [Side(), SimtSide(library)]
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------

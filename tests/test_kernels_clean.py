@@ -6,13 +6,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-import pytest
-from agree import Side, SimtSide, simt_library
+from agree import Side, SimtSide
 from agree_engine import drive, random_scenario
 from agree_faults import Faults
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simt.build import find_compiler
 from simt.runner import SimtLibrary
 
 from kvcanary import abi
@@ -40,13 +38,6 @@ def run(seed: int, sides: Sequence[Side], max_len: int = 0, n_steps: int = N_STE
     drive(twins, engine, rng, n_steps, is_silent, Faults(rng))
     assert twins.words[abi.STATE_UNJUDGED_SLOTS] == 0, "nobody reads what a raised forward has left"
     return engine.did + Counter(forwards=int(twins.words[abi.STATE_FORWARD]), steps=int(twins.words[abi.STATE_STEP]))
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
-    if find_compiler() is None:
-        pytest.skip("no C++ compiler: install g++ or clang++")
-    return simt_library(tmp_path_factory.getbasetemp())
 
 
 @examples(100)

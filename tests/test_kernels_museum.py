@@ -6,26 +6,14 @@ guard is told nothing of who owns a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
-from agree import Side, SimtSide, simt_library
+from agree import Sides
 from agree_script import N_LAYERS, A, B, C, Row, Script, kinds
-from simt.build import find_compiler
 
 from kvcanary import Reason
 
-Sides = Callable[[], list[Side]]
 SUBSTITUTED = Reason.CHAIN | Reason.TOKEN
-
-
-@pytest.fixture(scope="session")
-def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
-    if find_compiler() is None:
-        return lambda: [Side()]
-    library = simt_library(tmp_path_factory.getbasetemp())
-    return lambda: [Side(), SimtSide(library)]
 
 
 # ---- positives -------------------------------------------------------------------------------------------------------

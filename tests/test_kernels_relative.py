@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
-from agree import Side, SimtSide, simt_library
+from agree import Sides
 from agree_script import A, B, C, Row, Script, kinds
-from simt.build import find_compiler
 
 from kvcanary import Reason
 
-Sides = Callable[[], list[Side]]
 NO_HISTORY = ("token_history",)
 NO_IDS = ("token_history", "request_ids", "request_slots")
 T = B[:12]  # the text that several requests have in common
-
-
-@pytest.fixture(scope="session")
-def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
-    if find_compiler() is None:
-        return lambda: [Side()]
-    library = simt_library(tmp_path_factory.getbasetemp())
-    return lambda: [Side(), SimtSide(library)]
 
 
 def same_forward_hit(s: Script) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import PoolSpec, Side, SimtSide, Twins, simt_library
-from simt.build import find_compiler
+from agree import PoolSpec, Side, SimtSide, Twins
 from simt.runner import SimtLibrary
 
 from kvcanary import KvPool, Reason, layouts
@@ -21,13 +20,6 @@ SIZES = (
     *(8, 16, 24, 32, 40, 48, 64, 80, 128, 144, 256, 272, 384, 512, 528, 576, 640, 656, 1024, 1032, 1040, 1152, 1168),
     *(1536, 1600, 1680, 2040, 2048, 2056, 2064, 2560, 4096, 4112, 65536),
 )
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
-    if find_compiler() is None:
-        pytest.skip("no C++ compiler: install g++ or clang++")
-    return simt_library(tmp_path_factory.getbasetemp())
 
 
 def rows_of(*sizes: int) -> PoolSpec:
