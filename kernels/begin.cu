@@ -59,16 +59,28 @@ KVC_DEVICE RowExtent kvc_ordered_row_extent(const Pool& pool, const Batch& batch
     return bad;
 }
 
-// What the later launches have to do before each row. A thread sums up a run of neighbouring rows.
+// What the later launches have to do for a row: units to verify, tiles to write, chunks of new tokens.
+struct RowWork {
+    uint32_t verify, write, tail;
+};
+KVC_DEVICE RowWork kvc_row_work(const Pool& pool, const Batch& batch, int32_t row) {
+    const RowExtent e = kvc_row_extent(pool, batch, row);
+    const uint32_t n_new = (uint32_t)e.n_new, n_prefix = (uint32_t)(e.verify_end - e.verify_start);
+    return {kvc_units(n_prefix, KVC_VERIFY_UNIT), kvc_tiles((int32_t)n_new), kvc_units(n_new, KVC_TAIL_CHUNK)};
+}
+
+// What they have to do before each row. A thread sums up a run of neighbouring rows.
 KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
     const int32_t per_thread = batch.rows / KVC_THREADS + 1;  // rows + 1 places to fill
     const int32_t first = (int32_t)kvc_thread() * per_thread;
-    uint64_t sums[3] = {0, 0, 0}, totals[3];
-    for (int32_t row = first; row < first + per_thread && row < batch.rows; ++row) {
-        const RowExtent e = kvc_row_extent(pool, batch, row);
-        sums[0] += (uint64_t)kvc_units(e.verify_end - e.verify_start, KVC_VERIFY_UNIT);
-        sums[1] += (uint64_t)kvc_tiles(e.n_new);
-        sums[2] += (uint64_t)(e.n_new + KVC_TAIL_CHUNK - 1) / KVC_TAIL_CHUNK;
+    RowWork of_first = {0, 0, 0};  // mostly the only one
+    if (first < batch.rows) of_first = kvc_row_work(pool, batch, first);
+    uint64_t sums[3] = {of_first.verify, of_first.write, of_first.tail}, totals[3];
+    for (int32_t row = first + 1; row < first + per_thread && row < batch.rows; ++row) {
+        const RowWork work = kvc_row_work(pool, batch, row);
+        sums[0] += work.verify;
+        sums[1] += work.write;
+        sums[2] += work.tail;
     }
     kvc_block_exclusive_sums(sums, totals);
     int64_t* verify = kvc_work(pool, KVC_WORK_VERIFY);
@@ -78,11 +90,11 @@ KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
         verify[row] = (int64_t)sums[0];
         write[row] = (int64_t)sums[1];
         tail[row] = (int64_t)sums[2];
-        if (row == batch.rows) break;
-        const RowExtent e = kvc_row_extent(pool, batch, row);
-        sums[0] += (uint64_t)kvc_units(e.verify_end - e.verify_start, KVC_VERIFY_UNIT);
-        sums[1] += (uint64_t)kvc_tiles(e.n_new);
-        sums[2] += (uint64_t)(e.n_new + KVC_TAIL_CHUNK - 1) / KVC_TAIL_CHUNK;
+        if (row + 1 == first + per_thread || row == batch.rows) break;
+        const RowWork work = row == first ? of_first : kvc_row_work(pool, batch, row);
+        sums[0] += work.verify;
+        sums[1] += work.write;
+        sums[2] += work.tail;
     }
 }
 
@@ -122,7 +134,7 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
         bool is_unknown = false;
         for (int64_t p = kvc_thread(); p < prefix; p += KVC_THREADS) is_unknown |= history[p] < 0;
         if (!kvc_sync_block_or(is_unknown)) {
-            row.anchor = kvc_block_chain(row.anchor, prefix, [=](int64_t p) { return kvc_token_mix(history[p], (int32_t)p); });
+            row.anchor = kvc_block_chain(row.anchor, prefix, 0, [=](int64_t p) { return history[p]; });
             row.flags |= KVC_ROW_ANCHORED;
             return;
         }

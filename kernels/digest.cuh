@@ -220,7 +220,7 @@ KVC_NOINLINE uint64_t kvc_sums_of_rounds(const Digest* at_unit, const Plane* at_
     const Digest unit = *at_unit;
     const Plane plane = *at_plane;
     if (unit.load_bytes == 8) {
-        return unit.n_loads <= 2 ? kvc_sums_shape<1, 1, 1, false>(unit, plane, start, 0) : kvc_sums_long<false>(unit, plane, start);
+        return kvc_sums_long<false>(unit, plane, start);
     }
     if (unit.n_loads > 128) return kvc_sums_long<true>(unit, plane, start);
     switch (kvc_rounds(unit)) {
@@ -292,6 +292,35 @@ KVC_NOINLINE uint64_t kvc_sums_general(const Pool& pool, uint32_t index, int64_t
     return mine;
 }
 
+// Planes of at most 16 bytes a slot: a lane reads its own slot's. They are all latency, so they are loaded a digest ahead.
+struct Crumb {
+    uint64_t a, b;
+};
+KVC_DEVICE bool kvc_is_crumb(const Pool& pool, uint32_t index) {
+    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
+    return unit->n_loads * unit->load_bytes - 1u < 16;
+}
+KVC_DEVICE Crumb kvc_load_crumb(const Pool& pool, uint32_t index, const LaneSlot& at) {
+    const Digest unit = kvc_pointer<Digest>(pool.digest_units)[index];
+    const Plane plane = kvc_pointer<Plane>(pool.planes)[unit.first_plane];
+    if (at.slot < 0) return {0, 0};
+    const uint64_t start = kvc_slot_address(plane, at.block, at.token);
+    const uint64_t second = unit.load_bytes == 8 ? kvc_byte_offset<false>(unit, plane, 8) : 8;  // of 8 bytes, the same again
+    return {kvc_load_once_u64((const void*)start), kvc_load_once_u64((const void*)(start + second))};
+}
+KVC_DEVICE uint64_t kvc_crumb_sum(const Pool& pool, uint32_t index, const Crumb& crumb) {
+    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
+    const uint64_t* k = kvc_constants();
+    Sum sum = {0, 0};
+    sum.add((uint32_t)crumb.a, k[0]);
+    sum.add((uint32_t)(crumb.a >> 32), k[1]);
+    if (unit->n_loads * unit->load_bytes > 8) {
+        sum.add((uint32_t)crumb.b, k[2]);
+        sum.add((uint32_t)(crumb.b >> 32), k[3]);
+    }
+    return sum.total();
+}
+
 KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& at) {
     const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
     if (unit->n_loads == 0) return kvc_sums_general(pool, index, at.slot, at.block, at.token);
@@ -318,33 +347,62 @@ KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
     return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
 }
 
-// Stores the digests of the lanes' slots. All lanes take part.
-KVC_DEVICE void kvc_store_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at) {
+// The sums of the lanes' slots over each digest of a range, in order: then(digest, sum). All lanes take part.
+template <typename Then>
+KVC_DEVICE void kvc_each_sum(const Pool& pool, const DigestRange& range, const LaneSlot& at, Then then) {
+    bool is_crumb = range.first < range.last && kvc_is_crumb(pool, range.first);
+    Crumb crumb = {0, 0};
+    if (is_crumb) crumb = kvc_load_crumb(pool, range.first, at);
 #pragma unroll 1
     for (uint32_t d = range.first; d < range.last; ++d) {
-        const uint64_t sum = kvc_sums(pool, d, at);
-        if (at.slot >= 0) *kvc_digest_at(pool, d, at.slot) = kvc_finish_digest(pool, sum, d, at.position);
+        const bool is_now = is_crumb;
+        const Crumb now = crumb;
+        is_crumb = d + 1 < range.last && kvc_is_crumb(pool, d + 1);
+        if (is_crumb) crumb = kvc_load_crumb(pool, d + 1, at);
+        const uint64_t stored = then.before(d);
+        then.after(d, stored, is_now ? kvc_crumb_sum(pool, d, now) : kvc_sums(pool, d, at));
     }
+}
+
+// Stores the digests of the lanes' slots, of those whose claim is the wanted one. All lanes take part.
+struct StoreDigest {
+    const Pool& pool;
+    const LaneSlot& at;
+    const uint64_t &claim, &wanted;
+    KVC_DEVICE_MEMBER uint64_t before(uint32_t) const { return 0; }
+    KVC_DEVICE_MEMBER void after(uint32_t d, uint64_t, uint64_t sum) const {
+        if (at.slot < 0 || claim != wanted) return;
+        *kvc_digest_at(pool, d, at.slot) = kvc_finish_digest(pool, sum, d, at.position);
+    }
+};
+KVC_DEVICE void kvc_store_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at, uint64_t claim, uint64_t wanted) {
+    kvc_each_sum(pool, range, at, StoreDigest{pool, at, claim, wanted});
 }
 
 // Compares the digests of the lanes' slots with the stored ones (0 = there is none). All lanes take part; returns whether any
 // of this lane's differs, and counts those compared.
-KVC_DEVICE bool kvc_compare_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at, uint32_t& n_compared) {
-    bool is_odd = false;
-#pragma unroll 1
-    for (uint32_t d = range.first; d < range.last; ++d) {
-        const uint64_t stored = at.slot >= 0 ? *kvc_digest_at(pool, d, at.slot) : 0;
-        const uint64_t sum = kvc_sums(pool, d, at);
+struct CompareDigest {
+    const Pool& pool;
+    const LaneSlot& at;
+    uint32_t& n_compared;
+    bool& is_odd;
+    // Loaded ahead of the sum, whose latency hides it.
+    KVC_DEVICE_MEMBER uint64_t before(uint32_t d) const { return at.slot >= 0 ? *kvc_digest_at(pool, d, at.slot) : 0; }
+    KVC_DEVICE_MEMBER void after(uint32_t d, uint64_t stored, uint64_t sum) const {
         n_compared += stored != 0;
         is_odd |= stored && kvc_finish_digest(pool, sum, d, at.position) != stored;
     }
+};
+KVC_DEVICE bool kvc_compare_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at, uint32_t& n_compared) {
+    bool is_odd = false;
+    kvc_each_sum(pool, range, at, CompareDigest{pool, at, n_compared, is_odd});
     return is_odd;
 }
 
 // Judges the lanes' slots in full after kvc_compare_digests has found a difference: a difference counts only where HEAD and TAIL
 // stamps are of one earlier forward, and at the position that the stamp tells. All lanes take part; `about` is the lane's own.
-KVC_NOINLINE void kvc_judge_digests(const Guard& guard, const Pool& pool, const DigestRange& range, const LaneSlot& at,
-                                    uint32_t forward, const Violation& about) {
+KVC_NOINLINE void kvc_judge_digests(const Guard& guard, const Pool& pool, DigestRange range, LaneSlot at, uint32_t forward,
+                                    const Violation& about) {
 #pragma unroll 1
     for (uint32_t d = range.first; d < range.last; ++d) {
         const uint32_t half = kvc_pointer<Digest>(pool.digest_units)[d].half;

@@ -49,18 +49,30 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
     return n_compared;
 }
 
-// The slots that kvc_stamps_write has listed, dealt out to the blocks of the whole grid: 64 of them and one digest at a time, small
-// enough for all blocks to end together.
+// The slots that kvc_stamps_write has listed, dealt out evenly to the blocks of the whole grid: 64 of them and one digest at a
+// time, small enough for all blocks to end together; the tasks of a block are neighbours, mostly of one digest.
 KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint32_t n_listed, uint32_t forward) {
-    const uint32_t n_parts = (n_listed + 63) / 64, n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
+    const uint32_t n_parts = (n_listed + 63) / 64;
+    const uint32_t block = kvc_block_y() * kvc_n_blocks() + kvc_block(), n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
+    const Share share = kvc_even_share((uint64_t)n_parts * p.pool.n_digests, block, n_blocks);
     const uint32_t shift = kvc_run_shift(p.pool, 0), place = kvc_place_in_block(shift < 3 ? shift : 3);  // eight a warp
-    uint32_t n_compared = 0;
-    for (uint64_t task = kvc_block_y() * kvc_n_blocks() + kvc_block(); task < (uint64_t)n_parts * p.pool.n_digests; task += n_blocks) {
-        const uint32_t d = (uint32_t)(task / n_parts), entry = (uint32_t)(task % n_parts) * 64 + place;
-        const bool is_there = kvc_lane() < 8 && entry < n_listed;
-        const Due due = is_there ? list[entry] : Due{0, 0, 0, 0};
-        const LaneSlot at = kvc_lane_slot(p.pool, is_there ? (int64_t)due.slot : -1, due.position);
-        if (kvc_ballot(is_there)) n_compared += kvc_verify_slots(p, due.row, {d, d + 1}, at, forward);
+    if (share.first >= share.last) return 0;
+    uint32_t d = (uint32_t)((uint64_t)share.first / n_parts), part = (uint32_t)share.first - d * n_parts, n_compared = 0;
+    const auto load = [&](uint32_t of) {
+        const uint32_t entry = of * 64 + place;
+        return kvc_lane() < 8 && entry < n_listed ? list[entry] : Due{0, 0, -1, 0};
+    };
+    Due next = load(part);
+    for (int64_t task = share.first; task < share.last; ++task) {
+        const Due due = next;
+        const uint32_t of = d;
+        if (++part == n_parts) {
+            part = 0;
+            ++d;
+        }
+        next = load(part);
+        const LaneSlot at = kvc_lane_slot(p.pool, due.row >= 0 ? (int64_t)due.slot : -1, due.position);
+        if (kvc_ballot(due.row >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1}, at, forward);
     }
     return n_compared;
 }
@@ -80,12 +92,13 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     kvc_make_constants();
     uint32_t n_compared = 0;
     if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, kvc_due_list(pool) + 1, n_listed, forward);
-    int64_t u = n_units * kvc_block() / kvc_n_blocks();
-    const int64_t end = n_units * (kvc_block() + 1) / kvc_n_blocks();
+    const Share share = kvc_even_share((uint64_t)n_units, kvc_block(), kvc_n_blocks());
+    const int64_t end = share.last;
+    int64_t u = share.first;
     while (u < end) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-        const int64_t length = kvc_data_unit(p.batch, row), left = kvc_data_units(p.batch, row) - unit.chunk;
+        const int64_t length = kvc_data_unit(p.batch, row), left = (int64_t)kvc_data_units(p.batch, row) - unit.chunk;
         const int64_t n = left < end - u ? left : end - u;
         const int64_t first = row.verify_start + unit.chunk * length;
         const int64_t last = first + n * length < row.verify_end ? first + n * length : row.verify_end;
@@ -99,16 +112,21 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
 }
 
 // ---- new tokens ----------------------------------------------------------------------------------------------------------
-// The slot of this lane's one of `each` new tokens from `base` on, if the token has won it in this forward.
-KVC_DEVICE LaneSlot kvc_won_slot(const StepParams& p, int64_t base, uint32_t each, uint32_t forward) {
+// The slot of this lane's one of `each` new tokens from `base` on, and whose it is: that is looked at only once the bytes are
+// read, so that stamp and claim are under way together with them.
+struct NewSlot {
+    LaneSlot at;
+    uint64_t claim;
+};
+KVC_DEVICE NewSlot kvc_new_slot(const StepParams& p, int64_t base, uint32_t each) {
     const int64_t t = base + kvc_lane();
-    int64_t slot = kvc_lane() < each && t < p.batch.n_tokens ? kvc_write_slot(p.pool, p.batch, t).slot : -1;
-    int32_t position = 0;
+    const int64_t slot = kvc_lane() < each && t < p.batch.n_tokens ? kvc_write_slot(p.pool, p.batch, t).slot : -1;
+    NewSlot n = {kvc_lane_slot(p.pool, slot, 0), 0};
     if (slot >= 0) {
-        position = kvc_pointer<Stamp>(p.pool.head[0])[slot].position;
-        if (kvc_pointer<uint64_t>(p.pool.claims)[slot] != ((uint64_t)forward << 32 | (uint64_t)(t + 1))) slot = -1;
+        n.at.position = kvc_pointer<Stamp>(p.pool.head[0])[slot].position;
+        n.claim = kvc_pointer<uint64_t>(p.pool.claims)[slot];
     }
-    return kvc_lane_slot(p.pool, slot, position);
+    return n;
 }
 
 // A warp per few places of the token arrays and digest range, of one place if there are warps enough: a token that has won the
@@ -126,12 +144,13 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     }
     each = each < 1 ? 1 : each > 32 ? 32 : each;
     int64_t base = kvc_global_warp() * each;
-    LaneSlot at = kvc_won_slot(p, base, each, forward);
+    NewSlot next = kvc_new_slot(p, base, each);
     kvc_make_constants();
     while (base < p.batch.n_tokens) {
-        if (kvc_ballot(at.slot >= 0)) kvc_store_digests(pool, range, at);
+        const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(base + kvc_lane() + 1);
+        if (kvc_ballot(next.at.slot >= 0)) kvc_store_digests(pool, range, next.at, next.claim, claim);
         base += (int64_t)n_warps * each;
-        at = kvc_won_slot(p, base, each, forward);
+        next = kvc_new_slot(p, base, each);
     }
 }
 
@@ -153,7 +172,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
             int64_t slot = position < row.verify_end ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
             if (slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] != kvc_adoption_claim(forward, position)) slot = -1;
             if (kvc_ballot(slot >= 0) == 0) continue;
-            kvc_store_digests(pool, {0, pool.n_digests}, kvc_lane_slot(pool, slot, position));
+            kvc_store_digests(pool, {0, pool.n_digests}, kvc_lane_slot(pool, slot, position), 0, 0);
             const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
             for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
                 kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;

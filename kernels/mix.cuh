@@ -70,19 +70,38 @@ KVC_DEVICE void kvc_block_exclusive_sums(uint64_t (&v)[N], uint64_t (&totals)[N]
     kvc_sync_block();  // sums may be written again
 }
 
-// The chain after n tokens that continue `start`: start P^n + sum_j m_j P^(n-1-j), m_j = token_mix_of(j).
-// Thread i walks j = i, i + 256, ... by Horner's rule in P^256; what is left of the power is at most P^255.
+// The chain after n >= 1 tokens that continue `start`: start P^n + sum_j m_j P^(n-1-j), m_j = mix of token_of(j) at first + j.
+// Thread i walks j = i, i + 256, ... by Horner's rule in P^256; what is left of the power is at most P^255. Tokens are loaded
+// eight at a time, without a condition and ahead of their turn: past the end, the last one again.
 // All threads of the block take part and get the result.
-template <typename TokenMixOf>
-KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, int64_t n, TokenMixOf token_mix_of) {
+template <typename TokenOf>
+KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, int64_t n, int32_t first, TokenOf token_of) {
+    constexpr int AHEAD = 8;
+    int32_t tokens[AHEAD];
+    const auto load = [&](int64_t base) {
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            const int64_t j = base + u * KVC_THREADS;
+            tokens[u] = token_of(j < n ? j : n - 1);
+        }
+    };
+    int64_t base = kvc_thread();
+    load(base);
     const uint64_t stride_power = kvc_pow(KVC_CHAIN_P, KVC_THREADS);
+    const uint64_t rest_power = base < n ? kvc_pow(KVC_CHAIN_P, (uint64_t)(n - 1 - base) % KVC_THREADS) : 0;
+    const uint64_t whole_power = kvc_pow(KVC_CHAIN_P, (uint64_t)n);
     uint64_t sum = 0;
-    int64_t last = -1;
-#pragma unroll 8  // loads in flight
-    for (int64_t j = kvc_thread(); j < n; j += KVC_THREADS) {
-        sum = sum * stride_power + token_mix_of(j);
-        last = j;
+    while (base < n) {
+        uint64_t mixes[AHEAD];
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) mixes[u] = kvc_token_mix(tokens[u], first + (int32_t)(base + u * KVC_THREADS));
+        const int64_t now = base;
+        base += AHEAD * KVC_THREADS;
+        if (base < n) load(base);
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            if (now + u * KVC_THREADS < n) sum = sum * stride_power + mixes[u];
+        }
     }
-    if (last >= 0) sum *= kvc_pow(KVC_CHAIN_P, (uint64_t)(n - 1 - last));
-    return start * kvc_pow(KVC_CHAIN_P, (uint64_t)n) + kvc_block_sum(sum);
+    return start * whole_power + kvc_block_sum(sum * rest_power);
 }

@@ -17,9 +17,9 @@ struct HotRow {
     uint32_t anchored_at;  // the position whose chain must be the anchor
     uint64_t anchor;
 };
-KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index) {
+KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, const TableRow& table) {
     const Batch& batch = p.batch;
-    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.anchor};
+    HotRow hot = {table, nullptr, 0, 0, 0xffffffffu, row.anchor};
     const int64_t offset = p.pool.token_offset;
     if (batch.token_history && row.request_slot >= 0 && batch.history_length > offset) {
         hot.known_from = offset < 0 ? (uint32_t)-offset : 0;
@@ -129,11 +129,11 @@ KVC_DEVICE bool kvc_is_healthy(const HotRow& hot, uint32_t position, int32_t slo
 struct Entries {
     uint32_t own[KVC_GROUPS], before;  // before: of the position before the unit
 };
-KVC_DEVICE Entries kvc_entries(const Batch& batch, const HotRow& hot, uint32_t first) {
+KVC_DEVICE Entries kvc_entries(const Batch& batch, const TableRow& table, uint32_t first) {
     Entries e;
 #pragma unroll
-    for (uint32_t g = 0; g < KVC_GROUPS; ++g) e.own[g] = kvc_fast_entry(batch, hot.table, first + 32 * g + kvc_lane());
-    e.before = kvc_fast_entry(batch, hot.table, first - 1);  // beyond any table for position 0
+    for (uint32_t g = 0; g < KVC_GROUPS; ++g) e.own[g] = kvc_fast_entry(batch, table, first + 32 * g + kvc_lane());
+    e.before = kvc_fast_entry(batch, table, first - 1);  // beyond any table for position 0
     return e;
 }
 
@@ -155,7 +155,7 @@ KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRo
     }
     const int32_t before = lane == 0 && first ? kvc_fast_slot(pool, batch, entries.before, first - 1) : -1;
     const Raw raw_before = kvc_raw<STAGE>(pool, before);
-    entries = kvc_entries(batch, hot, next);
+    entries = kvc_entries(batch, hot.table, next);
     Carried carried = {0, 1, 1};  // before position 0 stands the anchor
     if (first == 0) {
         carried.chain = kvc_anchor(batch.salts ? kvc_pointer<uint64_t>(batch.salts)[index] : 0);
@@ -181,21 +181,25 @@ template <uint32_t STAGE>
 KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
     const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
-    const int64_t end = n_units * (kvc_block() + 1) / kvc_n_blocks();
-    int64_t u = n_units * kvc_block() / kvc_n_blocks() + kvc_warp_in_block();
+    const Share share = kvc_even_share((uint64_t)n_units, kvc_block(), kvc_n_blocks());
+    const int64_t end = share.last;
+    int64_t u = share.first + kvc_warp_in_block();
     uint32_t n_entries = 0;
     while (u < end) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
-        const int64_t n_left = kvc_units(row.verify_end - row.verify_start, KVC_VERIFY_UNIT) - unit.chunk;
+        // Without a window the row need not be known for its table to be read: one latency less before the first stamp.
+        const TableRow table = kvc_table_row(p.batch, unit.row);
+        uint32_t first = (uint32_t)unit.chunk * KVC_VERIFY_UNIT, odd = 0xffffffffu;
+        if (p.pool.window) first += (uint32_t)row.verify_start;
+        Entries entries = kvc_entries(p.batch, table, first);
+        const int64_t n_left = (int64_t)kvc_units((uint32_t)(row.verify_end - row.verify_start), KVC_VERIFY_UNIT) - unit.chunk;
         const int64_t row_end = u + n_left < end ? u + n_left : end;
         if (!(row.flags & KVC_ROW_LIVE) || n_left <= 0) {
             u += KVC_WARPS;
             continue;
         }
-        const HotRow hot = kvc_hot_row(p, row, unit.row);
-        uint32_t first = (uint32_t)row.verify_start + (uint32_t)unit.chunk * KVC_VERIFY_UNIT, odd = 0xffffffffu;
-        Entries entries = kvc_entries(p.batch, hot, first);
+        const HotRow hot = kvc_hot_row(p, row, table);
 #pragma unroll 1
         for (; u < row_end; u += KVC_WARPS, first += KVC_WARPS * KVC_VERIFY_UNIT) {
             const uint32_t stop = first + KVC_VERIFY_UNIT, last = stop < (uint32_t)row.verify_end ? stop : (uint32_t)row.verify_end;
@@ -249,9 +253,10 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_verify(KVC_PARAM StepParams p) {
 
 // ---- kvc_stamps_tail -----------------------------------------------------------------------------------------------------
 // DUPLICATE_WRITE of a loser, and the look-up of the token's place through the table as it is now.
-KVC_NOINLINE void kvc_judge_new_token(const StepParams& p, const Row& row, int32_t index, int64_t i, const KvcSlot& target,
-                                    bool is_loser, uint32_t forward) {
+KVC_NOINLINE void kvc_judge_new_token(const StepParams& p, int32_t index, int64_t i, bool is_loser, uint32_t forward) {
     const Pool& pool = p.pool;
+    const Row row = kvc_pointer<Row>(pool.rows)[index];
+    const KvcSlot target = kvc_write_slot(pool, p.batch, row.first_token + i);
     const uint32_t tag = kvc_tag(KVC_STAGE_TAIL, pool.kind, 0);
     const int64_t t = row.first_token + i, position = row.prefix + i;
     if (is_loser) {
@@ -311,7 +316,7 @@ KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint3
         }
         const bool is_loser = is_slot && !is_written;
         if (is_judging && (is_loser || !kvc_is_where_it_belongs(p, unit.row, row.prefix + i, target, forward))) {
-            kvc_judge_new_token(p, row, unit.row, i, target, is_loser, forward);
+            kvc_judge_new_token(p, unit.row, i, is_loser, forward);
         }
     }
     return is_written;
