@@ -134,7 +134,7 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
         bool is_unknown = false;
         for (int64_t p = kvc_thread(); p < prefix; p += KVC_THREADS) is_unknown |= history[p] < 0;
         if (!kvc_sync_block_or(is_unknown)) {
-            row.anchor = kvc_block_chain(row.anchor, prefix, 0, [=](int64_t p) { return history[p]; });
+            row.anchor = kvc_block_chain(row.anchor, (uint32_t)prefix, 0, [=](uint32_t p) { return history[p]; });
             row.flags |= KVC_ROW_ANCHORED;
             return;
         }

@@ -17,10 +17,20 @@ KVC_DEVICE uint64_t* kvc_constants() {
     return k;
 }
 KVC_DEVICE uint64_t kvc_constant_of(uint32_t i) { return kvc_mix64(KVC_DIGEST_SEED + i) | 1; }
-// Made by the block. All threads take part.
-KVC_DEVICE void kvc_make_constants() {
+// Made by the block, which meanwhile reads what the pool's digests are, all of them at once: later they are near. Returns whether
+// any of them is a crumb (below). All threads take part.
+KVC_DEVICE bool kvc_is_crumb(const Pool& pool, uint32_t index) {
+    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
+    return unit->n_loads * unit->load_bytes - 1u < 16;
+}
+KVC_DEVICE bool kvc_begin_digests(const Pool& pool) {
+    bool is_any_crumb = false;
+    for (uint32_t i = kvc_thread(); i < pool.n_digests; i += KVC_THREADS) {
+        is_any_crumb |= kvc_is_crumb(pool, i);
+        kvc_prefetch(kvc_pointer<Plane>(pool.planes) + i);  // there are at least as many planes
+    }
     for (uint32_t i = kvc_thread(); i < KVC_DIGEST_PERIOD; i += KVC_THREADS) kvc_constants()[i] = kvc_constant_of(i);
-    kvc_sync_block();
+    return kvc_sync_block_or(is_any_crumb);
 }
 
 // The slot of a lane.
@@ -121,10 +131,14 @@ KVC_DEVICE uint64_t kvc_group_sum(uint64_t (&sum)[U]) {
 // their turn. All lanes take part; the sum of each slot goes to its lane. No load is conditional: where there is no slot, another
 // one is read again, and past the end of the plane its last bytes, which do not count. All loads of a turn are issued together:
 // neighbouring slots are neighbours in memory, which likes to be read in one go.
-template <int LANES, int ROUNDS, int U, bool IS_WIDE>
+//
+// HAS_REST: 32 / U lanes a slot take one piece more each, the plane's last.
+template <int LANES, int ROUNDS, int U, bool IS_WIDE, bool HAS_REST = false>
 KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint64_t start, uint32_t first) {
     constexpr int GROUPS = 32 / LANES, AT_ONCE = U * GROUPS, SHARE = U > 1 ? LANES / U : LANES;
+    constexpr int REST_LANES = 32 / U;
     static_assert(U == 1 || U <= LANES, "kvc_group_sum");
+    static_assert(!HAS_REST || (IS_WIDE && LANES == 32), "the slots of a turn are as many as the groups that take their rests");
     const uint32_t lane = kvc_lane() % LANES, group = kvc_lane() / LANES;
     const uint32_t there = kvc_ballot(start != 0);
     if (there == 0) return 0;
@@ -141,7 +155,14 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
     // In the last round, some lanes may have nothing: of one round, that is in the constants; of several, their words are dropped.
     const uint32_t n_bytes = unit.n_loads * (IS_WIDE ? 16 : 8), last = 16 * (first + lane + 32u * (ROUNDS - 1));
 #pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) k[j] = ROUNDS > 1 || last + 4 * j < n_bytes ? kvc_constants()[4 * lane + j] : 0;
+    for (uint32_t j = 0; j < 4; ++j) k[j] = ROUNDS > 1 || HAS_REST || last + 4 * j < n_bytes ? kvc_constants()[4 * lane + j] : 0;
+    const uint32_t rest_lane = kvc_lane() % REST_LANES, rest_byte = 16 * (32u * ROUNDS + rest_lane);
+    const uint64_t rest_offset = HAS_REST ? kvc_byte_offset<IS_WIDE>(unit, plane, rest_byte) : 0;
+
+    const uint64_t rest_power = ROUNDS == 1 ? KVC_DIGEST_R : KVC_DIGEST_R * KVC_DIGEST_R;
+    uint64_t rest_k[4];
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) rest_k[j] = HAS_REST && rest_byte < n_bytes ? kvc_constants()[4 * rest_lane + j] : 0;
 
     uint64_t mine = 0;
 #pragma unroll 1
@@ -153,11 +174,13 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
 #pragma unroll
             for (int r = 0; r < ROUNDS; ++r) pieces[u][r].read(slot, offset[r], second[r]);
         }
+        Piece<IS_WIDE> rest;
+        if (HAS_REST) rest.read(kvc_shfl_u64(start, ((uint32_t)base + kvc_lane() / REST_LANES) & 31), rest_offset, 0);
         uint64_t totals[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             Sum sum = {0, 0};
-            if (ROUNDS > 1 && last >= n_bytes) pieces[u][ROUNDS - 1].v = {0, 0, 0, 0};
+            if (ROUNDS > 1 && !HAS_REST && last >= n_bytes) pieces[u][ROUNDS - 1].v = {0, 0, 0, 0};
             kvc_add_piece(sum, pieces[u][ROUNDS - 1].v, k);
 #pragma unroll
             for (int r = ROUNDS - 2; r >= 0; --r) {
@@ -170,7 +193,15 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
         // Slot u * GROUPS + g of a pass: in group g, in the u-th of U parts of it.
         const uint32_t place = kvc_lane() - (uint32_t)base;
         const uint64_t found = kvc_shfl_u64(total, (place % GROUPS * LANES + place / GROUPS * SHARE) & 31);
-        if (place < AT_ONCE) mine = found;
+        uint64_t more = 0;
+        if (HAS_REST) {
+            uint64_t sums[1];
+            Sum sum = {0, 0};
+            kvc_add_piece(sum, rest.v, rest_k);
+            sums[0] = sum.total();
+            more = kvc_shfl_u64(kvc_group_sum<REST_LANES, 1>(sums), place * REST_LANES & 31) * rest_power;
+        }
+        if (place < AT_ONCE) mine = found + more;
     }
     return mine;
 }
@@ -212,9 +243,14 @@ KVC_DEVICE uint64_t kvc_sums_long(const Digest& unit, const Plane& plane, uint64
 }
 
 // A plane is taken in rounds of 32 pieces, one a lane. Where the last one would leave most lanes idle, fewer lanes a slot take
-// what is left. Both out of line: so that all kernels have these loops once, and the loops the registers for themselves.
+// what is left: together with the rounds, where the slots of a turn leave no more than one piece for each lane, else after them.
+// Both out of line: so that all kernels have these loops once, and the loops the registers for themselves.
 KVC_DEVICE uint32_t kvc_rounds(const Digest& unit) {
     return unit.n_loads / 32 + (unit.n_loads % 32 > 8 && unit.n_loads > 32);
+}
+KVC_DEVICE bool kvc_has_rest_in_rounds(const Digest& unit) {
+    const uint32_t n_rounds = kvc_rounds(unit);
+    return (n_rounds == 1 && unit.n_loads - 33 < 4) || (n_rounds == 2 && unit.n_loads - 65 < 8);
 }
 KVC_NOINLINE uint64_t kvc_sums_of_rounds(const Digest* at_unit, const Plane* at_plane, uint64_t start) {
     const Digest unit = *at_unit;
@@ -223,6 +259,10 @@ KVC_NOINLINE uint64_t kvc_sums_of_rounds(const Digest* at_unit, const Plane* at_
         return kvc_sums_long<false>(unit, plane, start);
     }
     if (unit.n_loads > 128) return kvc_sums_long<true>(unit, plane, start);
+    if (kvc_has_rest_in_rounds(unit)) {
+        if (unit.n_loads < 64) return kvc_sums_shape<32, 1, KVC_PIECES, true, true>(unit, plane, start, 0);
+        return kvc_sums_shape<32, 2, KVC_PIECES / 2, true, true>(unit, plane, start, 0);
+    }
     switch (kvc_rounds(unit)) {
         case 4: return kvc_sums_shape<32, 4, KVC_PIECES / 4, true>(unit, plane, start, 0);
         case 3: return kvc_sums_shape<32, 3, KVC_PIECES / 4, true>(unit, plane, start, 0);
@@ -296,10 +336,6 @@ KVC_NOINLINE uint64_t kvc_sums_general(const Pool& pool, uint32_t index, int64_t
 struct Crumb {
     uint64_t a, b;
 };
-KVC_DEVICE bool kvc_is_crumb(const Pool& pool, uint32_t index) {
-    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
-    return unit->n_loads * unit->load_bytes - 1u < 16;
-}
 KVC_DEVICE Crumb kvc_load_crumb(const Pool& pool, uint32_t index, const LaneSlot& at) {
     const Digest unit = kvc_pointer<Digest>(pool.digest_units)[index];
     const Plane plane = kvc_pointer<Plane>(pool.planes)[unit.first_plane];
@@ -329,7 +365,7 @@ KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& a
     const uint32_t n_loads = unit->n_loads, n_rounds = kvc_rounds(*unit);
     const bool is_narrow = unit->load_bytes == 8;
     uint64_t sum = n_rounds || is_narrow ? kvc_sums_of_rounds(unit, plane, start) : 0;
-    if (n_loads <= 128 && n_loads > 32 * n_rounds && !is_narrow) {
+    if (n_loads <= 128 && n_loads > 32 * n_rounds && !is_narrow && !kvc_has_rest_in_rounds(*unit)) {
         sum += kvc_sums_of_rest(unit, plane, start, 32 * n_rounds) * kvc_pow(KVC_DIGEST_R, n_rounds);
     }
     return sum;
@@ -339,25 +375,27 @@ KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& a
 // Some of [first, last) of the pool's digests.
 struct DigestRange {
     uint32_t first, last;
+    bool has_crumbs;  // perhaps
 };
 // Those that this block's grid.y takes.
-KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
+KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool, bool has_crumbs) {
     const uint32_t per_y = (pool.n_digests + kvc_n_blocks_y() - 1) / kvc_n_blocks_y();
     const uint32_t first = kvc_block_y() * per_y, last = first + per_y;
-    return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
+    return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests, has_crumbs};
 }
 
-// The sums of the lanes' slots over each digest of a range, in order: then(digest, sum). All lanes take part.
+// The sums of the lanes' slots over each digest of a range, in order: then.after(digest, then.before(digest), sum). All lanes
+// take part.
 template <typename Then>
 KVC_DEVICE void kvc_each_sum(const Pool& pool, const DigestRange& range, const LaneSlot& at, Then then) {
-    bool is_crumb = range.first < range.last && kvc_is_crumb(pool, range.first);
+    bool is_crumb = range.has_crumbs && range.first < range.last && kvc_is_crumb(pool, range.first);
     Crumb crumb = {0, 0};
     if (is_crumb) crumb = kvc_load_crumb(pool, range.first, at);
 #pragma unroll 1
     for (uint32_t d = range.first; d < range.last; ++d) {
         const bool is_now = is_crumb;
         const Crumb now = crumb;
-        is_crumb = d + 1 < range.last && kvc_is_crumb(pool, d + 1);
+        is_crumb = range.has_crumbs && d + 1 < range.last && kvc_is_crumb(pool, d + 1);
         if (is_crumb) crumb = kvc_load_crumb(pool, d + 1, at);
         const uint64_t stored = then.before(d);
         then.after(d, stored, is_now ? kvc_crumb_sum(pool, d, now) : kvc_sums(pool, d, at));

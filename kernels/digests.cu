@@ -51,7 +51,7 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
 
 // The slots that kvc_stamps_write has listed, dealt out evenly to the blocks of the whole grid: 64 of them and one digest at a
 // time, small enough for all blocks to end together; the tasks of a block are neighbours, mostly of one digest.
-KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint32_t n_listed, uint32_t forward) {
+KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, bool has_crumbs, const Due* list, uint32_t n_listed, uint32_t forward) {
     const uint32_t n_parts = (n_listed + 63) / 64;
     const uint32_t block = kvc_block_y() * kvc_n_blocks() + kvc_block(), n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
     const Share share = kvc_even_share((uint64_t)n_parts * p.pool.n_digests, block, n_blocks);
@@ -72,7 +72,7 @@ KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint
         }
         next = load(part);
         const LaneSlot at = kvc_lane_slot(p.pool, due.row >= 0 ? (int64_t)due.slot : -1, due.position);
-        if (kvc_ballot(due.row >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1}, at, forward);
+        if (kvc_ballot(due.row >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1, has_crumbs}, at, forward);
     }
     return n_compared;
 }
@@ -87,11 +87,10 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     const int64_t n_units = work[p.batch.rows];
     const uint32_t n_listed = kvc_n_listed(pool);
     const bool is_list_whole = n_listed <= pool.due_capacity;
-    const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
-    kvc_make_constants();
+    const DigestRange range = kvc_digest_range(pool, kvc_begin_digests(pool));
     uint32_t n_compared = 0;
-    if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, kvc_due_list(pool) + 1, n_listed, forward);
+    if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, range.has_crumbs, kvc_due_list(pool) + 1, n_listed, forward);
     const Share share = kvc_even_share((uint64_t)n_units, kvc_block(), kvc_n_blocks());
     const int64_t end = share.last;
     int64_t u = share.first;
@@ -134,7 +133,6 @@ KVC_DEVICE NewSlot kvc_new_slot(const StepParams& p, int64_t base, uint32_t each
 KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     const uint32_t forward = kvc_forward_number(p.guard);
-    const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_TAIL);
     const uint32_t n_warps = (uint32_t)kvc_global_warps();
     uint32_t each = ((uint32_t)p.batch.n_tokens + n_warps - 1) / n_warps;
@@ -145,7 +143,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     each = each < 1 ? 1 : each > 32 ? 32 : each;
     int64_t base = kvc_global_warp() * each;
     NewSlot next = kvc_new_slot(p, base, each);
-    kvc_make_constants();
+    const DigestRange range = kvc_digest_range(pool, kvc_begin_digests(pool));
     while (base < p.batch.n_tokens) {
         const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(base + kvc_lane() + 1);
         if (kvc_ballot(next.at.slot >= 0)) kvc_store_digests(pool, range, next.at, next.claim, claim);
@@ -162,7 +160,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
     const uint32_t forward = kvc_forward_number(p.guard);
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
-    kvc_make_constants();
+    const DigestRange all = {0, pool.n_digests, kvc_begin_digests(pool)};
     for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
@@ -172,7 +170,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
             int64_t slot = position < row.verify_end ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
             if (slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] != kvc_adoption_claim(forward, position)) slot = -1;
             if (kvc_ballot(slot >= 0) == 0) continue;
-            kvc_store_digests(pool, {0, pool.n_digests}, kvc_lane_slot(pool, slot, position), 0, 0);
+            kvc_store_digests(pool, all, kvc_lane_slot(pool, slot, position), 0, 0);
             const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
             for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
                 kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;
@@ -186,9 +184,8 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
 // A warp per 32 resident slots and digest range.
 KVC_KERNEL(KVC_THREADS, 2) kvc_digests_sweep(KVC_PARAM SweepParams p) {
     const Pool& pool = p.pool;
-    const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_SWEEP);
-    kvc_make_constants();
+    const DigestRange range = kvc_digest_range(pool, kvc_begin_digests(pool));
     uint32_t n_compared = 0;
     for (int64_t base = kvc_global_warp() * 32; base < p.n; base += kvc_global_warps() * 32) {
         const int64_t i = base + kvc_lane();

@@ -71,37 +71,35 @@ KVC_DEVICE void kvc_block_exclusive_sums(uint64_t (&v)[N], uint64_t (&totals)[N]
 }
 
 // The chain after n >= 1 tokens that continue `start`: start P^n + sum_j m_j P^(n-1-j), m_j = mix of token_of(j) at first + j.
-// Thread i walks j = i, i + 256, ... by Horner's rule in P^256; what is left of the power is at most P^255. Tokens are loaded
-// eight at a time, without a condition and ahead of their turn: past the end, the last one again.
+// Thread i walks j = i, i + 256, ... by Horner's rule in P^256; what is left of the power is at most P^255. It does so eight
+// tokens at a time, and loads the fewer than eight of its end beforehand: past the end, the last one again.
 // All threads of the block take part and get the result.
 template <typename TokenOf>
-KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, int64_t n, int32_t first, TokenOf token_of) {
-    constexpr int AHEAD = 8;
-    int32_t tokens[AHEAD];
-    const auto load = [&](int64_t base) {
+KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, uint32_t n, int32_t first, TokenOf token_of) {
+    constexpr uint32_t AT_ONCE = 8, STRIDE = KVC_THREADS, SPAN = (AT_ONCE - 1) * STRIDE;
+    const uint32_t own = kvc_thread(), n_own = own < n ? (n - own + STRIDE - 1) / STRIDE : 0;
+    const uint32_t end = own + n_own / AT_ONCE * AT_ONCE * STRIDE;  // of whole eights
+    int32_t rest[AT_ONCE - 1];
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
-            const int64_t j = base + u * KVC_THREADS;
-            tokens[u] = token_of(j < n ? j : n - 1);
-        }
-    };
-    int64_t base = kvc_thread();
-    load(base);
-    const uint64_t stride_power = kvc_pow(KVC_CHAIN_P, KVC_THREADS);
-    const uint64_t rest_power = base < n ? kvc_pow(KVC_CHAIN_P, (uint64_t)(n - 1 - base) % KVC_THREADS) : 0;
-    const uint64_t whole_power = kvc_pow(KVC_CHAIN_P, (uint64_t)n);
+    for (uint32_t u = 0; u < AT_ONCE - 1; ++u) rest[u] = token_of(end + u * STRIDE < n ? end + u * STRIDE : n - 1);
+    const uint64_t stride_power = kvc_pow(KVC_CHAIN_P, STRIDE);
+    const uint64_t rest_power = n_own ? kvc_pow(KVC_CHAIN_P, (n - 1 - own) % STRIDE) : 0;
+    const uint64_t whole_power = kvc_pow(KVC_CHAIN_P, n);
     uint64_t sum = 0;
-    while (base < n) {
-        uint64_t mixes[AHEAD];
+#pragma unroll 1
+    for (uint32_t j = own; j < end; j += SPAN + STRIDE) {
+        int32_t tokens[AT_ONCE];
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) mixes[u] = kvc_token_mix(tokens[u], first + (int32_t)(base + u * KVC_THREADS));
-        const int64_t now = base;
-        base += AHEAD * KVC_THREADS;
-        if (base < n) load(base);
+        for (uint32_t u = 0; u < AT_ONCE; ++u) tokens[u] = token_of(j + u * STRIDE);
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
-            if (now + u * KVC_THREADS < n) sum = sum * stride_power + mixes[u];
+        for (uint32_t u = 0; u < AT_ONCE; ++u) {
+            sum = sum * stride_power + kvc_token_mix(tokens[u], first + (int32_t)(j + u * STRIDE));
         }
+    }
+#pragma unroll
+    for (uint32_t u = 0; u < AT_ONCE - 1; ++u) {
+        const uint64_t longer = sum * stride_power + kvc_token_mix(rest[u], first + (int32_t)(end + u * STRIDE));
+        if (end + u * STRIDE < n) sum = longer;
     }
     return start * whole_power + kvc_block_sum(sum * rest_power);
 }

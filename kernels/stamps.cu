@@ -230,14 +230,14 @@ KVC_DEVICE uint32_t kvc_write_tile(const StepParams& p, int32_t index, int64_t t
     const uint64_t ids = p.batch.input_ids;
     const uint32_t wide = p.batch.wide_ids;
     const int32_t first_token = row.first_token, prefix = row.prefix;
-    const auto token_of = [=](int64_t j) { return (int32_t)kvc_int_at(ids, wide, first_token + j); };
+    const auto token_of = [=](uint32_t j) { return (int32_t)kvc_int_at(ids, wide, first_token + (int64_t)j); };
     const int64_t length = kvc_tile_length(row.n_new), begin = tile * length;
     const int64_t end = begin + length < row.n_new ? begin + length : row.n_new;
     const bool owns_register = kvc_owns_register(pool, row, index, forward);
     const TableRow table = kvc_table_row(p.batch, index);
     const Start start = kvc_start_of(p, row, index, forward);
     TokenWords words = kvc_token_words(p, row, table, kvc_tile_token(begin, end));
-    uint64_t carry = begin ? kvc_block_chain(row.anchor, begin, prefix, token_of) : row.anchor;
+    uint64_t carry = begin ? kvc_block_chain(row.anchor, (uint32_t)begin, prefix, token_of) : row.anchor;
     uint32_t n_written = 0;
     for (int64_t base = begin; base < end; base += KVC_THREADS) {
         const int64_t i = base + kvc_thread();

@@ -17,9 +17,9 @@ struct HotRow {
     uint32_t anchored_at;  // the position whose chain must be the anchor
     uint64_t anchor;
 };
-KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, const TableRow& table) {
+KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index) {
     const Batch& batch = p.batch;
-    HotRow hot = {table, nullptr, 0, 0, 0xffffffffu, row.anchor};
+    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.anchor};
     const int64_t offset = p.pool.token_offset;
     if (batch.token_history && row.request_slot >= 0 && batch.history_length > offset) {
         hot.known_from = offset < 0 ? (uint32_t)-offset : 0;
@@ -129,11 +129,11 @@ KVC_DEVICE bool kvc_is_healthy(const HotRow& hot, uint32_t position, int32_t slo
 struct Entries {
     uint32_t own[KVC_GROUPS], before;  // before: of the position before the unit
 };
-KVC_DEVICE Entries kvc_entries(const Batch& batch, const TableRow& table, uint32_t first) {
+KVC_DEVICE Entries kvc_entries(const Batch& batch, const HotRow& hot, uint32_t first) {
     Entries e;
 #pragma unroll
-    for (uint32_t g = 0; g < KVC_GROUPS; ++g) e.own[g] = kvc_fast_entry(batch, table, first + 32 * g + kvc_lane());
-    e.before = kvc_fast_entry(batch, table, first - 1);  // beyond any table for position 0
+    for (uint32_t g = 0; g < KVC_GROUPS; ++g) e.own[g] = kvc_fast_entry(batch, hot.table, first + 32 * g + kvc_lane());
+    e.before = kvc_fast_entry(batch, hot.table, first - 1);  // beyond any table for position 0
     return e;
 }
 
@@ -155,7 +155,7 @@ KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRo
     }
     const int32_t before = lane == 0 && first ? kvc_fast_slot(pool, batch, entries.before, first - 1) : -1;
     const Raw raw_before = kvc_raw<STAGE>(pool, before);
-    entries = kvc_entries(batch, hot.table, next);
+    entries = kvc_entries(batch, hot, next);
     Carried carried = {0, 1, 1};  // before position 0 stands the anchor
     if (first == 0) {
         carried.chain = kvc_anchor(batch.salts ? kvc_pointer<uint64_t>(batch.salts)[index] : 0);
@@ -188,18 +188,15 @@ KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
     while (u < end) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
-        // Without a window the row need not be known for its table to be read: one latency less before the first stamp.
-        const TableRow table = kvc_table_row(p.batch, unit.row);
-        uint32_t first = (uint32_t)unit.chunk * KVC_VERIFY_UNIT, odd = 0xffffffffu;
-        if (p.pool.window) first += (uint32_t)row.verify_start;
-        Entries entries = kvc_entries(p.batch, table, first);
         const int64_t n_left = (int64_t)kvc_units((uint32_t)(row.verify_end - row.verify_start), KVC_VERIFY_UNIT) - unit.chunk;
         const int64_t row_end = u + n_left < end ? u + n_left : end;
         if (!(row.flags & KVC_ROW_LIVE) || n_left <= 0) {
             u += KVC_WARPS;
             continue;
         }
-        const HotRow hot = kvc_hot_row(p, row, table);
+        const HotRow hot = kvc_hot_row(p, row, unit.row);
+        uint32_t first = (uint32_t)row.verify_start + (uint32_t)unit.chunk * KVC_VERIFY_UNIT, odd = 0xffffffffu;
+        Entries entries = kvc_entries(p.batch, hot, first);
 #pragma unroll 1
         for (; u < row_end; u += KVC_WARPS, first += KVC_WARPS * KVC_VERIFY_UNIT) {
             const uint32_t stop = first + KVC_VERIFY_UNIT, last = stop < (uint32_t)row.verify_end ? stop : (uint32_t)row.verify_end;
