@@ -94,6 +94,12 @@ KVC_DEVICE kvc_u128 kvc_load_u128_if(const void* p, bool predicate) {
         : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((uint32_t)predicate));
     return v;
 }
+KVC_DEVICE uint64_t kvc_load_u64_if(const void* p, bool predicate) {
+    unsigned long long v;
+    asm volatile("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u64 %0, 0; @q ld.global.u64 %0, [%1]; }"
+                 : "=&l"(v) : "l"(p), "r"((uint32_t)predicate));
+    return v;
+}
 KVC_DEVICE uint32_t kvc_load_u32_if(const void* p, bool predicate) {
     uint32_t v;
     asm volatile("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.u32 %0, [%1]; }"

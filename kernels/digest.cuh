@@ -17,20 +17,15 @@ KVC_DEVICE uint64_t* kvc_constants() {
     return k;
 }
 KVC_DEVICE uint64_t kvc_constant_of(uint32_t i) { return kvc_mix64(KVC_DIGEST_SEED + i) | 1; }
-// Made by the block, which meanwhile reads what the pool's digests are, all of them at once: later they are near. Returns whether
-// any of them is a crumb (below). All threads take part.
-KVC_DEVICE bool kvc_is_crumb(const Pool& pool, uint32_t index) {
-    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
-    return unit->n_loads * unit->load_bytes - 1u < 16;
-}
-KVC_DEVICE bool kvc_begin_digests(const Pool& pool) {
-    bool is_any_crumb = false;
+// Made by the block, which meanwhile asks for all that tells what the pool's digests are: later it is near. All threads take part.
+KVC_DEVICE void kvc_begin_digests(const Pool& pool) {
+#pragma unroll 1
     for (uint32_t i = kvc_thread(); i < pool.n_digests; i += KVC_THREADS) {
-        is_any_crumb |= kvc_is_crumb(pool, i);
+        kvc_prefetch(kvc_pointer<Digest>(pool.digest_units) + i);
         kvc_prefetch(kvc_pointer<Plane>(pool.planes) + i);  // there are at least as many planes
     }
     for (uint32_t i = kvc_thread(); i < KVC_DIGEST_PERIOD; i += KVC_THREADS) kvc_constants()[i] = kvc_constant_of(i);
-    return kvc_sync_block_or(is_any_crumb);
+    kvc_sync_block();
 }
 
 // The slot of a lane.
@@ -336,6 +331,10 @@ KVC_NOINLINE uint64_t kvc_sums_general(const Pool& pool, uint32_t index, int64_t
 struct Crumb {
     uint64_t a, b;
 };
+KVC_DEVICE bool kvc_is_crumb(const Pool& pool, uint32_t index) {
+    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
+    return unit->n_loads * unit->load_bytes - 1u < 16;
+}
 KVC_DEVICE Crumb kvc_load_crumb(const Pool& pool, uint32_t index, const LaneSlot& at) {
     const Digest unit = kvc_pointer<Digest>(pool.digest_units)[index];
     const Plane plane = kvc_pointer<Plane>(pool.planes)[unit.first_plane];
@@ -375,27 +374,26 @@ KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& a
 // Some of [first, last) of the pool's digests.
 struct DigestRange {
     uint32_t first, last;
-    bool has_crumbs;  // perhaps
 };
 // Those that this block's grid.y takes.
-KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool, bool has_crumbs) {
+KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
     const uint32_t per_y = (pool.n_digests + kvc_n_blocks_y() - 1) / kvc_n_blocks_y();
     const uint32_t first = kvc_block_y() * per_y, last = first + per_y;
-    return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests, has_crumbs};
+    return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
 }
 
 // The sums of the lanes' slots over each digest of a range, in order: then.after(digest, then.before(digest), sum). All lanes
 // take part.
 template <typename Then>
 KVC_DEVICE void kvc_each_sum(const Pool& pool, const DigestRange& range, const LaneSlot& at, Then then) {
-    bool is_crumb = range.has_crumbs && range.first < range.last && kvc_is_crumb(pool, range.first);
+    bool is_crumb = range.first < range.last && kvc_is_crumb(pool, range.first);
     Crumb crumb = {0, 0};
     if (is_crumb) crumb = kvc_load_crumb(pool, range.first, at);
 #pragma unroll 1
     for (uint32_t d = range.first; d < range.last; ++d) {
         const bool is_now = is_crumb;
         const Crumb now = crumb;
-        is_crumb = range.has_crumbs && d + 1 < range.last && kvc_is_crumb(pool, d + 1);
+        is_crumb = d + 1 < range.last && kvc_is_crumb(pool, d + 1);
         if (is_crumb) crumb = kvc_load_crumb(pool, d + 1, at);
         const uint64_t stored = then.before(d);
         then.after(d, stored, is_now ? kvc_crumb_sum(pool, d, now) : kvc_sums(pool, d, at));
@@ -425,7 +423,9 @@ struct CompareDigest {
     uint32_t& n_compared;
     bool& is_odd;
     // Loaded ahead of the sum, whose latency hides it.
-    KVC_DEVICE_MEMBER uint64_t before(uint32_t d) const { return at.slot >= 0 ? *kvc_digest_at(pool, d, at.slot) : 0; }
+    KVC_DEVICE_MEMBER uint64_t before(uint32_t d) const {
+        return kvc_load_u64_if(kvc_digest_at(pool, d, at.slot), at.slot >= 0);
+    }
     KVC_DEVICE_MEMBER void after(uint32_t d, uint64_t stored, uint64_t sum) const {
         n_compared += stored != 0;
         is_odd |= stored && kvc_finish_digest(pool, sum, d, at.position) != stored;

@@ -51,10 +51,10 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
 
 // The slots that kvc_stamps_write has listed, dealt out evenly to the blocks of the whole grid: 64 of them and one digest at a
 // time, small enough for all blocks to end together; the tasks of a block are neighbours, mostly of one digest.
-KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, bool has_crumbs, const Due* list, uint32_t n_listed, uint32_t forward) {
+KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint32_t n_listed, uint32_t forward) {
     const uint32_t n_parts = (n_listed + 63) / 64;
     const uint32_t block = kvc_block_y() * kvc_n_blocks() + kvc_block(), n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
-    const Share share = kvc_even_share((uint64_t)n_parts * p.pool.n_digests, block, n_blocks);
+    const Share share = kvc_even_share((int64_t)n_parts * p.pool.n_digests, block, n_blocks);
     const uint32_t shift = kvc_run_shift(p.pool, 0), place = kvc_place_in_block(shift < 3 ? shift : 3);  // eight a warp
     if (share.first >= share.last) return 0;
     uint32_t d = (uint32_t)((uint64_t)share.first / n_parts), part = (uint32_t)share.first - d * n_parts, n_compared = 0;
@@ -72,7 +72,7 @@ KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, bool has_crumbs, cons
         }
         next = load(part);
         const LaneSlot at = kvc_lane_slot(p.pool, due.row >= 0 ? (int64_t)due.slot : -1, due.position);
-        if (kvc_ballot(due.row >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1, has_crumbs}, at, forward);
+        if (kvc_ballot(due.row >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1}, at, forward);
     }
     return n_compared;
 }
@@ -88,10 +88,11 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     const uint32_t n_listed = kvc_n_listed(pool);
     const bool is_list_whole = n_listed <= pool.due_capacity;
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
-    const DigestRange range = kvc_digest_range(pool, kvc_begin_digests(pool));
+    const DigestRange range = kvc_digest_range(pool);
+    kvc_begin_digests(pool);
     uint32_t n_compared = 0;
-    if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, range.has_crumbs, kvc_due_list(pool) + 1, n_listed, forward);
-    const Share share = kvc_even_share((uint64_t)n_units, kvc_block(), kvc_n_blocks());
+    if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, kvc_due_list(pool) + 1, n_listed, forward);
+    const Share share = kvc_even_share(n_units, kvc_block(), kvc_n_blocks());
     const int64_t end = share.last;
     int64_t u = share.first;
     while (u < end) {
@@ -143,7 +144,8 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     each = each < 1 ? 1 : each > 32 ? 32 : each;
     int64_t base = kvc_global_warp() * each;
     NewSlot next = kvc_new_slot(p, base, each);
-    const DigestRange range = kvc_digest_range(pool, kvc_begin_digests(pool));
+    const DigestRange range = kvc_digest_range(pool);
+    kvc_begin_digests(pool);
     while (base < p.batch.n_tokens) {
         const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(base + kvc_lane() + 1);
         if (kvc_ballot(next.at.slot >= 0)) kvc_store_digests(pool, range, next.at, next.claim, claim);
@@ -160,7 +162,8 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
     const uint32_t forward = kvc_forward_number(p.guard);
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
-    const DigestRange all = {0, pool.n_digests, kvc_begin_digests(pool)};
+    const DigestRange all = {0, pool.n_digests};
+    kvc_begin_digests(pool);
     for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
@@ -185,7 +188,8 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
 KVC_KERNEL(KVC_THREADS, 2) kvc_digests_sweep(KVC_PARAM SweepParams p) {
     const Pool& pool = p.pool;
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_SWEEP);
-    const DigestRange range = kvc_digest_range(pool, kvc_begin_digests(pool));
+    const DigestRange range = kvc_digest_range(pool);
+    kvc_begin_digests(pool);
     uint32_t n_compared = 0;
     for (int64_t base = kvc_global_warp() * 32; base < p.n; base += kvc_global_warps() * 32) {
         const int64_t i = base + kvc_lane();

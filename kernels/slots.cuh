@@ -178,18 +178,7 @@ KVC_DEVICE uint32_t kvc_units(uint32_t n, uint32_t of) { return (n + of - 1) / o
 struct Share {
     int64_t first, last;
 };
-KVC_DEVICE Share kvc_even_share(uint64_t n, uint32_t part, uint32_t of) {
-    uint64_t each, rest;
-    if (n >> 32) {
-        each = n / of;
-        rest = n % of;
-    } else {
-        each = (uint32_t)n / of;
-        rest = (uint32_t)n % of;
-    }
-    const uint64_t first = each * part + (part < rest ? part : rest);
-    return {(int64_t)first, (int64_t)(first + each + (part < rest))};
-}
+KVC_DEVICE Share kvc_even_share(int64_t n, uint32_t part, uint32_t of) { return {n * part / of, n * (part + 1) / of}; }
 
 // New tokens of a row that a block stamps: few in short rows, so that many blocks share them; more in long ones, where each
 // tile has to hash all tokens before it.

@@ -181,7 +181,7 @@ template <uint32_t STAGE>
 KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
     const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
-    const Share share = kvc_even_share((uint64_t)n_units, kvc_block(), kvc_n_blocks());
+    const Share share = kvc_even_share(n_units, kvc_block(), kvc_n_blocks());
     const int64_t end = share.last;
     int64_t u = share.first + kvc_warp_in_block();
     uint32_t n_entries = 0;

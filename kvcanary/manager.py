@@ -244,8 +244,11 @@ class CanaryManager:
             self._sweep.step(self._step + 1, self._backend, self._stream)
         self._step += 1
         self._n_counted_steps += counted
-        step, is_odd = self._step, self._has_odd_stream()
-        due = [observer for observer in self._observers if is_odd or observer.is_due(step)]
+        step = self._step
+        due = [observer for observer in self._observers if observer.is_due(step)]
+        # An observer with a snapshot to take looks at the stream itself.
+        if all(observer is self._violations for observer in due) and self._has_odd_stream():
+            due = list(self._observers)
         if due:
             self._observe(due, self._backend)
 
@@ -299,8 +302,10 @@ class CanaryManager:
         )
 
     def _newest_snapshot(self) -> StateSnapshot | None:
-        taken = [o.latest for o in (self._health, self._stats_logger) if o.latest is not None]
-        return max(taken, key=lambda snapshot: snapshot.step, default=None)
+        ours, other = self._health.latest, self._stats_logger.latest
+        if ours is None or (other is not None and other.step > ours.step):
+            return other
+        return ours
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:

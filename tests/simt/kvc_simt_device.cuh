@@ -118,6 +118,9 @@ KVC_DEVICE uint64_t kvc_load_once_u64(const void* p) { return kvc_simt::load<uin
 KVC_DEVICE kvc_u128 kvc_load_u128_if(const void* p, bool predicate) {
     return predicate ? kvc_simt::load<kvc_u128>(p) : kvc_u128{0, 0, 0, 0};
 }
+KVC_DEVICE uint64_t kvc_load_u64_if(const void* p, bool predicate) {
+    return predicate ? kvc_simt::load<uint64_t>(p) : 0;
+}
 KVC_DEVICE uint32_t kvc_load_u32_if(const void* p, bool predicate) {
     return predicate ? kvc_simt::load<uint32_t>(p) : 0;
 }
