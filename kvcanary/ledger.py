@@ -21,9 +21,10 @@ PREFIX_CACHE = 0xFFFFFFFF  #: owner id for engines whose prefix cache holds refe
 MAX_NAMED = 8  # bad blocks that one error names
 
 Array = npt.NDArray[Any]
-# A block's word: state << 62 | step of the last call << 32 | primary owner (of a FREE block: who freed it last).
+# A block's word: state << 62 | ODD << 61 | step of the last call << 32 | primary owner (of a FREE block: who freed it).
 _FREE, _SOLE, _SHARED, _RESERVED = range(4)  # SOLE: one reference, the primary owner's
-_STATE_SHIFT, _STEP_MASK, _OWNER_MASK = 62, (1 << 30) - 1, 0xFFFFFFFF
+_ODD = 1 << 61  # the word does not tell the last call: `_odd_calls` does
+_STATE_SHIFT, _STEP_MASK, _OWNER_MASK = 62, (1 << 29) - 1, 0xFFFFFFFF
 _LIVE = np.uint64(_SOLE << _STATE_SHIFT)  # words from here on are not of FREE blocks
 _STATE_AND_OWNER = np.uint64(3 << _STATE_SHIFT | _OWNER_MASK)
 
@@ -82,7 +83,7 @@ class BlockLedger:
         self._mark = np.zeros(n_blocks, np.int32)  # scratch: where in a call's list an id stands
         self._places = np.arange(1024, dtype=np.int32)
         self._sharers: dict[int, dict[int, int]] = {}  # of SHARED blocks: sharer -> references
-        self._odd_calls: dict[int, tuple[int, BlockCall]] = {}  # those that a block's word (also kept) does not tell
+        self._odd_calls: dict[int, BlockCall] = {}  # the last calls on blocks with an ODD word
 
     # ---- calls -------------------------------------------------------------------------------------------------------
     def allocate(self, ids: Any, owner: int, step: int = 0) -> BlockChanges:
@@ -178,9 +179,8 @@ class BlockLedger:
         return abi.OP_FREE
 
     def _note(self, block: int, state: int, primary: int, call: BlockCall) -> None:
-        word = _word_of(state, primary, call.step)
-        self._word[block] = word
-        self._odd_calls[block] = word, call
+        self._word[block] = _word_of(state, primary, call.step) | _ODD
+        self._odd_calls[block] = call
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
     @property
@@ -210,9 +210,8 @@ class BlockLedger:
     def last_call(self, block: int) -> BlockCall | None:
         """The last call on a block; None if there was none."""
         word = int(self._word[self._inside(block)])
-        odd = self._odd_calls.get(block)
-        if odd is not None and odd[0] == word:
-            return odd[1]
+        if word & _ODD:
+            return self._odd_calls[block]
         state, owner = word >> _STATE_SHIFT, word & _OWNER_MASK
         if state == _RESERVED or not owner:
             return None
