@@ -134,7 +134,9 @@ class BlockLedger:
             LifecycleError: bad ids or owner; a block that the owner does not hold. Nothing is changed.
         """
         owner, at = self._check("free", ids, owner)
-        is_sole = (self._word.take(at) & _STATE_AND_OWNER) == np.uint64(_word_of(_SOLE, owner, 0))
+        words = self._word.take(at)
+        words &= _STATE_AND_OWNER
+        is_sole = words == _word_of(_SOLE, owner, 0)
         n = len(at)
         if np.count_nonzero(is_sole) == n:
             self._end_of_sole(at, owner, step)

@@ -230,8 +230,8 @@ MISUSES: dict[str, tuple[Callable[[BlockLedger], None], str, Any, int, tuple[int
     "two sole owners": (
         *(held_by(7), "allocate", [1, 4, 3], 8, (4, 3)),
         (
-            "allocate by request 8 in pool 'full': block 4 is held by request 7 (the call before: allocate by request 7 in "
-            "step 10): it would have two sole owners; free it first, or share it; block 3 is held"
+            "allocate by request 8 in pool 'full': block 4 is held by request 7 (the call before: allocate by "
+            "request 7 in step 10): it would have two sole owners; free it first, or share it; block 3 is held"
         ),
     ),
     "allocation of a shared block": (
