@@ -46,6 +46,15 @@
 #define KVC_WORK_TAIL 2
 #define KVC_WORK_DATA 3
 #define KVC_N_WORK 4
+#define KVC_BLOCK_LIVE 1
+#define KVC_BLOCK_SHARED 2
+#define KVC_OP_ALLOCATE 0
+#define KVC_OP_SHARE 1
+#define KVC_OP_LEAVE 2
+#define KVC_OP_UNSHARE 3
+#define KVC_OP_FREE 4
+#define KVC_N_BLOCK_OPS 5
+#define KVC_MAX_BLOCK_IDS 1000
 #define KVC_STATE_FORWARD 0
 #define KVC_STATE_FORWARD_DONE 1
 #define KVC_STATE_STEP 2
@@ -60,6 +69,7 @@
 #define KVC_STATE_DATA_SLOTS 11
 #define KVC_STATE_ADOPTED_SLOTS 12
 #define KVC_STATE_FORWARDS_JUDGED 13
+#define KVC_STATE_UNOWNED_WRITES 14
 #define KVC_N_STATE_WORDS 16
 #define KVC_CONTROL_ALARM 0
 #define KVC_CONTROL_READ 8
@@ -159,6 +169,14 @@ struct Due {
 };
 static_assert(sizeof(Due) == 16, "the layout of kvcanary/abi.py");
 
+struct BlockState {
+    uint32_t epoch;
+    uint32_t owner;
+    uint32_t flags;
+    uint32_t since;
+};
+static_assert(sizeof(BlockState) == 16, "the layout of kvcanary/abi.py");
+
 struct PoolState {
     uint32_t head_forward;
     uint32_t tail_forward;
@@ -194,9 +212,13 @@ struct Violation {
     uint32_t stamp_epoch;
     uint32_t detail;
     uint32_t flags;
+    uint32_t block_owner;
+    uint32_t block_epoch;
+    uint32_t block_since;
+    uint32_t block_flags;
     uint32_t unused;
 };
-static_assert(sizeof(Violation) == 128, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Violation) == 144, "the layout of kvcanary/abi.py");
 
 struct Guard {
     uint64_t state;
@@ -225,6 +247,7 @@ struct Pool {
     uint64_t register_claims;
     uint64_t rows;
     uint64_t work;
+    uint64_t blocks;
     uint64_t due;
     int32_t page_size;
     int32_t page_shift;
@@ -240,7 +263,7 @@ struct Pool {
     uint32_t due_capacity;
     int32_t reserved[8];
 };
-static_assert(sizeof(Pool) == 208, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Pool) == 216, "the layout of kvcanary/abi.py");
 
 struct Batch {
     uint64_t block_table;
@@ -284,14 +307,14 @@ struct BeginParams {
     uint32_t is_first_pool;
     uint32_t unused;
 };
-static_assert(sizeof(BeginParams) == 480, "the layout of kvcanary/abi.py");
+static_assert(sizeof(BeginParams) == 488, "the layout of kvcanary/abi.py");
 
 struct StepParams {
     Guard guard;
     Pool pool;
     Batch batch;
 };
-static_assert(sizeof(StepParams) == 472, "the layout of kvcanary/abi.py");
+static_assert(sizeof(StepParams) == 480, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;
@@ -302,4 +325,15 @@ struct SweepParams {
     uint64_t tokens;
     int64_t n;
 };
-static_assert(sizeof(SweepParams) == 320, "the layout of kvcanary/abi.py");
+static_assert(sizeof(SweepParams) == 328, "the layout of kvcanary/abi.py");
+
+struct LifecycleParams {
+    uint64_t state;
+    uint64_t blocks;
+    uint32_t n_blocks;
+    uint32_t owner;
+    uint32_t ends[5];
+    uint32_t unused;
+    int32_t ids[1000];
+};
+static_assert(sizeof(LifecycleParams) == 4048, "the layout of kvcanary/abi.py");

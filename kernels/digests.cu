@@ -174,7 +174,8 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
             if (slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] != kvc_adoption_claim(forward, position)) slot = -1;
             if (kvc_ballot(slot >= 0) == 0) continue;
             kvc_store_digests(pool, all, kvc_lane_slot(pool, slot, position), 0, 0);
-            const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
+            const uint32_t epoch = pool.blocks && slot >= 0 ? kvc_block_state(pool, slot).epoch : 0;
+            const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, epoch};
             for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
                 kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;
                 kvc_mutable_pointer<Stamp>(pool.tail[half])[slot] = stamp;

@@ -69,9 +69,18 @@ KVC_DEVICE bool kvc_ends_as_anchored(const Row& row, const Stamp& stamp) {
     return !(row.flags & KVC_ROW_KNOWS_LAST) || kvc_token_mix(stamp.token, stamp.position) == row.last_mix;
 }
 
-// UNWRITTEN, POSITION, TOKEN and CHAIN of one written or unwritten slot. `may_link` says that the link into it is judged.
+// STALE_EPOCH, and UNWRITTEN since the block was allocated. Not of a slot that is written in this very forward.
+KVC_DEVICE uint32_t kvc_block_reasons(const StepParams& p, const Row& row, int64_t slot, const SeenStamp& seen, uint32_t forward) {
+    if (!p.pool.blocks || seen.stamp.step == forward) return 0;
+    const BlockState block = kvc_block_state(p.pool, slot);
+    const bool is_written = seen.is_judged && seen.stamp.step;
+    return (kvc_may_not_read(block, p.batch.request_ids, row.request_id) ? KVC_REASON_STALE_EPOCH : 0) |
+           (is_written ? kvc_epoch_reasons(block, seen.stamp) : 0);
+}
+
+// UNWRITTEN, STALE_EPOCH, POSITION, TOKEN and CHAIN of one written or unwritten slot. `may_link` says that the link into it is judged.
 KVC_DEVICE void kvc_judge_stamp(const StepParams& p, const Row& row, int32_t index, uint32_t tag, int64_t position,
-                                int64_t slot, const SeenStamp& seen, const Link& previous, bool may_link) {
+                                int64_t slot, const SeenStamp& seen, const Link& previous, bool may_link, uint32_t forward) {
     const Stamp& stamp = seen.stamp;
     Violation v = kvc_row_violation(p.pool, row, index, tag);
     if (seen.is_unfinished) {
@@ -100,6 +109,7 @@ KVC_DEVICE void kvc_judge_stamp(const StepParams& p, const Row& row, int32_t ind
             v.expected_chain = row.anchor;
         }
     }
+    v.reasons |= kvc_block_reasons(p, row, slot, seen, forward);
     if (!v.reasons) return;
     v.position = (int32_t)position;
     v.slot = slot;
@@ -144,7 +154,7 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
         // Before a window lie blocks that may belong to others by now: judge the link into its first position only if
         // the predecessor was not rewritten after the stamp that continued it.
         const bool may_link = position > row.verify_start || (previous.step <= seen.stamp.step && previous.step < forward);
-        kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link);
+        kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link, forward);
     }
     return is_left;
 }

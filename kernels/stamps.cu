@@ -49,7 +49,7 @@ KVC_DEVICE void kvc_report_bad_row(const StepParams& p, const Row& row, int32_t 
     kvc_report(p.guard, p.pool, v);
 }
 
-// WRITE_TOKEN, WRITE_POSITION and OUT_OF_RANGE of one new token, which the fast path below did not find healthy.
+// WRITE_TOKEN, WRITE_POSITION, FOREIGN_WRITE and OUT_OF_RANGE of one new token, which the fast path below did not find healthy.
 KVC_NOINLINE void kvc_judge_write(const StepParams& p, int32_t index, int64_t i) {
     const Row row = kvc_pointer<Row>(p.pool.rows)[index];
     const int64_t t = row.first_token + i;
@@ -64,6 +64,14 @@ KVC_NOINLINE void kvc_judge_write(const StepParams& p, int32_t index, int64_t i)
     } else if (p.batch.check_write_position && (home.status != KVC_SLOT_OK || home.slot != target.slot)) {
         v.reasons |= KVC_REASON_WRITE_POSITION;
     }
+    uint32_t epoch = 0;
+    if (p.pool.blocks && target.status == KVC_SLOT_OK) {
+        const BlockState block = kvc_block_state(p.pool, target.slot);
+        const bool has_ids = p.batch.request_ids;
+        if (kvc_may_not_write(block, has_ids, row.request_id)) v.reasons |= KVC_REASON_FOREIGN_WRITE;
+        if (kvc_is_unowned(block)) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_UNOWNED_WRITES, 1);
+        epoch = kvc_epoch_of_write(block, has_ids, row.request_id);
+    }
     if (p.batch.expected_tokens) {
         const int64_t expected = kvc_int_at(p.batch.expected_tokens, p.batch.wide_ids, t);
         if (expected >= 0 && (int32_t)expected != token) {
@@ -77,6 +85,7 @@ KVC_NOINLINE void kvc_judge_write(const StepParams& p, int32_t index, int64_t i)
     if (target.status == KVC_SLOT_OK) {  // the stamp that is being written
         v.stamp_owner = row.request_id;
         v.stamp_step = kvc_forward_number(p.guard);
+        v.stamp_epoch = epoch;
     }
     v.prev_slot = home.status == KVC_SLOT_OK ? (int32_t)home.slot : -1;  // where the table says the write belongs
     kvc_report(p.guard, p.pool, v);
@@ -155,16 +164,22 @@ struct NewToken {
     int32_t token, prev_slot;
     KvcSlot target;
     uint64_t claim;
+    uint32_t epoch;
     bool is_odd;  // to be judged in full
 };
 KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, int64_t i, const TokenWords& words, const Start& start) {
     const Batch& batch = p.batch;
     const uint32_t position = (uint32_t)(row.prefix + i);
-    NewToken n = {(int32_t)words.token, 0, kvc_engine_slot(p.pool, words.named, words.named), 0, false};
+    NewToken n = {(int32_t)words.token, 0, kvc_engine_slot(p.pool, words.named, words.named), 0, 0, false};
     if (n.target.status == KVC_SLOT_OK) n.claim = kvc_pointer<uint64_t>(p.pool.claims)[n.target.slot];
     const int32_t home = kvc_fast_slot(p.pool, batch, words.own, position);
     n.is_odd = n.target.status == KVC_SLOT_OUT || batch.expected_tokens ||
                (batch.check_write_position && (home < 0 || home != n.target.slot));
+    if (p.pool.blocks && n.target.status == KVC_SLOT_OK) {
+        const BlockState block = kvc_block_state(p.pool, n.target.slot);
+        n.epoch = kvc_epoch_of_write(block, batch.request_ids, row.request_id);
+        n.is_odd |= kvc_is_unowned(block) || kvc_may_not_write(block, batch.request_ids, row.request_id);
+    }
     n.prev_slot = kvc_fast_slot(p.pool, batch, words.before, position - 1);  // none, evicted or reserved: KVC_PREV_NONE
     if (start.is_relative) {
         n.prev_slot = i == 0 ? start.prev_slot : n.prev_slot >= 0 ? KVC_PREV_RELATIVE_BASE - n.prev_slot : KVC_PREV_RELATIVE;
@@ -184,7 +199,7 @@ KVC_DEVICE bool kvc_stamp_token(const StepParams& p, const Row& row, int32_t ind
     if (is_judging && n.is_odd) kvc_judge_write(p, index, i);
     const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(row.first_token + i + 1);
     if (n.target.status != KVC_SLOT_OK || n.claim != claim) return false;
-    const Stamp stamp = {chain, n.token, (int32_t)(row.prefix + i), n.prev_slot, forward, row.request_id, 0};
+    const Stamp stamp = {chain, n.token, (int32_t)(row.prefix + i), n.prev_slot, forward, row.request_id, n.epoch};
     for (uint32_t half = 0; half < p.pool.n_halves; ++half) {
         kvc_mutable_pointer<Stamp>(p.pool.head[half])[n.target.slot] = stamp;
     }
@@ -201,7 +216,7 @@ KVC_DEVICE bool kvc_write_short_row(const StepParams& p, const Row& row, int32_t
     const bool owns_register = kvc_owns_register(p.pool, row, index, forward);
     const RegisterBefore was = kvc_register_before(p.pool, row);
     const Start start = kvc_start_of(p, row, index, forward);
-    NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, false};
+    NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, 0, false};
     if (is_token) n = kvc_new_token(p, row, lane, words, start);
     Affine all = is_token ? Affine{KVC_CHAIN_P, kvc_token_mix(n.token, (int32_t)(row.prefix + lane))} : Affine{1, 0};
     for (uint32_t d = 1; d < (uint32_t)row.n_new; d <<= 1) {
@@ -242,7 +257,7 @@ KVC_DEVICE uint32_t kvc_write_tile(const StepParams& p, int32_t index, int64_t t
     for (int64_t base = begin; base < end; base += KVC_THREADS) {
         const int64_t i = base + kvc_thread();
         const bool is_token = i < end;
-        NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, false};
+        NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, 0, false};
         if (is_token) n = kvc_new_token(p, row, i, words, start);
         words = kvc_token_words(p, row, table, kvc_tile_token(base + KVC_THREADS, end));
         const uint64_t mix = kvc_token_mix(n.token, (int32_t)(prefix + i));

@@ -15,11 +15,12 @@ struct HotRow {
     const int32_t* history;  // of position known_from; null: none
     uint32_t known_from, n_known;
     uint32_t anchored_at;  // the position whose chain must be the anchor
+    uint32_t request_id;
     uint64_t anchor;
 };
 KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index) {
     const Batch& batch = p.batch;
-    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.anchor};
+    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.request_id, row.anchor};
     const int64_t offset = p.pool.token_offset;
     if (batch.token_history && row.request_slot >= 0 && batch.history_length > offset) {
         hot.known_from = offset < 0 ? (uint32_t)-offset : 0;
@@ -122,6 +123,18 @@ KVC_DEVICE bool kvc_is_healthy(const HotRow& hot, uint32_t position, int32_t slo
     return slot >= 0 && is_same && is_healthy;
 }
 
+// Whether what a lane sees is plainly of the block's epoch, and in a block that its row may read.
+template <uint32_t STAGE>
+KVC_DEVICE bool kvc_is_of_its_block(const Pool& pool, const Batch& batch, const HotRow& hot, int32_t slot, const Raw& raw,
+                                    uint32_t forward) {
+    const uint32_t number = kvc_divide((uint32_t)slot, pool.page_size, pool.page_shift);
+    const kvc_u128 word = kvc_load_u128_if(kvc_pointer<BlockState>(pool.blocks) + number, slot >= 0);
+    const BlockState block = {word.x, word.y, word.z, word.w};
+    const bool is_fine = raw.k.back.w == block.epoch && !kvc_may_not_read(block, batch.request_ids, hot.request_id);
+    const uint32_t head_step = STAGE == KVC_STAGE_HEAD ? raw.k.back.y : raw.head_steps[0];
+    return is_fine || head_step == forward || (STAGE == KVC_STAGE_TAIL && head_step == 0);
+}
+
 // A warp takes units of up to 128 positions of one row at a time, with all stamps of a unit under way at once and the table entries
 // of its next one; each lane gets its predecessor's link from the lane below, the first from memory. The units of a block are
 // neighbours, dealt out to its warps in turn, so that it reads the same few pages of memory at any time.
@@ -166,6 +179,12 @@ KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRo
         carried.is_same = kvc_ballot(seen.is_same) & 1;
     }
     bool is_odd = row.flags & KVC_ROW_RELATIVE && hot.anchored_at - first < last - first;
+    if (pool.blocks) {
+#pragma unroll
+        for (uint32_t g = 0; g < KVC_GROUPS; ++g) {
+            is_odd |= first + 32 * g + lane < last && !kvc_is_of_its_block<STAGE>(pool, batch, hot, slots[g], raw[g], forward);
+        }
+    }
 #pragma unroll
     for (uint32_t g = 0; g < KVC_GROUPS; ++g) {
         const uint32_t position = first + 32 * g + lane;
@@ -361,6 +380,7 @@ KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
         }
         const Stamp stamp = kvc_pointer<Stamp>(pool.head[half])[slot];
         const uint32_t tail_step = kvc_pointer<Stamp>(pool.tail[half])[slot].step;
+        if (pool.blocks && stamp.step) v.reasons |= kvc_epoch_reasons(kvc_block_state(pool, slot), stamp);
         const bool is_known = stamp.token != KVC_NO_TOKEN;
         if (stamp.step == 0) {
             v.reasons = KVC_REASON_UNWRITTEN;

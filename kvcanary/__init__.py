@@ -20,6 +20,8 @@ from kvcanary.errors import (
     PhaseError,
 )
 from kvcanary.layout import KvPool, Plane
+from kvcanary.ledger import PREFIX_CACHE
+from kvcanary.lifecycle import LifecycleEvent
 from kvcanary.manager import CanaryManager
 from kvcanary.observers import KernelRunCounterHealthChecker, PeriodicCanaryStatsLogger
 from kvcanary.state import CanaryDeviceState
@@ -31,6 +33,7 @@ from kvcanary.violations import Violation
 __version__ = "0.1.0"
 
 __all__ = [
+    "PREFIX_CACHE",
     "BackendError",
     "BatchError",
     "CanaryConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "KvPool",
     "LayoutError",
     "LifecycleError",
+    "LifecycleEvent",
     "PeriodicCanaryStatsLogger",
     "PhaseError",
     "Plane",

@@ -69,6 +69,17 @@ WORK_TAIL = 2  # chunks of new tokens
 WORK_DATA = 3  # units of prefix positions whose bytes may fall due
 N_WORK = 4
 
+# ---- block ownership: flags of a BLOCK_STATE, and what kvc_blocks_update does to each part of its list of ids --------
+BLOCK_LIVE = 1  # somebody holds it
+BLOCK_SHARED = 2  # others than its primary owner hold it, or there is no primary any more
+OP_ALLOCATE = 0  # a new epoch, under a primary owner
+OP_SHARE = 1  # one holder more, who may only read
+OP_LEAVE = 2  # the primary lets go, others still hold it
+OP_UNSHARE = 3  # only the primary is left
+OP_FREE = 4  # nobody holds it any more
+N_BLOCK_OPS = 5
+MAX_BLOCK_IDS = 1000  # ids of one launch, passed by value: with the rest, parameters may have 4096 bytes
+
 # ---- device state: one flat u64 array, header words first ------------------------------------------------------------
 STATE_FORWARD = 0  # number of the forward in progress, or of the last one
 STATE_FORWARD_DONE = 1  # the same, published after every block of kvc_begin has read it
@@ -84,6 +95,7 @@ STATE_UNANCHORED_ROWS = 10  # rows with a prefix whose chain nobody outside the 
 STATE_DATA_SLOTS = 11  # (slot, digest) pairs compared
 STATE_ADOPTED_SLOTS = 12
 STATE_FORWARDS_JUDGED = 13  # forwards begun while not paused
+STATE_UNOWNED_WRITES = 14  # new tokens written to blocks that nobody owned (lifecycle)
 N_STATE_WORDS = 16
 
 # ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
@@ -154,6 +166,14 @@ ROW = np.dtype(
     ]
 )
 DUE = np.dtype([("slot", "<u4"), ("position", "<i4"), ("row", "<i4"), ("unused", "<u4")])
+BLOCK_STATE = np.dtype(
+    [
+        ("epoch", "<u4"),  # allocations so far; 0 = never allocated
+        ("owner", "<u4"),  # primary: who allocated it and still holds it; 0 = none
+        ("flags", "<u4"),  # BLOCK_*
+        ("since", "<u4"),  # the last forward begun when it got this owner, or none
+    ]
+)
 POOL_STATE = np.dtype(
     [
         ("head_forward", "<u4"),
@@ -190,6 +210,10 @@ VIOLATION = np.dtype(
         ("stamp_epoch", "<u4"),
         ("detail", "<u4"),
         ("flags", "<u4"),
+        ("block_owner", "<u4"),  # the BLOCK_STATE of the slot's block; all 0 without lifecycle
+        ("block_epoch", "<u4"),
+        ("block_since", "<u4"),
+        ("block_flags", "<u4"),
         ("unused", "<u4"),
     ]
 )
@@ -224,6 +248,7 @@ POOL = np.dtype(
         ("register_claims", "<u8"),  # u64[max_requests]: forward << 32 | row + 1
         ("rows", "<u8"),  # ROW[max_requests]
         ("work", "<u8"),  # i64[4, max_requests + 1]: what lies before each row, see WORK_*
+        ("blocks", "<u8"),  # BLOCK_STATE[n_blocks]; null: block ownership is not judged
         ("due", "<u8"),  # DUE[due_capacity + 1], entry 0 counts; null: none are listed
         ("page_size", "<i4"),
         ("page_shift", "<i4"),  # log2 of page_size; negative = not a power of two
@@ -291,6 +316,17 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("n", "<i8"),
         ]
     ),
+    "LifecycleParams": np.dtype(
+        [
+            ("state", "<u8"),  # GUARD.state
+            ("blocks", "<u8"),  # BLOCK_STATE[n_blocks]
+            ("n_blocks", "<u4"),
+            ("owner", "<u4"),
+            ("ends", "<u4", (N_BLOCK_OPS,)),  # op o is done to ids[ends[o - 1]] up to ids[ends[o]]
+            ("unused", "<u4"),
+            ("ids", "<i4", (MAX_BLOCK_IDS,)),
+        ]
+    ),
 }
 
 _STRUCTS: dict[str, np.dtype[Any]] = {
@@ -300,6 +336,7 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     "Digest": DIGEST,
     "Row": ROW,
     "Due": DUE,
+    "BlockState": BLOCK_STATE,
     "PoolState": POOL_STATE,
     "Violation": VIOLATION,
     "Guard": GUARD,
@@ -308,7 +345,20 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     **PARAMS,
 }
 _U64_CONSTANTS = tuple(n for n in globals() if n.startswith(("MIX_", "CHAIN_", "DIGEST_")))
-_INT_PREFIXES = ("TABLE_", "WORK_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN")
+_INT_PREFIXES = (
+    "TABLE_",
+    "WORK_",
+    "ROW_",
+    "BLOCK_",
+    "OP_",
+    "STATE_",
+    "CONTROL_",
+    "PREV_",
+    "N_",
+    "MAX_RESERVED",
+    "MAX_BLOCK_IDS",
+    "NO_TOKEN",
+)
 _INT_NAMES = (
     "SHARE_RUN",
     "THREADS",

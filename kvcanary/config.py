@@ -47,7 +47,8 @@ class CanaryConfig:
         health_policy: what a stalled guard does: "raise", "log", or "as-mode" (raise in mode "raise").
         ring_capacity: violation records that can wait for the host.
         on_unwritten: "adopt" takes prefix slots that were never stamped into the guard instead of reporting them.
-        lifecycle: judge block ownership (not in this version).
+        lifecycle: judge block ownership; the engine then says who owns the blocks of every pool
+            (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`).
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         black_box_path: where to write the black box; None = nowhere (not in this version).
@@ -120,7 +121,7 @@ class CanaryConfig:
 
 def _refuse_unbuilt(config: CanaryConfig) -> None:
     """Settings whose part of the guard this version does not have are refused, so that nobody relies on them."""
-    for name, unset in (("lifecycle", False), ("scrub_bytes_per_step", 0), ("black_box_path", None)):
+    for name, unset in (("scrub_bytes_per_step", 0), ("black_box_path", None)):
         if getattr(config, name) != unset:
             raise ConfigError(f"{name}={getattr(config, name)!r}: not in this version; leave it at {unset!r}")
 

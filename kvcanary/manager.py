@@ -20,6 +20,7 @@ from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.errors import CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
+from kvcanary.lifecycle import BlockCounts, Lifecycle
 from kvcanary.observers import (
     KernelRunCounterHealthChecker,
     PeriodicCanaryStatsLogger,
@@ -82,7 +83,9 @@ class CanaryManager:
         self._stream: Any = None
         self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = weakref.WeakKeyDictionary()
         self._open_forward: tuple[list[BoundCall], Any] | None = None
+        self._lifecycle: Lifecycle | None = None
         if config.mode == "off":
+            self._lifecycle = Lifecycle()
             return
         check_capacities(self.pools, max_requests, max_new_tokens)
         kind = backend if callable(backend) else choose_backend(backend, self.pools)
@@ -91,6 +94,8 @@ class CanaryManager:
             pool.check(config.real_data, None if callable(kind) else device_kind)
         self._device_kind = next((p.device.split(":")[0] for p in self.pools if p.device), device_kind)
         self._backend = make_backend(kind, config, self.pools, max_requests, max_new_tokens)
+        if config.lifecycle:
+            self._lifecycle = Lifecycle(self.pools, self._backend, self._gate, self._pool_index)
         self._sweep = SweepOrchestrator(config.sweep_interval)
         self._make_observers(self._backend)
 
@@ -336,13 +341,58 @@ class CanaryManager:
             return pool
         raise ConfigError(f"pool {pool!r}: the pools are {', '.join(names)} (0 to {len(names) - 1})")
 
+    # ---- block ownership ---------------------------------------------------------------------------------------------
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """Block ownership: `Lifecycle.apply` for batches of events, and what the ledger knows."""
+        if self._lifecycle is None:
+            raise ConfigError(
+                "lifecycle=False: block ownership is not guarded; make the CanaryConfig with lifecycle=True"
+            )
+        return self._lifecycle
+
+    def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
+
+        Needs ``lifecycle=True``; does nothing in mode "off". See `Lifecycle` for when it may be called.
+
+        Args:
+            ids: block ids: one, a sequence or an integer array on the host; none twice. Up to 1,000 are one launch.
+            owner: the request id (u32, not 0): what `StepBatch.request_ids` holds for its rows.
+            stream: where it is ordered; None = the stream of the current (or the last) step.
+
+        Raises:
+            LifecycleError: a block that is reserved, held by somebody, out of range or named twice; nothing is changed.
+            ConfigError: lifecycle is off. PhaseError, CaptureError: inside a forward, or a capture of the stream.
+        """
+        self.lifecycle.call("allocate", ids, owner, pool, stream)
+
+    def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
+
+        Arguments and errors are those of `allocate_blocks`.
+        """
+        self.lifecycle.call("share", ids, owner, pool, stream)
+
+    def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
+
+        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that it does not hold.
+        """
+        self.lifecycle.call("free", ids, owner, pool, stream)
+
+    def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
+        stream = self._stream if stream is None else stream
+        self._host_driven(call, stream)
+        return stream, self._step + (self._phases.phase is Phase.STEP)
+
     # ---- host-driven calls -------------------------------------------------------------------------------------------
-    def _host_driven(self, call: str) -> Backend:
+    def _host_driven(self, call: str, stream: Any = None) -> Backend:
+        stream = self._stream if stream is None else stream
+        if self._phases.phase is not Phase.CLOSED and self._handlers[0].is_capturing(stream):
+            raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
         self._phases.need_outside_forward(call)
-        backend = self.backend
-        if self._handlers and self._handlers[0].is_capturing(self._stream):
-            raise CaptureError(f"{call} came while the step's stream is being captured: call it outside the capture")
-        return backend
+        return self.backend
 
     def pause(self) -> None:
         """Stop judging from the next forward on, also in captured graphs; stamps and digests are still written.
@@ -419,11 +469,17 @@ class CanaryManager:
             self._violations.violations_total,
             self._violations.observations_total,
             self._newest_snapshot(),
+            self._block_counts(),
         )
+
+    def _block_counts(self) -> tuple[BlockCounts, ...]:
+        return self._lifecycle.counts() if self._lifecycle is not None else ()
 
     def describe(self) -> str:
         """Per pool: bytes per slot, memory, expected cost, and which reasons are on, or off for lack of which input."""
-        return describe_pools(self.config, self.pools, self.max_requests, set(self._inputs_seen) or None)
+        return describe_pools(
+            self.config, self.pools, self.max_requests, set(self._inputs_seen) or None, self._block_counts()
+        )
 
     @staticmethod
     def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kvcanary import abi
 from kvcanary.state import StateSnapshot
@@ -25,6 +26,9 @@ class CanaryStats:
         unanchored_rows: rows whose chain nobody outside the cache knew.
         adopted_slots: slots adopted by on_unwritten="adopt".
         dropped: violations that found the ring full.
+        unowned_writes: new tokens written to blocks that nobody owned (lifecycle).
+        live_blocks: blocks that somebody holds, ``shared_blocks`` of them shared, and ``free_blocks`` that nobody
+            holds: of all pools, by the ledger, now; all 0 without lifecycle.
     """
 
     step: int = 0
@@ -39,18 +43,30 @@ class CanaryStats:
     unanchored_rows: int = 0
     adopted_slots: int = 0
     dropped: int = 0
+    unowned_writes: int = 0
+    live_blocks: int = 0
+    shared_blocks: int = 0
+    free_blocks: int = 0
 
     @classmethod
     def of(
-        cls, step: int, sweep_passes: int, violations: int, observations: int, snapshot: StateSnapshot | None
+        cls,
+        step: int,
+        sweep_passes: int,
+        violations: int,
+        observations: int,
+        snapshot: StateSnapshot | None,
+        blocks: Sequence[tuple[int, int, int]] = (),
     ) -> CanaryStats:
+        """``blocks``: (live, shared, free) of each pool."""
+        live, shared, free = (sum(counts) for counts in zip(*blocks, strict=True)) if blocks else (0, 0, 0)
+        stats = cls(
+            step, sweep_passes, violations, observations, live_blocks=live, shared_blocks=shared, free_blocks=free
+        )
         if snapshot is None:
-            return cls(step, sweep_passes, violations, observations)
-        return cls(
-            step,
-            sweep_passes,
-            violations,
-            observations,
+            return stats
+        return replace(
+            stats,
             snapshot_step=snapshot.step,
             forwards=snapshot.word(abi.STATE_FORWARD),
             protected_tokens=snapshot.protected_tokens,
@@ -59,4 +75,5 @@ class CanaryStats:
             unanchored_rows=snapshot.word(abi.STATE_UNANCHORED_ROWS),
             adopted_slots=snapshot.word(abi.STATE_ADOPTED_SLOTS),
             dropped=snapshot.word(abi.STATE_DROPPED),
+            unowned_writes=snapshot.word(abi.STATE_UNOWNED_WRITES),
         )

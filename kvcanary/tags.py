@@ -68,7 +68,8 @@ class CanaryLaunchTag(IntEnum):
 class Reason(IntFlag):
     """Why a slot, a write or a row was reported.
 
-    STALE_EPOCH, FOREIGN_WRITE and NONFINITE_RESERVED belong to parts of the guard that this version does not have.
+    STALE_EPOCH and FOREIGN_WRITE need ``lifecycle=True``; NONFINITE_RESERVED belongs to a part of the guard that this
+    version does not have.
     """
 
     CHAIN = 1

@@ -18,14 +18,14 @@ from simt.build import build
 from simt.driver import simt_backend
 from simt.runner import SimtLibrary
 
-from kvcanary import CanaryConfig, CanaryManager, KvPool, StepBatch, abi
+from kvcanary import CanaryConfig, CanaryManager, KvPool, LifecycleError, StepBatch, abi
 from kvcanary.backends import Resident
 from kvcanary.prove import Proof
 from kvcanary.tags import CanaryLaunchTag, Stage
 
 KERNELS_DIR = Path(__file__).resolve().parents[1] / "kernels"
 RING_CAPACITY = 1 << 14
-_DTYPES = {"head": abi.STAMP, "tail": abi.STAMP, "registers": abi.REGISTER}
+_DTYPES = {"head": abi.STAMP, "tail": abi.STAMP, "registers": abi.REGISTER, "blocks": abi.BLOCK_STATE}
 Arrays = dict[str, Any]  # keywords of a StepBatch: NumPy arrays, lists of them (one per pool), plain values
 Array = NDArray[Any]
 
@@ -73,7 +73,7 @@ class Side:
 
     # ---- the guard's own arrays ----
     def guard_array(self, pool: int, name: str) -> Any:
-        """head0, head1, tail0, tail1, claims, digests, registers or register_claims, where it lies."""
+        """head0, head1, tail0, tail1, claims, digests, registers, register_claims or blocks, where it lies."""
         arrays: Any = self.manager.backend._pools[pool]  # type: ignore[attr-defined]
         if name[:4] in ("head", "tail"):
             return getattr(arrays, name[:4])[int(name[4])]
@@ -87,7 +87,7 @@ class Side:
         return rows
 
     def read_guard(self, pool: int, name: str) -> Array:
-        """A host copy of a guard array: STAMP[n_slots], REGISTER[max_requests], u64[...]."""
+        """A host copy of a guard array: STAMP[n_slots], REGISTER[max_requests], BLOCK_STATE[n_blocks], u64[...]."""
         found = np.ascontiguousarray(self.to_host(self.guard_array(pool, name)))
         dtype = _DTYPES.get(name.rstrip("01"))
         return found if dtype is None else found.reshape(-1).view(np.uint8).view(dtype)
@@ -279,6 +279,20 @@ class Twins:
         self._check("SWEEP")
         return self.records
 
+    def lifecycle(self, events: Sequence[Any]) -> LifecycleError | None:
+        """Say who owns which blocks; returns the error that every side raises alike, None if none does."""
+        errors: list[LifecycleError | None] = []
+        for side in self.sides:
+            try:
+                side.manager.lifecycle.apply(events)
+                errors.append(None)
+            except LifecycleError as error:
+                errors.append(error)
+        texts = {(str(error), error.event_index) if error else None for error in errors}
+        assert len(texts) == 1, texts
+        self._check("lifecycle")
+        return errors[0]
+
     def set_paused(self, is_paused: bool) -> None:
         self.is_paused = is_paused
         for side in self.sides:
@@ -358,6 +372,7 @@ class Twins:
         for i, pool in enumerate(self.pools):
             names = [f"{plane}{h}" for plane in ("head", "tail") for h in range(len(pool.halves))]
             names += ["claims", "registers", "register_claims", *(["digests"] if self._has_digests(i) else [])]
+            names += ["blocks"] if self.config.lifecycle else []
             for name in names:
                 array = side.to_host(side.guard_array(i, name))
                 facts[f"{name} of pool {i}"] = np.ascontiguousarray(array).reshape(-1).view("u4")

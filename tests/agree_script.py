@@ -131,10 +131,18 @@ class Script:
         """u8[slots, bytes] of a layer, to be read and written."""
         return self.twins.buffers[0][f"{half}{layer}"].reshape(PAGE * N_BLOCKS, -1).view(np.uint8)
 
+    def own(self, kind: str, ids: Sequence[int], owner: int) -> None:
+        """An honest call about who owns blocks: "allocate", "share" or "free"."""
+        error = self.twins.lifecycle([(kind, ids, owner)])
+        assert error is None, error
+
     def copy(
         self, source: Sequence[int], target: Sequence[int], *, bytes_too: bool = True, stamps_too: bool = True
     ) -> None:
-        """A transfer between slots: the KV bytes, and, if they ride along, the stamps and digests."""
+        """A transfer between slots: the KV bytes, and, if they ride along, the stamps and digests.
+
+        What of a stamp is local is made new: its predecessor, and its block's epoch.
+        """
         source, target = list(source), list(target)
         for layer in range(N_LAYERS) if bytes_too else ():
             self.kv(layer)[target] = self.kv(layer)[source]
@@ -142,6 +150,9 @@ class Script:
         def stamps(array: NDArray[Any]) -> None:
             array[target] = array[source]
             array["prev_slot"][target] = abi.PREV_NONE
+            if self.twins.config.lifecycle:
+                blocks = self.twins.sides[0].read_guard(0, "blocks")
+                array["epoch"][target] = blocks["epoch"][np.array(target) // PAGE]
 
         def digests(array: NDArray[Any]) -> None:
             array[:, target] = array[:, source]

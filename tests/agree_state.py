@@ -103,35 +103,43 @@ class Plan:
 
 
 class Book:
-    """The free list of a pool's blocks (of its slots, where a LUT places them one by one)."""
+    """The free list of a pool's blocks (of its slots, where a LUT places them one by one), and who took which.
+
+    Attributes:
+        calls: (kind, block, owner) since they were last collected, as the guard is to be told.
+    """
 
     def __init__(self, n: int, reserved: set[int], rng: random.Random) -> None:
+        self.calls: list[tuple[str, int, int]] = []
         self.free = [b for b in range(n) if b not in reserved]
         rng.shuffle(self.free)
         self.refs: dict[int, int] = {}
         self.virgin = set(self.free)
 
-    def take(self) -> int:
+    def take(self, owner: int) -> int:
         block = self.free.pop()
         self.refs[block] = 1
         self.virgin.discard(block)
+        self.calls.append(("allocate", block, owner))
         return block
 
-    def take_virgin(self) -> int:
+    def take_virgin(self, owner: int) -> int:
         block = next(b for b in self.free if b in self.virgin)
         self.free.remove(block)
         self.free.append(block)
-        return self.take()
+        return self.take(owner)
 
     @property
     def n_virgin(self) -> int:
         return sum(b in self.virgin for b in self.free)
 
-    def share(self, block: int) -> None:
+    def share(self, block: int, owner: int) -> None:
         self.refs[block] += 1
+        self.calls.append(("share", block, owner))
 
-    def drop(self, block: int) -> bool:
+    def drop(self, block: int, owner: int) -> bool:
         """Whether that was the last owner."""
+        self.calls.append(("free", block, owner))
         self.refs[block] -= 1
         if self.refs[block]:
             return False

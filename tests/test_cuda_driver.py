@@ -11,7 +11,7 @@ from simt.build import build, find_compiler
 from simt.fake_cuda import FakeArray, FakeCuda, FakeStream
 from simt.runner import SimtLibrary
 
-from kvcanary import BackendError, CanaryManager, CaptureError, Reason, StepBatch, layouts
+from kvcanary import BackendError, CanaryConfig, CanaryManager, CaptureError, Reason, StepBatch, layouts
 from kvcanary.backends import compile as compile_module
 from kvcanary.backends import cuda
 from kvcanary.tags import Stage
@@ -203,6 +203,65 @@ def test_host_driven_calls_on_a_capturing_stream_are_refused(world: FakeCuda) ->
     for call in (toy.manager.pause, toy.manager.reset, toy.manager.end_step):
         with pytest.raises(CaptureError):
             call()
+
+
+def test_calls_about_blocks_are_ordered_on_the_stream_and_wait_for_nothing(world: FakeCuda) -> None:
+    toy, graph = prefilled(world, lifecycle=True, verify_data_every=1)
+    toy.manager.allocate_blocks([1, 2, 3], 1)
+    toy.manager.allocate_blocks([4, 5, 6], 2)
+    toy.manager.reset()
+    toy.replay(graph, 0)
+    toy.replay(graph, 1)
+    toy.stream.is_held = True
+    before = world.calls.copy()
+    toy.fill((0, 2, 1), (1, 2, 1))
+    with toy.manager.step(toy.stream):
+        graph.launch(toy.stream)  # may still read what is freed behind it
+        toy.manager.free_blocks(np.arange(1, 4), 1)
+        toy.manager.lifecycle.apply([("allocate", 3, 7), ("share", [4], 7)])
+    assert dict(world.calls - before) == {"graph launch": 1, "launch": 3}
+    assert toy.manager.lifecycle.owners(4) == (2, 7), "the ledger knows already"
+    toy.stream.is_held = False
+    world.pump()
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+    assert [toy.manager.lifecycle.epoch(b) for b in (1, 3, 4, 7)] == [1, 2, 1, 0]
+    toy.replay(graph, 3)
+    toy.manager.synchronize()
+    found = {(v.slot, v.request_id): v.reasons for v in toy.manager.violations()}
+    assert found == {(PAGE + p, 1): Reason.STALE_EPOCH for p in range(3)}
+
+
+def test_a_thousand_blocks_are_one_launch_and_nothing_else(world: FakeCuda) -> None:
+    k = FakeArray(np.zeros((2100, PAGE, 1, 8), np.uint8))
+    pools = [layouts.nhd(k=[k], page_size=PAGE)]
+    without, manager = (CanaryManager(CanaryConfig(lifecycle=on), pools, 4, 64) for on in (False, True))
+    assert manager.memory_bytes - without.memory_bytes == 16 * 2100
+    before = world.calls.copy()
+    for n in (1000, 1001, 2098):
+        ids = np.arange(1, n + 1, dtype=np.int32)
+        manager.allocate_blocks(ids, 7)
+        manager.free_blocks(ids, 7)
+    assert dict(world.calls - before) == {"launch": 2 * (1 + 2 + 3)}
+
+
+def test_calls_about_blocks_on_a_capturing_stream_are_refused(world: FakeCuda) -> None:
+    toy = FakeToy(world, lifecycle=True)
+    toy.manager.begin_step(toy.stream)
+    toy.manager.allocate_blocks([1], 1)
+    toy.stream.begin_capture()
+    calls = (toy.manager.allocate_blocks, toy.manager.share_blocks, toy.manager.free_blocks)
+    for call in calls:
+        with pytest.raises(CaptureError, match=call.__name__):
+            call([1, 2], 1)
+    with pytest.raises(CaptureError, match=r"lifecycle.apply\(\)"):
+        toy.manager.lifecycle.apply([("free", [1], 1)])
+    batch = toy.fill((0, 0, 1))
+    with toy.manager.forward(batch, toy.stream), pytest.raises(CaptureError):
+        toy.manager.free_blocks([1], 1)
+    assert (toy.manager.lifecycle.owners(1), toy.manager.lifecycle.owners(2)) == ((1,), ())
+    toy.manager.free_blocks([1], 1, stream=world.new_stream())
+    assert toy.manager.lifecycle.owners(1) == ()
 
 
 def test_streams_come_as_objects_integers_and_none(world: FakeCuda) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kvcanary import abi
 from kvcanary.batch import BoundBatch
 from kvcanary.deferred import Staging
+from kvcanary.ledger import BlockChanges
 from kvcanary.state import CanaryDeviceState
 
 
@@ -74,6 +75,9 @@ class Backend(Protocol):
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         """Check resident slots; False if the last sweep's lists are still being copied, so that nothing was done."""
 
+    def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
+        """Change who owns some blocks, from here on ``stream`` on; neither allocates nor waits."""
+
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         """Stop or resume judging, from the next forward on ``stream`` on."""
 
@@ -95,6 +99,9 @@ class Backend(Protocol):
     @property
     def memory_bytes(self) -> int:
         """Device and pinned memory that the guard holds, in bytes."""
+
+    def read_blocks(self, pool: int) -> npt.NDArray[Any]:
+        """A copy of the words of all blocks of a pool: BLOCK_STATE[n_blocks]; waits for the device."""
 
     # Primitives of `prove`; they may wait and allocate.
     def read_stamps(self, pool: int, slots: npt.NDArray[Any]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:

@@ -19,9 +19,11 @@ from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging
 from kvcanary.layout import KvPool
+from kvcanary.ledger import BlockChanges
 from kvcanary.state import CanaryDeviceState, CounterLayout
 
 KERNELS = {
+    "lifecycle": ("kvc_blocks_update",),
     "begin": ("kvc_begin",),
     "stamps": ("kvc_stamps_write",),
     "verify": ("kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
@@ -117,6 +119,29 @@ class BoundForward:
     bound: BoundBatch
 
 
+class BlockUpdate:
+    """The parameters of kvc_blocks_update for one pool, with the fields that change as views into them."""
+
+    def __init__(self, state: int, blocks: int, n_blocks: int) -> None:
+        record = abi.zeros_of(abi.PARAMS["LifecycleParams"])
+        record["state"], record["blocks"], record["n_blocks"] = state, blocks, n_blocks
+        dtype = record.dtype
+        assert dtype.fields is not None
+        words = record.reshape(1).view(np.int32)
+        owner, ends, ids = (dtype.fields[name][1] // 4 for name in ("owner", "ends", "ids"))
+        self._owner = words[owner : owner + 1].view(np.uint32)
+        self._ends, self._ids = words[ends : ends + abi.N_BLOCK_OPS], words[ids:]
+        self._params = record[()]  # of the same memory: a launch reads what is in it then
+
+    def pack(self, changes: BlockChanges, first: int, n: int) -> Any:
+        """By-value parameters for ``n`` ids from ``first`` on."""
+        self._owner[0] = changes.owner
+        self._ids[:n] = changes.ids[first : first + n]
+        is_whole = len(changes.ids) == n
+        self._ends[:] = changes.ends if is_whole else np.clip(changes.ends, first, first + n) - first
+        return self._params
+
+
 class DeviceBackend:
     """`kvcanary.backends.Backend` over a `Driver`."""
 
@@ -139,6 +164,9 @@ class DeviceBackend:
         self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
         self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
         self._pools = [self._pool_record(i) for i in range(len(pools))]
+        self._updates = [
+            BlockUpdate(int(self._guard["state"]), int(p["blocks"]), int(p["n_blocks"])) for p in self._pools
+        ]
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -154,6 +182,8 @@ class DeviceBackend:
             "rows": driver.zeros(self._max_requests, abi.ROW),
             "work": driver.zeros((abi.N_WORK, self._max_requests + 1), np.int64),
         }
+        if self._config.lifecycle:
+            arrays["blocks"] = driver.zeros(pool.n_blocks, abi.BLOCK_STATE)
         capacity = abi.due_capacity(n, len(digests), self._config.verify_data_every)
         if capacity:
             arrays["due"] = driver.zeros(capacity + 1, abi.DUE)
@@ -192,6 +222,8 @@ class DeviceBackend:
         names = ("claims", "digests", "planes", "digest_units", "registers", "register_claims", "rows", "work")
         for name in names:
             record[name] = self._driver.pointer(arrays[name])
+        if "blocks" in arrays:
+            record["blocks"] = self._driver.pointer(arrays["blocks"])
         if "due" in arrays:
             record["due"], record["due_capacity"] = self._driver.pointer(arrays["due"]), len(arrays["due"]) - 1
         if pool.lut_view is not None:
@@ -280,6 +312,13 @@ class DeviceBackend:
             self._driver.launch(self._kernels[name], grid, params[()], stream)
         return True
 
+    def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
+        kernel, update, n_ids = self._kernels["kvc_blocks_update"], self._updates[pool], len(changes.ids)
+        for first in range(0, n_ids, abi.MAX_BLOCK_IDS):
+            n = min(n_ids - first, abi.MAX_BLOCK_IDS)
+            grid = (-(-n // abi.THREADS), 1)
+            self._driver.launch(kernel, grid, update.pack(changes, first, n), stream)
+
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self._driver.set_word(self.state.words, abi.STATE_PAUSE, int(is_paused), stream)
 
@@ -303,6 +342,10 @@ class DeviceBackend:
         self._driver.synchronize()
         self._arrays.clear()
         self._driver.close()
+
+    def read_blocks(self, pool: int) -> Array:
+        blocks: Array = self._driver.download(self._arrays[pool]["blocks"]).reshape(-1).view(abi.BLOCK_STATE)
+        return blocks
 
     # ---- prove -------------------------------------------------------------------------------------------------------
     def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:

@@ -6,18 +6,20 @@ It runs everything at the call, in the order in which `backends/device.py` launc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from kvcanary import abi, hashing
-from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends import BoundCall, ProbeTarget, Resident, ownership
 from kvcanary.backends import reference as ref
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
 from kvcanary.layout import KvPool
+from kvcanary.ledger import BlockChanges
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
 
@@ -36,9 +38,10 @@ def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> 
 class Recorder:
     """Counts and reports into one guard state, as kernels/report.cuh does."""
 
-    def __init__(self, state: CanaryDeviceState) -> None:
+    def __init__(self, state: CanaryDeviceState, pools: Sequence[PoolArrays]) -> None:
         self.state = state
         self.words = state.words
+        self._pools = pools
 
     def count_launch(self, pool: PoolArrays, stage: Stage) -> None:
         for half in range(len(pool.head)):
@@ -60,6 +63,7 @@ class Recorder:
             return
         words, ring, control = self.words, self.state.violation_log, self.state.control
         records["step"], records["forward"] = words[abi.STATE_STEP], words[abi.STATE_FORWARD]
+        self._put_blocks(records)
         in_batch = (records["row"] >= 0) & (records["row"] < len(self.state.taint))
         np.bitwise_or.at(self.state.taint, records["row"][in_batch], records["reasons"][in_batch])
         capacity, claimed = len(ring) - 1, int(words[abi.STATE_CLAIMED])
@@ -73,6 +77,17 @@ class Recorder:
         if n:
             control[abi.CONTROL_ALARM] = claimed + n
 
+    def _put_blocks(self, records: Array) -> None:
+        """Whose the slots' blocks are, in records of one pool that are about slots of it."""
+        pool = self._pools[int(records["pool"][0])]
+        if pool.blocks is None:
+            return
+        is_slot = np.isin(records["detail"], (Detail.SLOT, Detail.UNFINISHED))
+        is_slot &= (records["slot"] >= 0) & (records["slot"] < pool.n_slots)
+        states = pool.block_states(np.where(is_slot, records["slot"], 0))
+        for name in ("owner", "epoch", "since", "flags"):
+            records[f"block_{name}"] = np.where(is_slot, states[name], 0)
+
 
 class HostBackend:
     """NumPy implementation of `kvcanary.backends.Backend`."""
@@ -85,7 +100,7 @@ class HostBackend:
         self._pools = [_pool_arrays(i, p, config, max_requests) for i, p in enumerate(pools)]
         self._units = [p.digest_units(config.real_data) for p in pools]
         self.state = make_state(CounterLayout(len(pools)), max_requests, config.ring_capacity)
-        self._recorder = Recorder(self.state)
+        self._recorder = Recorder(self.state, self._pools)
         self._rows: list[Array] = [np.zeros(0, abi.ROW) for _ in pools]
 
     # ---- a forward ---------------------------------------------------------------------------------------------------
@@ -176,6 +191,11 @@ class HostBackend:
         stamps["chain"], stamps["token"], stamps["position"] = chain, token, new.position
         stamps["prev_slot"] = self._previous_slots(pool, batch, starts, new)
         stamps["step"], stamps["owner"] = self._forward, rows["request_id"][new.row]
+        if pool.blocks is not None:
+            block = pool.block_states(target.slot)
+            stamps["epoch"] = ownership.epochs_of_writes(block, batch.request_ids is not None, stamps["owner"])
+            n_unowned = (ownership.is_unowned(block) & (target.status == OK)).sum()
+            self._recorder.add(abi.STATE_UNOWNED_WRITES, int(n_unowned) * self._is_judging)
         won = self._won(pool, new, target)
         for half in range(len(pool.head)):
             pool.head[half][target.slot[won]] = stamps[won]
@@ -275,6 +295,8 @@ class HostBackend:
         stamps = np.zeros(len(slots), abi.STAMP)
         stamps["token"], stamps["position"], stamps["prev_slot"] = abi.NO_TOKEN, positions, abi.PREV_NONE
         stamps["step"] = self._forward
+        if pool.blocks is not None:
+            stamps["epoch"] = pool.block_states(slots)["epoch"]
         for plane in (*pool.head, *pool.tail):
             plane[slots] = stamps
         self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(is_new[mine][first].sum()))
@@ -299,6 +321,13 @@ class HostBackend:
             about["position"] = np.asarray(resident.positions)[inside]
             self._compare_digests(recorder, pool, slots[inside], about, forward=0)
         return True
+
+    def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
+        blocks, now = self._pools[pool].blocks, self._forward
+        assert blocks is not None
+        for op, (first, last) in enumerate(pairwise((0, *changes.ends))):
+            if last > first:
+                ownership.change_blocks(blocks, op, changes.ids[first:last], changes.owner, now)
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self.state.words[abi.STATE_PAUSE] = is_paused
@@ -325,7 +354,13 @@ class HostBackend:
     def memory_bytes(self) -> int:
         lists = [(*p.head, *p.tail, p.claims, p.digests, p.registers, p.register_claims) for p in self._pools]
         state = (self.state.words, self.state.taint, self.state.violation_log, self.state.control)
-        return sum(a.nbytes for arrays in (*lists, state) for a in arrays)
+        blocks = [p.blocks for p in self._pools if p.blocks is not None]
+        return sum(a.nbytes for arrays in (*lists, state, blocks) for a in arrays)
+
+    def read_blocks(self, pool: int) -> Array:
+        blocks = self._pools[pool].blocks
+        assert blocks is not None
+        return blocks.copy()
 
     # ---- prove -------------------------------------------------------------------------------------------------------
     def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:
@@ -345,7 +380,7 @@ class HostBackend:
         """Compare all digests of one (row, position) into a state of its own; returns the records."""
         pool, batch = self._pools[call.pool], call.batch
         state = make_state(self.state.layout, len(self.state.taint), max(1, len(self._units[call.pool])))
-        recorder = Recorder(state)
+        recorder = Recorder(state, self._pools)
         rows = np.zeros(batch.rows, abi.ROW)
         rows[target.row] = target.as_row()
         entries = ref.entries_of(pool, batch, rows)
@@ -376,6 +411,7 @@ def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: i
         register_claims=np.zeros(max_requests, np.uint64),
         state=abi.zeros_of(abi.POOL_STATE),
         max_requests=max_requests,
+        blocks=np.zeros(pool.n_blocks, abi.BLOCK_STATE) if config.lifecycle else None,
     )
 
 
