@@ -70,7 +70,9 @@
 #define KVC_STATE_ADOPTED_SLOTS 12
 #define KVC_STATE_FORWARDS_JUDGED 13
 #define KVC_STATE_UNOWNED_WRITES 14
-#define KVC_N_STATE_WORDS 16
+#define KVC_STATE_SCRUB_SLOTS 16
+#define KVC_STATE_SCRUB_ORPHANS 17
+#define KVC_N_STATE_WORDS 24
 #define KVC_CONTROL_ALARM 0
 #define KVC_CONTROL_READ 8
 #define KVC_N_CONTROL_WORDS 16
@@ -98,6 +100,7 @@
 #define KVC_DETAIL_QUERY_START_LOC 4u
 #define KVC_DETAIL_REQUEST_SLOT 5u
 #define KVC_DETAIL_UNFINISHED 6u
+#define KVC_DETAIL_SCRUB 7u
 
 struct alignas(32) Stamp {
     uint64_t chain;
@@ -183,8 +186,9 @@ struct PoolState {
     uint32_t n_aborted;
     uint32_t aborted_floor;
     uint32_t aborted[58];
+    uint32_t scrub_turn;
 };
-static_assert(sizeof(PoolState) == 248, "the layout of kvcanary/abi.py");
+static_assert(sizeof(PoolState) == 252, "the layout of kvcanary/abi.py");
 
 struct Violation {
     uint64_t commit;
@@ -225,13 +229,14 @@ struct Guard {
     uint64_t kernel_runs;
     uint64_t slot_runs;
     uint64_t data_runs;
+    uint64_t scrub_runs;
     uint64_t control;
     uint64_t ring;
     uint64_t ring_capacity;
     uint64_t taint;
     uint64_t pool_states;
 };
-static_assert(sizeof(Guard) == 72, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Guard) == 80, "the layout of kvcanary/abi.py");
 
 struct Pool {
     int64_t n_slots;
@@ -261,9 +266,11 @@ struct Pool {
     uint32_t n_reserved;
     uint32_t max_requests;
     uint32_t due_capacity;
+    uint32_t scrub_blocks;
+    uint32_t unused;
     int32_t reserved[8];
 };
-static_assert(sizeof(Pool) == 216, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Pool) == 224, "the layout of kvcanary/abi.py");
 
 struct Batch {
     uint64_t block_table;
@@ -307,14 +314,14 @@ struct BeginParams {
     uint32_t is_first_pool;
     uint32_t unused;
 };
-static_assert(sizeof(BeginParams) == 488, "the layout of kvcanary/abi.py");
+static_assert(sizeof(BeginParams) == 504, "the layout of kvcanary/abi.py");
 
 struct StepParams {
     Guard guard;
     Pool pool;
     Batch batch;
 };
-static_assert(sizeof(StepParams) == 480, "the layout of kvcanary/abi.py");
+static_assert(sizeof(StepParams) == 496, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;
@@ -325,7 +332,7 @@ struct SweepParams {
     uint64_t tokens;
     int64_t n;
 };
-static_assert(sizeof(SweepParams) == 328, "the layout of kvcanary/abi.py");
+static_assert(sizeof(SweepParams) == 344, "the layout of kvcanary/abi.py");
 
 struct LifecycleParams {
     uint64_t state;

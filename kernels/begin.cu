@@ -189,6 +189,7 @@ KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
         pool_state.n_aborted += 1;
     }
     pool_state.head_forward = forward;
+    if (p.pool.scrub_blocks && p.batch.is_first_forward && state[KVC_STATE_PAUSE] == 0) pool_state.scrub_turn += 1;
 }
 
 // ---- kvc_begin -----------------------------------------------------------------------------------------------------------

@@ -382,6 +382,17 @@ KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
     return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
 }
 
+// Neighbours that a warp takes at once, as a shift: about 4 KiB of a plane. The next neighbours are the next warp's: the warps of a
+// block read the same few pages of memory at any time, which memory likes better than eight places of their own.
+KVC_DEVICE uint32_t kvc_run_shift(const Pool& pool, uint32_t index) {
+    const uint32_t n_words = kvc_pointer<Digest>(pool.digest_units)[index].n_words;
+    return n_words >= 512 ? 1 : n_words >= 256 ? 2 : n_words >= 128 ? 3 : 4;
+}
+KVC_DEVICE uint32_t kvc_place_in_block(uint32_t shift) {
+    const uint32_t lane = kvc_lane();
+    return ((lane >> shift) * KVC_WARPS << shift) + (kvc_warp_in_block() << shift) + (lane & ((1u << shift) - 1));
+}
+
 // The sums of the lanes' slots over each digest of a range, in order: then.after(digest, then.before(digest), sum). All lanes
 // take part.
 template <typename Then>

@@ -23,17 +23,6 @@ KVC_DEVICE uint32_t kvc_verify_slots(const StepParams& p, int32_t index, const D
     return n_compared;
 }
 
-// Neighbours that a warp takes at once, as a shift: about 4 KiB of a plane. The next neighbours are the next warp's: the warps of a
-// block read the same few pages of memory at any time, which memory likes better than eight places of their own.
-KVC_DEVICE uint32_t kvc_run_shift(const Pool& pool, uint32_t index) {
-    const uint32_t n_words = kvc_pointer<Digest>(pool.digest_units)[index].n_words;
-    return n_words >= 512 ? 1 : n_words >= 256 ? 2 : n_words >= 128 ? 3 : 4;
-}
-KVC_DEVICE uint32_t kvc_place_in_block(uint32_t shift) {
-    const uint32_t lane = kvc_lane();
-    return ((lane >> shift) * KVC_WARPS << shift) + (kvc_warp_in_block() << shift) + (lane & ((1u << shift) - 1));
-}
-
 // Positions [first, last), of which all or many are due: the block goes through them 256 at a time.
 KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t index, int64_t first, int64_t last,
                                    const DigestRange& range, uint32_t forward) {

@@ -96,7 +96,9 @@ STATE_DATA_SLOTS = 11  # (slot, digest) pairs compared
 STATE_ADOPTED_SLOTS = 12
 STATE_FORWARDS_JUDGED = 13  # forwards begun while not paused
 STATE_UNOWNED_WRITES = 14  # new tokens written to blocks that nobody owned (lifecycle)
-N_STATE_WORDS = 16
+STATE_SCRUB_SLOTS = 16  # written slots that the patrol has checked
+STATE_SCRUB_ORPHANS = 17  # written slots that it passed over, because nobody holds their block
+N_STATE_WORDS = 24
 
 # ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
 CONTROL_ALARM = 0  # device -> host: some record was committed (a hint)
@@ -181,6 +183,10 @@ POOL_STATE = np.dtype(
         ("n_aborted", "<u4"),
         ("aborted_floor", "<u4"),
         ("aborted", "<u4", (N_ABORTED,)),
+        (
+            "scrub_turn",
+            "<u4",
+        ),  # turns of the patrol begun; the first is 1
     ]
 )
 VIOLATION = np.dtype(
@@ -226,6 +232,7 @@ GUARD = np.dtype(
         ("kernel_runs", "<u8"),  # u64[pools, N_TAGS]
         ("slot_runs", "<u8"),  # u64[pools, N_TAGS]
         ("data_runs", "<u8"),  # u64[pools, 3]
+        ("scrub_runs", "<u8"),  # u64[pools]
         ("control", "<u8"),  # u64[N_CONTROL_WORDS], mapped
         ("ring", "<u8"),  # VIOLATION[ring_capacity + 1], mapped; record 0 has place 0
         ("ring_capacity", "<u8"),
@@ -262,6 +269,8 @@ POOL = np.dtype(
         ("n_reserved", "<u4"),
         ("max_requests", "<u4"),
         ("due_capacity", "<u4"),
+        ("scrub_blocks", "<u4"),  # of a turn of the patrol; 0 = none
+        ("unused", "<u4"),
         ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block
     ]
 )

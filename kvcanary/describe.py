@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from kvcanary import abi
 from kvcanary.config import CanaryConfig
 from kvcanary.layout import KvPool
+from kvcanary.patrol import Patrol, plan_patrol
 from kvcanary.state import CounterLayout
 
 
@@ -60,8 +61,10 @@ def describe_pools(
     if config.mode == "off":
         return "kvcanary is off (mode='off'): nothing is allocated, launched or checked"
     lines = [f"kvcanary: mode {config.mode}, real data {config.real_data}, {max_requests} requests"]
+    patrols = plan_patrol(config, pools)
     for i, pool in enumerate(pools):
         lines += _pool_lines(config, pool, max_requests, blocks[i] if blocks else None)
+        lines += _patrol_lines(patrols[i])
     on = ["CHAIN", "POSITION", "UNWRITTEN", "OUT_OF_RANGE", "DUPLICATE_WRITE"]
     if config.check_write_position:
         on.append("WRITE_POSITION")
@@ -87,6 +90,13 @@ def describe_pools(
             "judged only between slots of which one was written as the continuation of the other"
         )
     return "\n".join([*lines, f"on: {', '.join(on)}", f"off: {_LATER}"])
+
+
+def _patrol_lines(patrol: Patrol) -> list[str]:
+    if not patrol.n_blocks:
+        return []
+    pace = f"{patrol.n_blocks} blocks a step with a forward, at most {patrol.n_bytes} bytes"
+    return [f"  patrol: {pace}; a full pass every {patrol.n_turns} such steps"]
 
 
 def _pool_lines(

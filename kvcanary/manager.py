@@ -27,6 +27,7 @@ from kvcanary.observers import (
     StepFacts,
     ViolationObserver,
 )
+from kvcanary.patrol import plan_patrol
 from kvcanary.phases import Phase, PhaseChecker
 from kvcanary.prove import Proof, prove_batch
 from kvcanary.state import CanaryDeviceState, StateSnapshot
@@ -97,6 +98,7 @@ class CanaryManager:
         if config.lifecycle:
             self._lifecycle = Lifecycle(self.pools, self._backend, self._gate, self._pool_index)
         self._sweep = SweepOrchestrator(config.sweep_interval)
+        self._patrols = plan_patrol(config, self.pools)
         self._make_observers(self._backend)
 
     def _make_observers(self, backend: Backend) -> None:
@@ -470,6 +472,7 @@ class CanaryManager:
             self._violations.observations_total,
             self._newest_snapshot(),
             self._block_counts(),
+            [patrol.n_turns for patrol in self._patrols],
         )
 
     def _block_counts(self) -> tuple[BlockCounts, ...]:

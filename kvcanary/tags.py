@@ -100,3 +100,9 @@ class Detail(IntEnum):
     QUERY_START_LOC = 4  #: the row's token range is not inside the batch; `slot` holds its end
     REQUEST_SLOT = 5  #: request slot >= max_requests; `slot` holds it
     UNFINISHED = 6  #: UNWRITTEN at TAIL: HEAD and TAIL stamps are of different, completed forwards
+    SCRUB = 7  #: a slot of the pool, which the patrol has looked at, for no row
+
+    @property
+    def is_slot(self) -> bool:
+        """Whether `slot` is a slot of the pool, if it is not negative."""
+        return self in (Detail.SLOT, Detail.UNFINISHED, Detail.SCRUB)

@@ -105,6 +105,7 @@ _PLACES: dict[Detail, tuple[str, str]] = {
     Detail.QUERY_START_LOC: ("query_end", "the end {} of the row's token range (outside the batch)"),
     Detail.REQUEST_SLOT: ("bad_request_slot", "the request slot {} (at or above max_requests)"),
     Detail.UNFINISHED: ("slot", "slot {}"),
+    Detail.SCRUB: ("slot", "slot {}"),
 }
 
 
@@ -182,7 +183,7 @@ class Violation:
     @property
     def is_in_pool(self) -> bool:
         """Whether ``slot`` is a slot of the pool (else it is a raw value that the engine handed in)."""
-        return self.detail in (Detail.SLOT, Detail.UNFINISHED) and self.slot >= 0
+        return self.detail.is_slot and self.slot >= 0
 
     def summary(self) -> str:
         """One line: the facts as key=value, then what they mean."""
@@ -224,7 +225,8 @@ class Violation:
         """What happened, who is in the slot, and what is usually behind it."""
         reasons = self._in_order()
         what = " and ".join(self._reading(reason)[0] for reason in reasons) or "no reason is set in the record"
-        parts = [f"{_request(self.request_id)} at position {self.position}, {self._place()}{self._plane()}: {what}"]
+        who = "the patrol" if self.detail == Detail.SCRUB else _request(self.request_id)
+        parts = [f"{who} at position {self.position}, {self._place()}{self._plane()}: {what}"]
         if self.is_in_pool:
             parts += [text for text in (self._stamp(), self._block()) if text]
         known = self.expected_token, self.stored_token

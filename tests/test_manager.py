@@ -416,7 +416,7 @@ class TestKnowing:
         assert estimate - tables - per_request - kvcanary.abi.POOL_STATE.itemsize == engine.manager.memory_bytes
 
     def test_one_snapshot_is_a_few_hundred_bytes(self) -> None:
-        assert [8 * CounterLayout(n).n_words for n in (1, 2)] == [344, 560]
+        assert [8 * CounterLayout(n).n_words for n in (1, 2)] == [416, 640]
 
     def test_chain_is_what_prefix_chain_takes(self) -> None:
         engine = ToyEngine(verify_data_every=1)

@@ -20,6 +20,7 @@ from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
+from kvcanary.patrol import plan_patrol
 from kvcanary.state import CanaryDeviceState, CounterLayout
 
 KERNELS = {
@@ -28,6 +29,7 @@ KERNELS = {
     "stamps": ("kvc_stamps_write",),
     "verify": ("kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
     "digests": ("kvc_digests_verify", "kvc_digests_write", "kvc_digests_adopt", "kvc_digests_sweep"),
+    "scrub": ("kvc_scrub",),
 }
 MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
 MAX_GRID_Y = 1024  # the same for new tokens, whose slots are found at no cost
@@ -163,7 +165,8 @@ class DeviceBackend:
         self._resident = {name: driver.resident_blocks(kernel) for name, kernel in self._kernels.items()}
         self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
         self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
-        self._pools = [self._pool_record(i) for i in range(len(pools))]
+        patrols = plan_patrol(config, pools)
+        self._pools = [self._pool_record(i, patrol.n_blocks) for i, patrol in enumerate(patrols)]
         self._updates = [
             BlockUpdate(int(self._guard["state"]), int(p["blocks"]), int(p["n_blocks"])) for p in self._pools
         ]
@@ -207,13 +210,14 @@ class DeviceBackend:
             ("kernel_runs", state.kernel_run_counters),
             ("slot_runs", state.slot_run_counters),
             ("data_runs", state.data_run_counters),
+            ("scrub_runs", state.scrub_run_counters),
         ):
             guard[field] = driver.pointer(view)
         guard["control"], guard["ring"], guard["ring_capacity"] = control_address, ring_address, ring_capacity
         guard["pool_states"] = driver.pointer(pool_states)
         return state, guard, pool_states
 
-    def _pool_record(self, index: int) -> Array:
+    def _pool_record(self, index: int, scrub_blocks: int) -> Array:
         pool, arrays = self._kv_pools[index], self._arrays[index]
         record = abi.zeros_of(abi.POOL)
         for half in range(len(pool.halves)):
@@ -231,6 +235,7 @@ class DeviceBackend:
         record["n_slots"], record["page_size"], record["n_blocks"] = pool.n_slots, pool.page_size, pool.n_blocks
         record["page_shift"] = abi.log2_or_negative(pool.page_size)
         record["window"], record["token_offset"] = pool.window or 0, pool.token_offset
+        record["scrub_blocks"] = scrub_blocks
         record["kind"], record["index"], record["n_halves"] = int(pool.kind), index, len(pool.halves)
         record["n_digests"] = len(pool.digest_units(self._config.real_data))
         record["n_reserved"], record["max_requests"] = len(pool.reserved_blocks), self._max_requests
@@ -262,6 +267,8 @@ class DeviceBackend:
             tail.append("kvc_digests_write")
         if config.on_unwritten == "adopt":
             head.append("kvc_digests_adopt")
+        if self._pools[pool]["scrub_blocks"] and is_first_forward:
+            head.append("kvc_scrub")
 
         def kernel(name: str, packed: Any) -> BoundKernel:
             return BoundKernel(self._driver, self._kernels[name], grids[name], packed)
@@ -409,6 +416,7 @@ def _grids(
     if pool["window"]:
         positions = min(positions, rows * int(pool["window"]))
     split = max(1, min(int(pool["n_digests"]), MAX_DIGEST_SPLIT))
+    scrub_slots = int(pool["scrub_blocks"]) * int(pool["page_size"])
 
     def blocks(kernel: str, units: int, n_y: int = 1) -> int:
         return max(1, min(units, n_multiprocessors * resident[kernel] // n_y))
@@ -434,4 +442,5 @@ def _grids(
         "kvc_digests_verify": (blocks("kvc_digests_verify", data_units, split), split),
         "kvc_digests_write": (blocks("kvc_digests_write", write_blocks, write_split), write_split),
         "kvc_digests_adopt": (blocks("kvc_digests_adopt", -(-verify_units // abi.WARPS)), 1),
+        "kvc_scrub": (blocks("kvc_scrub", -(-scrub_slots // (8 * abi.WARPS)), split), split),
     }

@@ -14,12 +14,14 @@ import numpy as np
 from kvcanary import abi, hashing
 from kvcanary.backends import BoundCall, ProbeTarget, Resident, ownership
 from kvcanary.backends import reference as ref
+from kvcanary.backends import reference_patrol as patrol
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
+from kvcanary.patrol import plan_patrol
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
 
@@ -82,7 +84,7 @@ class Recorder:
         pool = self._pools[int(records["pool"][0])]
         if pool.blocks is None:
             return
-        is_slot = np.isin(records["detail"], (Detail.SLOT, Detail.UNFINISHED))
+        is_slot = np.isin(records["detail"], [d for d in Detail if d.is_slot])
         is_slot &= (records["slot"] >= 0) & (records["slot"] < pool.n_slots)
         states = pool.block_states(np.where(is_slot, records["slot"], 0))
         for name in ("owner", "epoch", "since", "flags"):
@@ -97,7 +99,8 @@ class HostBackend:
     def __init__(self, config: CanaryConfig, pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:
         self._config = config
         self._kv_pools = tuple(pools)
-        self._pools = [_pool_arrays(i, p, config, max_requests) for i, p in enumerate(pools)]
+        plans = plan_patrol(config, pools)
+        self._pools = [_pool_arrays(i, p, config, max_requests, plans[i].n_blocks) for i, p in enumerate(pools)]
         self._units = [p.digest_units(config.real_data) for p in pools]
         self.state = make_state(CounterLayout(len(pools)), max_requests, config.ring_capacity)
         self._recorder = Recorder(self.state, self._pools)
@@ -120,6 +123,8 @@ class HostBackend:
                 self._verify_data(pool, batch, entries)
             if batch.adopt:
                 self._adopt(pool, ref.entries_of(pool, batch, self._rows[call.pool]))
+            if batch.is_first_forward and pool.scrub_blocks and self._is_judging:
+                self._scrub(pool)
 
     def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for call in calls:
@@ -165,6 +170,8 @@ class HostBackend:
             pool.state["aborted"][place] = pool.state["head_forward"]
             pool.state["n_aborted"] += 1
         pool.state["head_forward"] = self._forward
+        if pool.scrub_blocks and batch.is_first_forward and not words[abi.STATE_PAUSE]:
+            pool.state["scrub_turn"] += 1
         self._rows[call.pool] = ref.find_rows(pool, batch, self._forward)
 
     def _won(self, pool: PoolArrays, new: ref.NewTokens, target: ref.Slots) -> Array:
@@ -301,6 +308,19 @@ class HostBackend:
             plane[slots] = stamps
         self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(is_new[mine][first].sum()))
 
+    def _scrub(self, pool: PoolArrays) -> None:
+        """The patrol's turn: digests and links of the written slots of the next blocks that somebody holds."""
+        recorder = self._recorder
+        self.state.scrub_run_counters[pool.index] += np.uint64(1)
+        slots, n_orphans = patrol.patrolled_slots(pool, self._forward)
+        recorder.add(abi.STATE_SCRUB_SLOTS, len(slots))
+        recorder.add(abi.STATE_SCRUB_ORPHANS, n_orphans)
+        about = ref.new_records(len(slots), pool, pool.tag(Stage.HEAD))
+        about["detail"], about["position"] = Detail.SCRUB, pool.head[0]["position"][slots]
+        self._compare_digests(recorder, pool, slots, about, self._forward)
+        for half in range(len(pool.head)):
+            recorder.report(patrol.judge_links(pool, half, slots))
+
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         pool, recorder = self._pools[pool_index], self._recorder
@@ -391,7 +411,7 @@ class HostBackend:
         return state.violation_log[: int(state.words[abi.STATE_CLAIMED])]
 
 
-def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: int) -> PoolArrays:
+def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: int, scrub_blocks: int) -> PoolArrays:
     n, halves = pool.n_slots, len(pool.halves)
     lut = pool.lut_view
     return PoolArrays(
@@ -412,6 +432,7 @@ def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: i
         state=abi.zeros_of(abi.POOL_STATE),
         max_requests=max_requests,
         blocks=np.zeros(pool.n_blocks, abi.BLOCK_STATE) if config.lifecycle else None,
+        scrub_blocks=scrub_blocks,
     )
 
 

@@ -34,6 +34,7 @@ class PoolArrays:
         state: one POOL_STATE.
         slot_lut: i64[n] or None.
         blocks: BLOCK_STATE[n_blocks] or None: block ownership is not judged.
+        scrub_blocks: blocks of a turn of the patrol; 0 = none.
     """
 
     index: int
@@ -53,6 +54,7 @@ class PoolArrays:
     state: Array
     max_requests: int
     blocks: Array | None = None
+    scrub_blocks: int = 0
 
     def tag(self, stage: Stage, half: int = 0) -> int:
         return stage * 4 + self.kind * 2 + half
