@@ -55,6 +55,7 @@
 #define KVC_OP_FREE 4
 #define KVC_N_BLOCK_OPS 5
 #define KVC_MAX_BLOCK_IDS 1000
+#define KVC_MAX_LAYER_DIGESTS 15
 #define KVC_STATE_FORWARD 0
 #define KVC_STATE_FORWARD_DONE 1
 #define KVC_STATE_STEP 2
@@ -322,6 +323,15 @@ struct StepParams {
     Batch batch;
 };
 static_assert(sizeof(StepParams) == 496, "the layout of kvcanary/abi.py");
+
+struct LayerParams {
+    Guard guard;
+    Pool pool;
+    Batch batch;
+    uint32_t n_digests;
+    uint32_t digests[15];
+};
+static_assert(sizeof(LayerParams) == 560, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;

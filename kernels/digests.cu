@@ -1,6 +1,7 @@
 // digests.cu: which bytes are in each slot. The KV bytes themselves are read only here.
 //
 // kvc_digests_verify  HEAD: digests of the prefix slots that fall due, against the stored ones
+// kvc_digests_layer   within a forward: digests of one layer of the prefix slots of pending rows, at the point of their read
 // kvc_digests_write   TAIL: digests of the new tokens' bytes
 // kvc_digests_adopt   HEAD, option: stamps and digests of prefix slots that nobody ever stamped
 // kvc_digests_sweep   digests of resident slots that the host handed in
@@ -95,6 +96,40 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
             n_compared += kvc_verify_run(p, row, unit.row, first, last, range, forward);
         }
         u += n > 0 ? n : 1;
+    }
+    const uint64_t n = kvc_block_sum(n_compared);
+    if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);
+}
+
+// ---- a layer of pending rows -----------------------------------------------------------------------------------------------
+// A warp per unit of prefix positions, and only in the rows that were left out at HEAD because their KV was still on its way.
+KVC_KERNEL(KVC_THREADS, 2) kvc_digests_layer(KVC_PARAM LayerParams p) {
+    const Pool& pool = p.pool;
+    if (!kvc_is_judging(p.guard)) return;
+    const uint32_t forward = kvc_forward_number(p.guard);
+    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
+    const int64_t n_units = work[p.batch.rows];
+    if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
+    kvc_begin_digests(pool);
+    uint32_t n_compared = 0;
+    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        if (!(row.flags & KVC_ROW_LIVE) || !(row.flags & KVC_ROW_PENDING)) continue;
+        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
+        const int64_t last = first + KVC_VERIFY_UNIT < row.verify_end ? first + KVC_VERIFY_UNIT : row.verify_end;
+        for (int64_t base = first; base < last; base += 32) {
+            const int64_t position = base + kvc_lane();
+            const int64_t slot = position < last ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
+            const LaneSlot at = kvc_lane_slot(pool, slot, position);
+            if (kvc_ballot(slot >= 0) == 0) continue;
+            for (uint32_t i = 0; i < p.n_digests; ++i) {
+                const DigestRange one = {p.digests[i], p.digests[i] + 1};
+                if (kvc_ballot(kvc_compare_digests(pool, one, at, n_compared)) == 0) continue;
+                const Violation about = kvc_row_violation(pool, row, unit.row, kvc_tag(KVC_STAGE_HEAD, pool.kind, 0));
+                kvc_judge_digests(p.guard, pool, one, at, forward, about);
+            }
+        }
     }
     const uint64_t n = kvc_block_sum(n_compared);
     if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);

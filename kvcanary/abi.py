@@ -80,6 +80,8 @@ OP_FREE = 4  # nobody holds it any more
 N_BLOCK_OPS = 5
 MAX_BLOCK_IDS = 1000  # ids of one launch, passed by value: with the rest, parameters may have 4096 bytes
 
+MAX_LAYER_DIGESTS = 15  # of one launch of kvc_digests_layer
+
 # ---- device state: one flat u64 array, header words first ------------------------------------------------------------
 STATE_FORWARD = 0  # number of the forward in progress, or of the last one
 STATE_FORWARD_DONE = 1  # the same, published after every block of kvc_begin has read it
@@ -314,6 +316,15 @@ PARAMS: dict[str, np.dtype[Any]] = {
         [("guard", GUARD), ("pool", POOL), ("batch", BATCH), ("is_first_pool", "<u4"), ("unused", "<u4")]
     ),
     "StepParams": np.dtype([("guard", GUARD), ("pool", POOL), ("batch", BATCH)]),
+    "LayerParams": np.dtype(
+        [
+            ("guard", GUARD),
+            ("pool", POOL),
+            ("batch", BATCH),
+            ("n_digests", "<u4"),
+            ("digests", "<u4", (MAX_LAYER_DIGESTS,)),  # indices of the layer's
+        ]
+    ),
     "SweepParams": np.dtype(
         [
             ("guard", GUARD),
@@ -366,6 +377,7 @@ _INT_PREFIXES = (
     "N_",
     "MAX_RESERVED",
     "MAX_BLOCK_IDS",
+    "MAX_LAYER_DIGESTS",
     "NO_TOKEN",
 )
 _INT_NAMES = (

@@ -18,7 +18,7 @@ from kvcanary.construct import check_capacities, choose_backend, make_backend, p
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
-from kvcanary.errors import CaptureError, ConfigError, KvCanaryError, PhaseError
+from kvcanary.errors import BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
 from kvcanary.observers import (
@@ -85,6 +85,7 @@ class CanaryManager:
         self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = weakref.WeakKeyDictionary()
         self._open_forward: tuple[list[BoundCall], Any] | None = None
         self._lifecycle: Lifecycle | None = None
+        self._layers: dict[int, set[int | None]] = {}
         if config.mode == "off":
             self._lifecycle = Lifecycle()
             return
@@ -198,6 +199,39 @@ class CanaryManager:
         except BaseException:
             self.abandon_forward()
             raise
+
+    def verify_layer(self, batch: StepBatch, layer: int, stream: Any = None) -> None:
+        """Digest one layer of the prefixes of the rows marked ``pending``, right before that layer reads them.
+
+        For KV that is loaded layer by layer: HEAD leaves pending rows' data out, because it is still on its way; call
+        this between `head` and `tail`, after the wait for the layer's load. May run inside a capture.
+
+        Args:
+            batch: the one that HEAD was given.
+            layer: the ``layer`` of the planes, as `kvcanary.layouts` numbers them (from 0).
+
+        Raises:
+            PhaseError: not between HEAD and TAIL of ``batch``. BatchError: ``batch`` has no ``pending``, or no pool of
+                the forward has digests of that layer.
+        """
+        if self._backend is None:
+            return
+        if self._open_forward is None or self._open_forward[1] is not batch:
+            raise PhaseError("verify_layer() must come between head() and tail() of the same StepBatch object")
+        if batch.pending is None:
+            raise BatchError("verify_layer(): the batch has no pending rows; give pending u8[rows] to StepBatch")
+        calls = [call for call in self._open_forward[0] if layer in self._layers_of(call.pool)]
+        if not calls:
+            known = {n for call in self._open_forward[0] for n in self._layers_of(call.pool) if n is not None}
+            raise BatchError(
+                f"verify_layer(): layer {layer!r} has no digests in this forward's pools; they have {sorted(known)}"
+            )
+        self._backend.verify_layer(calls, layer, stream)
+
+    def _layers_of(self, pool: int) -> set[int | None]:
+        if pool not in self._layers:
+            self._layers[pool] = {unit.layer for unit in self.pools[pool].digest_units(self.config.real_data)}
+        return self._layers[pool]
 
     def tail(self, batch: StepBatch, stream: Any = None) -> None:
         """TAIL of the forward that `head` began, after the model; may run inside a capture."""

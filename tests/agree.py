@@ -279,6 +279,17 @@ class Twins:
         self._check("SWEEP")
         return self.records
 
+    def verify_layer(self, batches: Sequence[StepBatch], layer: int) -> Array:
+        """Between HEAD and TAIL: from the ``model`` of `forward`, which was given ``batches``."""
+        self.publish()
+        for side, batch in zip(self.sides, batches, strict=True):
+            side.manager.verify_layer(batch, layer)
+        for pool, kv in enumerate(self.pools):
+            units = kv.digest_units(self.config.real_data)
+            self._data_runs[pool, Stage.HEAD] += not self.is_paused and any(unit.layer == layer for unit in units)
+        self._check(f"layer {layer}")
+        return self.records
+
     def lifecycle(self, events: Sequence[Any]) -> LifecycleError | None:
         """Say who owns which blocks; returns the error that every side raises alike, None if none does."""
         errors: list[LifecycleError | None] = []

@@ -31,6 +31,7 @@ SIZES = {
     "Batch": 192,
     "BeginParams": 504,
     "StepParams": 496,
+    "LayerParams": 560,
     "SweepParams": 344,
     "LifecycleParams": 4048,
 }

@@ -72,6 +72,9 @@ class Backend(Protocol):
     def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
         """Verify TAIL stamps of the prefix, write those of the new tokens, digest the new tokens' bytes."""
 
+    def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
+        """Between `head` and `tail`: verify the data of one layer of the prefixes of pending rows; may be captured."""
+
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         """Check resident slots; False if the last sweep's lists are still being copied, so that nothing was done."""
 

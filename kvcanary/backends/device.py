@@ -7,7 +7,7 @@ has the real one; a test has one that runs the same kernels on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +28,13 @@ KERNELS = {
     "begin": ("kvc_begin",),
     "stamps": ("kvc_stamps_write",),
     "verify": ("kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
-    "digests": ("kvc_digests_verify", "kvc_digests_write", "kvc_digests_adopt", "kvc_digests_sweep"),
+    "digests": (
+        "kvc_digests_verify",
+        "kvc_digests_layer",
+        "kvc_digests_write",
+        "kvc_digests_adopt",
+        "kvc_digests_sweep",
+    ),
     "scrub": ("kvc_scrub",),
 }
 MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
@@ -119,6 +125,7 @@ class BoundForward:
     head: tuple[BoundKernel, ...]
     tail: tuple[BoundKernel, ...]
     bound: BoundBatch
+    layers: dict[int, list[BoundKernel]] = field(default_factory=dict)
 
 
 class BlockUpdate:
@@ -206,13 +213,13 @@ class DeviceBackend:
         state = CanaryDeviceState(layout, words, taint, ring, control)
         guard = abi.zeros_of(abi.GUARD)
         guard["state"], guard["taint"] = driver.pointer(words), driver.pointer(taint)
-        for field, view in (
+        for name, view in (
             ("kernel_runs", state.kernel_run_counters),
             ("slot_runs", state.slot_run_counters),
             ("data_runs", state.data_run_counters),
             ("scrub_runs", state.scrub_run_counters),
         ):
-            guard[field] = driver.pointer(view)
+            guard[name] = driver.pointer(view)
         guard["control"], guard["ring"], guard["ring_capacity"] = control_address, ring_address, ring_capacity
         guard["pool_states"] = driver.pointer(pool_states)
         return state, guard, pool_states
@@ -297,6 +304,29 @@ class DeviceBackend:
         for call in calls:
             for bound in call.batch.tail:
                 bound.launch(stream)
+
+    def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
+        for call in calls:
+            for bound in self._layer_kernels(call, layer):
+                bound.launch(stream)
+
+    def _layer_kernels(self, call: BoundCall, layer: int) -> list[BoundKernel]:
+        """The launches of a layer, packed at its first use: mostly one."""
+        known: dict[int, list[BoundKernel]] = call.batch.layers
+        if layer not in known:
+            units = self._kv_pools[call.pool].digest_units(self._config.real_data)
+            digests = [d for d, unit in enumerate(units) if unit.layer == layer]
+            verify = call.batch.head[1]  # kvc_stamps_verify: its grid fits the same units
+            known[layer] = []
+            for first in range(0, len(digests), abi.MAX_LAYER_DIGESTS):
+                chosen = digests[first : first + abi.MAX_LAYER_DIGESTS]
+                params = abi.zeros_of(abi.PARAMS["LayerParams"])
+                for name in ("guard", "pool", "batch"):
+                    params[name] = verify.params[name]
+                params["n_digests"], params["digests"][: len(chosen)] = len(chosen), chosen
+                kernel = self._kernels["kvc_digests_layer"]
+                known[layer].append(BoundKernel(self._driver, kernel, verify.grid, params[()]))
+        return known[layer]
 
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:

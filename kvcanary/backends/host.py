@@ -146,6 +146,19 @@ class HostBackend:
                 self._recorder.count_data_launch(pool, Stage.TAIL)
                 self._write_digests(pool, target.slot[won], pool.head[0]["position"][target.slot[won]])
 
+    def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
+        for call in calls if self._is_judging else ():
+            pool, rows = self._pools[call.pool], self._rows[call.pool]
+            digests = [d for d, unit in enumerate(self._units[call.pool]) if unit.layer == layer]
+            if not digests:
+                continue
+            self._recorder.count_data_launch(pool, Stage.HEAD)
+            entries = ref.entries_of(pool, call.batch, rows)
+            chosen = (rows["flags"][entries.row] & abi.ROW_PENDING != 0) & (entries.at.status == OK)
+            about = ref.row_records(int(chosen.sum()), pool, pool.tag(Stage.HEAD), rows, entries.row[chosen])
+            about["position"] = entries.position[chosen]
+            self._compare_digests(self._recorder, pool, entries.at.slot[chosen], about, self._forward, digests)
+
     @property
     def _forward(self) -> int:
         return int(self.state.words[abi.STATE_FORWARD])
@@ -261,8 +274,18 @@ class HostBackend:
         about["position"] = entries.position[due]
         self._compare_digests(self._recorder, pool, entries.at.slot[due], about, self._forward)
 
-    def _compare_digests(self, recorder: Recorder, pool: PoolArrays, slots: Array, about: Array, forward: int) -> None:
-        for d, unit in enumerate(self._units[pool.index]):
+    def _compare_digests(
+        self,
+        recorder: Recorder,
+        pool: PoolArrays,
+        slots: Array,
+        about: Array,
+        forward: int,
+        digests: Sequence[int] | None = None,
+    ) -> None:
+        units = self._units[pool.index]
+        for d in range(len(units)) if digests is None else digests:
+            unit = units[d]
             stored = pool.digests[d, slots]
             known = np.flatnonzero(stored)
             recorder.add(abi.STATE_DATA_SLOTS, len(known))
