@@ -39,11 +39,12 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
                                    const DigestRange& range, uint32_t forward) {
     int64_t position = first + kvc_place_in_block(kvc_run_shift(p.pool, range.first));
     int64_t next = position < last ? kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
+    const bool any_fresh = *kvc_n_fresh(p.guard, p.pool) != 0;
     uint32_t n_compared = 0;
     for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
         const int64_t slot = next;
         next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS).slot : -1;
-        const bool is_due = slot >= 0 && kvc_is_due(p.batch, row, slot);
+        const bool is_due = slot >= 0 && kvc_is_due(p.pool, p.batch, row, slot, any_fresh);
         n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, is_due ? slot : -1, position), forward);
     }
     return n_compared;

@@ -90,7 +90,7 @@ KVC_DEVICE void kvc_judge_stamp(const StepParams& p, const Row& row, int32_t ind
         if (position == 0) {
             const uint64_t salt = p.batch.salts ? kvc_pointer<uint64_t>(p.batch.salts)[index] : 0;
             v.expected_chain = kvc_link(kvc_anchor(salt), stamp.token, 0);
-            if (is_known && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
+            if (is_known && !kvc_is_relative(stamp) && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
         } else if (may_link && previous.step && is_known) {
             v.expected_chain = kvc_link(previous.chain, stamp.token, stamp.position);
             if (stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
@@ -142,8 +142,10 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
             previous = kvc_link_of(kvc_see_stamp(p.guard, pool, stage, half, before.slot, forward));
         }
         // Before a window lie blocks that may belong to others by now: judge the link into its first position only if
-        // the predecessor was not rewritten after the stamp that continued it.
-        const bool may_link = position > row.verify_start || (previous.step <= seen.stamp.step && previous.step < forward);
+        // the predecessor was not rewritten after the stamp that continued it. (Of a moved stamp only its new place is
+        // known when; if its predecessor did not come along, nobody can tell.)
+        const bool is_later = previous.step <= seen.stamp.step && previous.step < forward;
+        const bool may_link = position > row.verify_start || (is_later && seen.stamp.prev_slot != KVC_PREV_NONE);
         kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link);
     }
     return is_left;

@@ -4,11 +4,13 @@ import logging
 
 from kvcanary import layouts
 from kvcanary.batch import StepBatch
+from kvcanary.bundle import SlotBundle
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import (
     BackendError,
     BatchError,
+    BundleError,
     CanaryCounterError,
     CanaryStalledError,
     CaptureError,
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BatchError",
+    "BundleError",
     "CanaryConfig",
     "CanaryCounterError",
     "CanaryDeviceState",
@@ -55,6 +58,7 @@ __all__ = [
     "Plane",
     "PoolKind",
     "Reason",
+    "SlotBundle",
     "Stage",
     "StepBatch",
     "SweepOrchestrator",

@@ -15,7 +15,10 @@ from kvcanary.tags import N_TAGS, CanaryLaunchTag, Detail, Reason, Stage
 # ---- constants of the chain and the digest (kvcanary/hashing.py has the formulas) ------------------------------------
 MIX_1 = 0xBF58476D1CE4E5B9  # splitmix64's finalizer
 MIX_2 = 0x94D049BB133111EB
+MIX_1_INVERSE = pow(MIX_1, -1, 1 << 64)
+MIX_2_INVERSE = pow(MIX_2, -1, 1 << 64)
 CHAIN_P = 0xD1342543DE82EF95
+CHAIN_P_INVERSE = pow(CHAIN_P, -1, 1 << 64)
 CHAIN_ANCHOR = 0xC0FFEE
 DIGEST_SEED = 0x9E3779B97F4A7C15
 DIGEST_R = 0x5851F42D4C957F2D
@@ -43,6 +46,9 @@ PREV_NONE = -1  # stamp.prev_slot: there is no predecessor, or it is not known w
 # written in the same forward): it says nothing beyond the slots that continue it. Its stamps have these prev_slots:
 PREV_RELATIVE = -2  # the first of them: it continues no stamp
 PREV_RELATIVE_BASE = -3  # the others: PREV_RELATIVE_BASE - slot of the stamp that it continues
+PREV_IN_LIST = 0  # in an image of moved slots, this in place of a slot: the previous entry of the list
+# Lower half of a claim word: token index + 1 of a write (at most 2^30), or from 2^31 on an adoption, or this:
+CLAIM_FRESH = 0x7FFFFFFF  # moved here or adopted, and its bytes were not verified since
 
 # ---- table kinds -----------------------------------------------------------------------------------------------------
 TABLE_DENSE = 0  # block_table[row, position / table_page]
@@ -70,7 +76,7 @@ WORK_DATA = 3  # units of prefix positions whose bytes may fall due
 N_WORK = 4
 
 # ---- device state: one flat u64 array, header words first ------------------------------------------------------------
-STATE_FORWARD = 0  # number of the forward in progress, or of the last one
+STATE_FORWARD = 0  # number of the forward in progress, or of the last one; a move before the first one makes it 1
 STATE_FORWARD_DONE = 1  # the same, published after every block of kvc_begin has read it
 STATE_STEP = 2  # first forwards begun = outer steps seen by the device
 STATE_STEP_DONE = 3
@@ -84,6 +90,7 @@ STATE_UNANCHORED_ROWS = 10  # rows with a prefix whose chain nobody outside the 
 STATE_DATA_SLOTS = 11  # (slot, digest) pairs compared
 STATE_ADOPTED_SLOTS = 12
 STATE_FORWARDS_JUDGED = 13  # forwards begun while not paused
+STATE_SKIPPED_MOVES = 15  # entries of moves that named no slot, or one that could not be refreshed
 N_STATE_WORDS = 16
 
 # ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
@@ -161,6 +168,7 @@ POOL_STATE = np.dtype(
         ("n_aborted", "<u4"),
         ("aborted_floor", "<u4"),
         ("aborted", "<u4", (N_ABORTED,)),
+        ("n_fresh", "<u4"),  # slots whose claim word says CLAIM_FRESH
     ]
 )
 VIOLATION = np.dtype(
@@ -291,6 +299,27 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("n", "<i8"),
         ]
     ),
+    # Lists are i32, or all of them i64 (wide); entry i of n is slot i % per_entry of slots[i / per_entry].
+    "MoveParams": np.dtype(
+        [
+            ("guard", GUARD),
+            ("pool", POOL),
+            ("slots", "<u8"),
+            ("positions", "<u8"),
+            ("tokens", "<u8"),  # negative = unknown; or null
+            ("chains", "<u8"),  # u64[n], 0 = unknown; or null
+            ("stamps", "<u8"),  # the image: STAMP[2 * n_halves, n], HEAD of each half, then TAIL; see PREV_IN_LIST
+            ("digests", "<u8"),  # u64[n_digests, n] of it
+            ("row_starts", "<u8"),  # rows of a commit: entries row_starts[r] to row_starts[r + 1]
+            ("request_slots", "<u8"),  # negative = none
+            ("prefix_lens", "<u8"),  # positions before the row's first entry
+            ("n", "<i8"),
+            ("n_rows", "<i4"),
+            ("per_entry", "<i4"),
+            ("wide", "<u4"),
+            ("drops_digests", "<u4"),  # kvc_moves_localize: the digests did not come along
+        ]
+    ),
 }
 
 _STRUCTS: dict[str, np.dtype[Any]] = {
@@ -308,7 +337,7 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     **PARAMS,
 }
 _U64_CONSTANTS = tuple(n for n in globals() if n.startswith(("MIX_", "CHAIN_", "DIGEST_")))
-_INT_PREFIXES = ("TABLE_", "WORK_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN")
+_INT_PREFIXES = ("CLAIM_", "TABLE_", "WORK_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN")
 _INT_NAMES = (
     "SHARE_RUN",
     "THREADS",

@@ -20,6 +20,7 @@ from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.errors import CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
+from kvcanary.moves import MoveCalls
 from kvcanary.observers import (
     KernelRunCounterHealthChecker,
     PeriodicCanaryStatsLogger,
@@ -44,7 +45,7 @@ class _Bound(NamedTuple):
     batches: list[BoundBatch]
 
 
-class CanaryManager:
+class CanaryManager(MoveCalls):
     """Guards the KV pools of one engine process.
 
     Args:

@@ -24,6 +24,7 @@ class CanaryStats:
         unjudged_slots: prefix slots that were passed over because their forward never reached TAIL.
         unanchored_rows: rows whose chain nobody outside the cache knew.
         adopted_slots: slots adopted by on_unwritten="adopt".
+        skipped_moves: entries of moves that named no slot, or one that could not be refreshed.
         dropped: violations that found the ring full.
     """
 
@@ -38,6 +39,7 @@ class CanaryStats:
     unjudged_slots: int = 0
     unanchored_rows: int = 0
     adopted_slots: int = 0
+    skipped_moves: int = 0
     dropped: int = 0
 
     @classmethod
@@ -58,5 +60,6 @@ class CanaryStats:
             unjudged_slots=snapshot.word(abi.STATE_UNJUDGED_SLOTS),
             unanchored_rows=snapshot.word(abi.STATE_UNANCHORED_ROWS),
             adopted_slots=snapshot.word(abi.STATE_ADOPTED_SLOTS),
+            skipped_moves=snapshot.word(abi.STATE_SKIPPED_MOVES),
             dropped=snapshot.word(abi.STATE_DROPPED),
         )

@@ -95,6 +95,7 @@ class Script:
 
     Args:
         leave_out: arrays that this engine does not hand in.
+        spec: another pool than that of `pool_spec`.
     """
 
     def __init__(
@@ -104,9 +105,10 @@ class Script:
         leave_out: Collection[str] = (),
         has_v: bool = False,
         window: int | None = None,
+        spec: PoolSpec | None = None,
         **config: Any,
     ) -> None:
-        self.twins = Twins([pool_spec(has_v, window)], sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
+        self.twins = Twins([spec or pool_spec(has_v, window)], sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
         self.leave_out = set(leave_out)
         self.records = self.twins.records
         self._bytes_of = np.random.default_rng(0)

@@ -23,7 +23,7 @@ SIZES = {
     "Digest": 24,
     "Row": 56,
     "Due": 16,
-    "PoolState": 248,
+    "PoolState": 252,
     "Violation": 128,
     "Guard": 72,
     "Pool": 208,
@@ -31,6 +31,7 @@ SIZES = {
     "BeginParams": 480,
     "StepParams": 472,
     "SweepParams": 320,
+    "MoveParams": 376,
 }
 DTYPES: dict[str, np.dtype[Any]] = {
     "Stamp": abi.STAMP,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
+from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.deferred import Staging
 from kvcanary.state import CanaryDeviceState
@@ -73,6 +74,15 @@ class Backend(Protocol):
 
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         """Check resident slots; False if the last sweep's lists are still being copied, so that nothing was done."""
+
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        """Carry, make or take stamps and digests, see `MoveOp`; never skipped, so it may wait for its own buffers.
+
+        Returns the image of an EXPORT, for which it waits for the device.
+        """
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        """The guard's own arrays of a pool, in place: u8[n_slots, 32] per stamp plane, u64[n_slots] per digest."""
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         """Stop or resume judging, from the next forward on ``stream`` on."""

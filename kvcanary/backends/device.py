@@ -7,6 +7,7 @@ has the real one; a test has one that runs the same kernels on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ import numpy.typing as npt
 
 from kvcanary import abi
 from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends.device_moves import DeviceMoves
+from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging
@@ -26,6 +29,10 @@ KERNELS = {
     "stamps": ("kvc_stamps_write",),
     "verify": ("kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
     "digests": ("kvc_digests_verify", "kvc_digests_write", "kvc_digests_adopt", "kvc_digests_sweep"),
+    "moves": (
+        *("kvc_moves_gather", "kvc_moves_scatter", "kvc_moves_commit"),
+        *("kvc_moves_localize", "kvc_moves_adopt", "kvc_moves_digest"),
+    ),
 }
 MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
 MAX_GRID_Y = 1024  # the same for new tokens, whose slots are found at no cost
@@ -85,6 +92,13 @@ class Driver(Protocol):
         Host lists go through pinned buffers of ``capacity`` entries and are copied on the stream without waiting.
         """
 
+    def lend(self, arrays: Sequence[Any], n_scratch: int, stream: Any) -> AbstractContextManager[tuple[list[int], int]]:
+        """Device addresses of arrays (0 for None, `ArrayView`s where they lie) and of ``n_scratch`` bytes.
+
+        They hold for what is launched on the stream until the with-block ends, and nothing is reused before that is
+        done, on whichever stream. NumPy arrays are copied through pinned memory; waits only for its own buffers.
+        """
+
     def synchronize(self) -> None:
         """Wait for the device."""
 
@@ -139,6 +153,7 @@ class DeviceBackend:
         self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
         self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
         self._pools = [self._pool_record(i) for i in range(len(pools))]
+        self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -280,6 +295,16 @@ class DeviceBackend:
             self._driver.launch(self._kernels[name], grid, params[()], stream)
         return True
 
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        return self._moves.run(move, stream)
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        arrays, kv = self._arrays[pool], self._kv_pools[pool]
+        stages = [(half, stage) for half in kv.halves for stage in ("head", "tail")]
+        shadow = {f"{stage.upper()}_{half.name}": _as_bytes(arrays[f"{stage}{int(half)}"]) for half, stage in stages}
+        n_digests = int(self._pools[pool]["n_digests"])
+        return shadow | {f"DIGEST_{d}": arrays["digests"][d] for d in range(n_digests)}
+
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self._driver.set_word(self.state.words, abi.STATE_PAUSE, int(is_paused), stream)
 
@@ -348,6 +373,11 @@ class DeviceBackend:
         assert bound.rows > target.row and state.words is not None
         records: Array = state.violation_log[:n].copy()
         return records
+
+
+def _as_bytes(stamps: Any) -> Any:
+    """Stamps as u8[n, 32] in place; a device array of them is so already."""
+    return stamps.view(np.uint8).reshape(len(stamps), -1) if isinstance(stamps, np.ndarray) else stamps
 
 
 def _grids(
