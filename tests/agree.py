@@ -310,7 +310,7 @@ class Twins:
         self._check_moved(op.name, is_stamping=op not in (MoveOp.EXPORT, MoveOp.REFRESH))
 
     def _check_moved(self, call: str, is_stamping: bool) -> None:
-        if is_stamping:  # before the first forward, a move takes its number
+        if is_stamping and self.words[abi.STATE_FORWARD]:  # before the first forward, a move takes its number
             self._words["forward"] = max(1, self._words["forward"])
         self._check(call)
 

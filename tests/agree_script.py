@@ -108,7 +108,9 @@ class Script:
         spec: PoolSpec | None = None,
         **config: Any,
     ) -> None:
-        self.twins = Twins([spec or pool_spec(has_v, window)], sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
+        specs = [spec or pool_spec(has_v, window)]
+        self.twins = Twins(specs, sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
+        self.planes = [(layer, half) for half in ("kv" if has_v else "k") for layer in range(N_LAYERS)]
         self.leave_out = set(leave_out)
         self.records = self.twins.records
         self._bytes_of = np.random.default_rng(0)
@@ -138,8 +140,8 @@ class Script:
     ) -> None:
         """A transfer between slots: the KV bytes, and, if they ride along, the stamps and digests."""
         source, target = list(source), list(target)
-        for layer in range(N_LAYERS) if bytes_too else ():
-            self.kv(layer)[target] = self.kv(layer)[source]
+        for layer, half in self.planes if bytes_too else ():
+            self.kv(layer, half)[target] = self.kv(layer, half)[source]
 
         def stamps(array: NDArray[Any]) -> None:
             array[target] = array[source]
