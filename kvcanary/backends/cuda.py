@@ -203,6 +203,10 @@ class CudaDriver:
             self._lender = Lender(self)
         return self._lender.lend(arrays, n_scratch, stream)
 
+    @property
+    def lent_bytes(self) -> int:
+        return 0 if self._lender is None else self._lender.n_bytes
+
     def stream_object(self, pointer: int) -> Any:
         """A stream of the engine's as cuda.core takes it, to record events on."""
         return (

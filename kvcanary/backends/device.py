@@ -99,6 +99,10 @@ class Driver(Protocol):
         done, on whichever stream. NumPy arrays are copied through pinned memory; waits only for its own buffers.
         """
 
+    @property
+    def lent_bytes(self) -> int:
+        """Memory that is kept for `lend`, in bytes."""
+
     def synchronize(self) -> None:
         """Wait for the device."""
 
@@ -224,7 +228,7 @@ class DeviceBackend:
     def memory_bytes(self) -> int:
         arrays = [a for pool in self._arrays for a in pool.values()]
         state = (self.state.words, self.state.taint, self._pool_states, self.state.violation_log, self.state.control)
-        return sum(int(a.nbytes) for a in (*arrays, *state))
+        return sum(int(a.nbytes) for a in (*arrays, *state)) + self._driver.lent_bytes
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:

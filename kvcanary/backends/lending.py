@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvcanary.backends.cuda import CudaDriver
 
 _ALIGNMENT = 256  # of what is lent: stamps are read 32 bytes at a time
-_MAX_BLOCKS = 4  # calls that may be under way at once before the next one waits
+_N_BLOCKS = 4  # calls that may be under way at once before the next one waits
 _MIN_BYTES = 1 << 16
 
 
@@ -27,12 +27,15 @@ class _Block:
         self.host: Any = None
         self.on_device: Any = None
 
+    def fits(self, n_host: int, n_device: int) -> bool:
+        return self.host is not None and self.n_host >= n_host and self.n_device >= n_device
+
 
 class Lender:
-    """A few blocks of pinned and device memory, lent in turn; they grow with the largest call, and are kept.
+    """Four blocks of pinned and device memory, lent in turn; they grow with the largest call, and are kept.
 
     A call waits only when four calls before it are still under way (for the first of them), and when it is larger than
-    any before it (for the device, while memory is allocated).
+    those before it (for the device, while memory is allocated).
     """
 
     def __init__(self, driver: CudaDriver) -> None:
@@ -66,33 +69,35 @@ class Lender:
 
     def _take(self, n_host: int, n_device: int) -> _Block:
         """A block that nothing reads any more, of at least these sizes."""
+        if not self._blocks:
+            self._blocks = [_Block(self._driver._device.create_event()) for _ in range(_N_BLOCKS)]
         idle = [b for b in self._blocks if b.event.is_done]
-        fitting = [b for b in idle if b.n_host >= n_host and b.n_device >= n_device]
-        if fitting:
-            block = fitting[0]
-        elif idle:
-            block = idle[0]
-        elif len(self._blocks) < _MAX_BLOCKS:
-            block = _Block(self._driver._device.create_event())
-            self._blocks.append(block)
-        else:
-            block = self._blocks[0]
-            block.event.sync()
+        if not idle:
+            self._blocks[0].event.sync()
+            idle = [self._blocks[0]]
+        if not any(b.fits(n_host, n_device) for b in idle):
+            self._grow(idle, n_host, n_device)
+        block = next(b for b in idle if b.fits(n_host, n_device))
         self._blocks.remove(block)
         self._blocks.append(block)
-        if block.n_host < n_host or block.n_device < n_device or block.host is None:
-            self._grow(block, n_host, n_device)
         return block
 
-    def _grow(self, block: _Block, n_host: int, n_device: int) -> None:
-        n_host = max(_MIN_BYTES, n_host, 2 * block.n_host if n_host > block.n_host else block.n_host)
-        n_device = max(n_host, n_device, 2 * block.n_device if n_device > block.n_device else block.n_device)
+    def _grow(self, blocks: Sequence[_Block], n_host: int, n_device: int) -> None:
+        """All that are idle at once, as the device is waited for."""
         driver = self._driver
+        n_host = max(_MIN_BYTES, n_host, *(2 * b.n_host for b in blocks if n_host > b.n_host))
+        n_device = max(n_host, n_device, *(2 * b.n_device for b in blocks if n_device > b.n_device))
         with driver.current():
-            block.host = driver.mapped(n_host, np.uint8)[0]
-            block.on_device = driver.zeros(n_device, np.uint8)
+            for block in blocks:
+                block.host = driver.mapped(n_host, np.uint8)[0]
+                block.on_device = driver.zeros(n_device, np.uint8)
+                block.n_host, block.n_device = n_host, n_device
             driver.synchronize()  # zeroed on CuPy's stream, used on the engine's
-        block.n_host, block.n_device = n_host, n_device
+
+    @property
+    def n_bytes(self) -> int:
+        """Pinned and device memory of all blocks."""
+        return sum(b.n_host + b.n_device for b in self._blocks)
 
 
 def _padded(n_bytes: int) -> int:

@@ -23,6 +23,7 @@ class SimtDriver:
 
     def __init__(self, library: SimtLibrary, seed: int = 0, n_multiprocessors: int = 1) -> None:
         self.n_multiprocessors = n_multiprocessors
+        self.lent_bytes = 0
         self.launches: list[tuple[str, tuple[int, int]]] = []
         self._library = library
         self._seed = seed
