@@ -317,8 +317,8 @@ KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint3
     return is_written;
 }
 
-// The fresh slots of the prefixes, whose bytes HEAD has verified, are fresh no more.
-KVC_DEVICE void kvc_settle_fresh(const StepParams& p) {
+// The fresh slots of the prefixes, whose bytes HEAD has verified, are fresh no more. Out of line: it is rare.
+KVC_NOINLINE void kvc_settle_fresh(const StepParams& p) {
     const Pool& pool = p.pool;
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
