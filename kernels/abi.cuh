@@ -4,7 +4,10 @@
 
 #define KVC_MIX_1 0xBF58476D1CE4E5B9ull
 #define KVC_MIX_2 0x94D049BB133111EBull
+#define KVC_MIX_1_INVERSE 0x96DE1B173F119089ull
+#define KVC_MIX_2_INVERSE 0x319642B2D24D8EC3ull
 #define KVC_CHAIN_P 0xD1342543DE82EF95ull
+#define KVC_CHAIN_P_INVERSE 0x572B5EE77A54E3BDull
 #define KVC_CHAIN_ANCHOR 0x0000000000C0FFEEull
 #define KVC_DIGEST_SEED 0x9E3779B97F4A7C15ull
 #define KVC_DIGEST_R 0x5851F42D4C957F2Dull
@@ -27,6 +30,8 @@
 #define KVC_PREV_NONE (-1)
 #define KVC_PREV_RELATIVE (-2)
 #define KVC_PREV_RELATIVE_BASE (-3)
+#define KVC_PREV_IN_LIST 0
+#define KVC_CLAIM_FRESH 2147483647
 #define KVC_TABLE_DENSE 0
 #define KVC_TABLE_CSR 1
 #define KVC_TABLE_STATIC 2
@@ -71,6 +76,7 @@
 #define KVC_STATE_ADOPTED_SLOTS 12
 #define KVC_STATE_FORWARDS_JUDGED 13
 #define KVC_STATE_UNOWNED_WRITES 14
+#define KVC_STATE_SKIPPED_MOVES 15
 #define KVC_STATE_SCRUB_SLOTS 16
 #define KVC_STATE_SCRUB_ORPHANS 17
 #define KVC_N_STATE_WORDS 24
@@ -188,8 +194,9 @@ struct PoolState {
     uint32_t aborted_floor;
     uint32_t aborted[58];
     uint32_t scrub_turn;
+    uint32_t n_fresh;
 };
-static_assert(sizeof(PoolState) == 252, "the layout of kvcanary/abi.py");
+static_assert(sizeof(PoolState) == 256, "the layout of kvcanary/abi.py");
 
 struct Violation {
     uint64_t commit;
@@ -354,3 +361,23 @@ struct LifecycleParams {
     int32_t ids[1000];
 };
 static_assert(sizeof(LifecycleParams) == 4048, "the layout of kvcanary/abi.py");
+
+struct MoveParams {
+    Guard guard;
+    Pool pool;
+    uint64_t slots;
+    uint64_t positions;
+    uint64_t tokens;
+    uint64_t chains;
+    uint64_t stamps;
+    uint64_t digests;
+    uint64_t row_starts;
+    uint64_t request_slots;
+    uint64_t prefix_lens;
+    int64_t n;
+    int32_t n_rows;
+    int32_t per_entry;
+    uint32_t wide;
+    uint32_t drops_digests;
+};
+static_assert(sizeof(MoveParams) == 400, "the layout of kvcanary/abi.py");

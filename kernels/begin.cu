@@ -150,15 +150,25 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
     }
 }
 
-// Claim the slots of the row's new tokens: the highest token index wins. The blocks of grid.y share the tokens.
-KVC_DEVICE void kvc_claim_slots(const Pool& pool, const Batch& batch, const RowExtent& e, uint32_t forward) {
+// Claim the slots of the row's new tokens: the highest token index wins. The blocks of grid.y share the tokens. A slot that is
+// written is not fresh any more.
+KVC_DEVICE void kvc_claim_slots(const Guard& guard, const Pool& pool, const Batch& batch, const RowExtent& e, uint32_t forward) {
+    const bool any_fresh = kvc_load_volatile_u32(kvc_n_fresh(guard, pool)) != 0;
+    uint32_t n_written = 0;
     uint64_t* claims = kvc_mutable_pointer<uint64_t>(pool.claims);
     const int64_t stride = (int64_t)kvc_n_blocks_y() * KVC_THREADS;
     for (int64_t i = (int64_t)kvc_block_y() * KVC_THREADS + kvc_thread(); i < e.n_new; i += stride) {
         const int64_t t = e.first_token + i;
         const KvcSlot target = kvc_write_slot(pool, batch, t);
-        if (target.status == KVC_SLOT_OK) kvc_atomic_max_u64(claims + target.slot, (uint64_t)forward << 32 | (uint64_t)(t + 1));
+        if (target.status != KVC_SLOT_OK) continue;
+        const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(t + 1);
+        if (any_fresh) {
+            n_written += kvc_is_fresh(kvc_atomic_max_u64(claims + target.slot, claim));
+        } else {
+            kvc_atomic_max_u64(claims + target.slot, claim);  // whose result nobody waits for
+        }
     }
+    if (n_written) kvc_atomic_add_u32(kvc_n_fresh(guard, pool), 0u - n_written);
 }
 
 // Whether any new token of the row has a real slot, or one outside the pool; mostly the first 256 tokens tell.
@@ -204,7 +214,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     const int32_t index = (int32_t)kvc_block();
     const bool is_last = kvc_block() == kvc_n_blocks() - 1;
     if (kvc_block_y() > 0) {
-        if (index < batch.rows) kvc_claim_slots(pool, batch, kvc_ordered_row_extent(pool, batch, index), forward);
+        if (index < batch.rows) kvc_claim_slots(p.guard, pool, batch, kvc_ordered_row_extent(pool, batch, index), forward);
         return;
     }
     if (p.is_first_pool && batch.is_first_forward) {
@@ -231,7 +241,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     row.bad_value = (int32_t)e.bad_value;
     row.request_slot = batch.request_slots ? kvc_pointer<int32_t>(batch.request_slots)[index] : -1;
     row.request_id = batch.request_ids ? kvc_pointer<uint32_t>(batch.request_ids)[index] : 0;
-    kvc_claim_slots(pool, batch, e, forward);
+    kvc_claim_slots(p.guard, pool, batch, e, forward);
     if (kvc_is_live(pool, batch, e)) {
         row.flags |= KVC_ROW_LIVE;
         if (row.request_slot >= (int32_t)pool.max_requests) {

@@ -11,6 +11,9 @@ KVC_DEVICE BlockState kvc_block_state(const Pool& pool, int64_t slot) {
     return kvc_pointer<BlockState>(pool.blocks)[block];
 }
 
+// The epoch that a stamp made now for a slot of the pool gets.
+KVC_DEVICE uint32_t kvc_block_epoch(const Pool& pool, int64_t slot) { return pool.blocks ? kvc_block_state(pool, slot).epoch : 0; }
+
 // A block that neither belongs to the reader nor is shared. Nobody can tell in a batch without request ids; a row without one is
 // somebody else everywhere.
 KVC_DEVICE bool kvc_may_not_read(const BlockState& block, bool has_ids, uint32_t request_id) {

@@ -29,11 +29,12 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
                                    const DigestRange& range, uint32_t forward) {
     int64_t position = first + kvc_place_in_block(kvc_run_shift(p.pool, range.first));
     int64_t next = position < last ? kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
+    const bool any_fresh = *kvc_n_fresh(p.guard, p.pool) != 0;
     uint32_t n_compared = 0;
     for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
         const int64_t slot = next;
         next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS).slot : -1;
-        const bool is_due = slot >= 0 && kvc_is_due(p.batch, row, slot);
+        const bool is_due = slot >= 0 && kvc_is_due(p.pool, p.batch, row, slot, any_fresh);
         n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, is_due ? slot : -1, position), forward);
     }
     return n_compared;
@@ -198,7 +199,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
             if (slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] != kvc_adoption_claim(forward, position)) slot = -1;
             if (kvc_ballot(slot >= 0) == 0) continue;
             kvc_store_digests(pool, all, kvc_lane_slot(pool, slot, position), 0, 0);
-            const uint32_t epoch = pool.blocks && slot >= 0 ? kvc_block_state(pool, slot).epoch : 0;
+            const uint32_t epoch = slot >= 0 ? kvc_block_epoch(pool, slot) : 0;
             const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, epoch};
             for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
                 kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;

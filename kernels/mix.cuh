@@ -8,6 +8,13 @@ KVC_DEVICE uint64_t kvc_mix64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
+// The x of which v is mix64(x).
+KVC_DEVICE uint64_t kvc_unmix64(uint64_t v) {
+    v = (v ^ (v >> 31) ^ (v >> 62)) * KVC_MIX_2_INVERSE;
+    v = (v ^ (v >> 27) ^ (v >> 54)) * KVC_MIX_1_INVERSE;
+    return v ^ (v >> 30) ^ (v >> 60);
+}
+
 KVC_DEVICE uint64_t kvc_anchor(uint64_t salt) { return kvc_mix64(salt ^ KVC_CHAIN_ANCHOR); }
 
 KVC_DEVICE uint64_t kvc_token_mix(int32_t token, int32_t position) {

@@ -119,6 +119,12 @@ KVC_DEVICE int32_t kvc_continued_slot(const Stamp& stamp) {
     return stamp.prev_slot <= KVC_PREV_RELATIVE_BASE ? KVC_PREV_RELATIVE_BASE - stamp.prev_slot : stamp.prev_slot;
 }
 
+// A slot that was moved or adopted, and whose bytes were not verified since. While a pool has none, nobody looks.
+KVC_DEVICE bool kvc_is_fresh(uint64_t claim) { return (uint32_t)claim == KVC_CLAIM_FRESH; }
+KVC_DEVICE uint32_t* kvc_n_fresh(const Guard& guard, const Pool& pool) {
+    return &kvc_mutable_pointer<PoolState>(guard.pool_states)[pool.index].n_fresh;
+}
+
 // The warp's number in the grid's x dimension, and how many there are.
 KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
 KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }
@@ -192,9 +198,10 @@ KVC_DEVICE uint32_t kvc_tiles(int32_t n_new) {
 KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
     return (uint32_t)(((kvc_mix64((uint64_t)((uint32_t)slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);
 }
-// Whether the bytes of a slot of a row's prefix are to be digested in this forward.
-KVC_DEVICE bool kvc_is_due(const Batch& batch, const Row& row, int64_t slot) {
-    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share;
+// Whether the bytes of a slot of a row's prefix are to be digested in this forward. `any_fresh`: the pool has fresh slots.
+KVC_DEVICE bool kvc_is_due(const Pool& pool, const Batch& batch, const Row& row, int64_t slot, bool any_fresh) {
+    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share ||
+           (any_fresh && kvc_is_fresh(kvc_pointer<uint64_t>(pool.claims)[slot]));
 }
 // Where few slots of a row are due, they are listed for kvc_digests_verify: entry 0 holds how many there are.
 KVC_DEVICE Due* kvc_due_list(const Pool& pool) { return kvc_mutable_pointer<Due>(pool.due); }

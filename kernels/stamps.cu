@@ -291,7 +291,8 @@ KVC_DEVICE void kvc_scan_data_work(const Pool& pool, const Batch& batch) {
 }
 
 // Lists the slots that fall due in rows in which few do, a warp per unit of positions. A list that is full only counts on.
-KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch) {
+KVC_DEVICE void kvc_list_due(const Guard& guard, const Pool& pool, const Batch& batch) {
+    const bool any_fresh = *kvc_n_fresh(guard, pool) != 0;
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[batch.rows];
     Due* list = kvc_due_list(pool);
@@ -308,7 +309,7 @@ KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch) {
         for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) {
             const uint32_t position = first + 32 * g + kvc_lane();
             const int32_t slot = position < (uint32_t)row.verify_end ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
-            const bool is_due = slot >= 0 && kvc_is_due(batch, row, slot);
+            const bool is_due = slot >= 0 && kvc_is_due(pool, batch, row, slot, any_fresh);
             const uint32_t due = kvc_ballot(is_due);
             if (due == 0) continue;
             uint32_t place = 0;
@@ -350,7 +351,7 @@ KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
         }
         if (p.pool.n_digests) kvc_scan_data_work(p.pool, p.batch);
         if (is_judging) kvc_judge_rows(p);
-        if (is_judging && p.pool.due) kvc_list_due(p.pool, p.batch);
+        if (is_judging && p.pool.due) kvc_list_due(p.guard, p.pool, p.batch);
         return;
     }
     const int64_t* tiles = kvc_work(p.pool, KVC_WORK_WRITE);
@@ -375,5 +376,5 @@ KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
         for (uint32_t w = 1; w < KVC_WARPS; ++w) n += n_written[w];
         kvc_count_entries(p.guard, p.pool, KVC_STAGE_HEAD, n);
     }
-    if (is_judging && p.pool.due) kvc_list_due(p.pool, p.batch);
+    if (is_judging && p.pool.due) kvc_list_due(p.guard, p.pool, p.batch);
 }

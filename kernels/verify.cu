@@ -338,6 +338,28 @@ KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint3
     return is_written;
 }
 
+// The fresh slots of the prefixes, whose bytes HEAD has verified, are fresh no more. Out of line: it is rare.
+KVC_NOINLINE void kvc_settle_fresh(const StepParams& p) {
+    const Pool& pool = p.pool;
+    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
+    const int64_t n_units = work[p.batch.rows];
+    uint32_t n_settled = 0;
+    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) continue;
+        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
+        for (int64_t position = first + kvc_lane(); position < first + KVC_VERIFY_UNIT && position < row.verify_end; position += 32) {
+            const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
+            if (at.status != KVC_SLOT_OK) continue;
+            uint64_t* word = kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot;
+            const uint64_t claim = kvc_load_volatile_u64(word);
+            if (kvc_is_fresh(claim)) n_settled += kvc_atomic_cas_u64(word, claim, claim >> 32 << 32) == claim;  // rows may share it
+        }
+    }
+    if (n_settled) kvc_atomic_add_u32(kvc_n_fresh(p.guard, pool), 0u - n_settled);
+}
+
 // Even shares of the prefix as in kvc_stamps_verify, then a warp per 32 new tokens, from the last warp down; a slot written in
 // this forward is in the second kind only.
 KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_tail(KVC_PARAM StepParams p) {
@@ -354,6 +376,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_tail(KVC_PARAM StepParams p) {
         n_entries += kvc_finish_chunk(p, kvc_find_unit(work, p.batch.rows, u, n_units), forward, is_judging);
     }
     if (is_judging) n_entries += kvc_verify_prefixes<KVC_STAGE_TAIL>(p, forward);
+    if (is_judging && kvc_load_volatile_u32(kvc_n_fresh(p.guard, p.pool))) kvc_settle_fresh(p);
     const uint64_t n = kvc_block_sum(n_entries);
     if (kvc_thread() == 0) kvc_count_entries(p.guard, p.pool, KVC_STAGE_TAIL, n);
 }

@@ -4,11 +4,13 @@ import logging
 
 from kvcanary import layouts
 from kvcanary.batch import StepBatch
+from kvcanary.bundle import SlotBundle
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import (
     BackendError,
     BatchError,
+    BundleError,
     CanaryCounterError,
     CanaryStalledError,
     CaptureError,
@@ -36,6 +38,7 @@ __all__ = [
     "PREFIX_CACHE",
     "BackendError",
     "BatchError",
+    "BundleError",
     "CanaryConfig",
     "CanaryCounterError",
     "CanaryDeviceState",
@@ -59,6 +62,7 @@ __all__ = [
     "Plane",
     "PoolKind",
     "Reason",
+    "SlotBundle",
     "Stage",
     "StepBatch",
     "SweepOrchestrator",

@@ -15,7 +15,10 @@ from kvcanary.tags import N_TAGS, CanaryLaunchTag, Detail, Reason, Stage
 # ---- constants of the chain and the digest (kvcanary/hashing.py has the formulas) ------------------------------------
 MIX_1 = 0xBF58476D1CE4E5B9  # splitmix64's finalizer
 MIX_2 = 0x94D049BB133111EB
+MIX_1_INVERSE = pow(MIX_1, -1, 1 << 64)
+MIX_2_INVERSE = pow(MIX_2, -1, 1 << 64)
 CHAIN_P = 0xD1342543DE82EF95
+CHAIN_P_INVERSE = pow(CHAIN_P, -1, 1 << 64)
 CHAIN_ANCHOR = 0xC0FFEE
 DIGEST_SEED = 0x9E3779B97F4A7C15
 DIGEST_R = 0x5851F42D4C957F2D
@@ -43,6 +46,9 @@ PREV_NONE = -1  # stamp.prev_slot: there is no predecessor, or it is not known w
 # written in the same forward): it says nothing beyond the slots that continue it. Its stamps have these prev_slots:
 PREV_RELATIVE = -2  # the first of them: it continues no stamp
 PREV_RELATIVE_BASE = -3  # the others: PREV_RELATIVE_BASE - slot of the stamp that it continues
+PREV_IN_LIST = 0  # in an image of moved slots, this in place of a slot: the previous entry of the list
+# Lower half of a claim word: token index + 1 of a write (at most 2^30), or from 2^31 on an adoption, or this:
+CLAIM_FRESH = 0x7FFFFFFF  # moved here or adopted, and its bytes were not verified since
 
 # ---- table kinds -----------------------------------------------------------------------------------------------------
 TABLE_DENSE = 0  # block_table[row, position / table_page]
@@ -83,7 +89,7 @@ MAX_BLOCK_IDS = 1000  # ids of one launch, passed by value: with the rest, param
 MAX_LAYER_DIGESTS = 15  # of one launch of kvc_digests_layer
 
 # ---- device state: one flat u64 array, header words first ------------------------------------------------------------
-STATE_FORWARD = 0  # number of the forward in progress, or of the last one
+STATE_FORWARD = 0  # number of the forward in progress, or of the last one; a move before the first one makes it 1
 STATE_FORWARD_DONE = 1  # the same, published after every block of kvc_begin has read it
 STATE_STEP = 2  # first forwards begun = outer steps seen by the device
 STATE_STEP_DONE = 3
@@ -98,6 +104,7 @@ STATE_DATA_SLOTS = 11  # (slot, digest) pairs compared
 STATE_ADOPTED_SLOTS = 12
 STATE_FORWARDS_JUDGED = 13  # forwards begun while not paused
 STATE_UNOWNED_WRITES = 14  # new tokens written to blocks that nobody owned (lifecycle)
+STATE_SKIPPED_MOVES = 15  # entries of moves that named no slot, or one that could not be refreshed
 STATE_SCRUB_SLOTS = 16  # written slots that the patrol has checked
 STATE_SCRUB_ORPHANS = 17  # written slots that it passed over, because nobody holds their block
 N_STATE_WORDS = 24
@@ -185,10 +192,8 @@ POOL_STATE = np.dtype(
         ("n_aborted", "<u4"),
         ("aborted_floor", "<u4"),
         ("aborted", "<u4", (N_ABORTED,)),
-        (
-            "scrub_turn",
-            "<u4",
-        ),  # turns of the patrol begun; the first is 1
+        ("scrub_turn", "<u4"),  # turns of the patrol begun; the first is 1
+        ("n_fresh", "<u4"),  # slots whose claim word says CLAIM_FRESH
     ]
 )
 VIOLATION = np.dtype(
@@ -347,6 +352,27 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("ids", "<i4", (MAX_BLOCK_IDS,)),
         ]
     ),
+    # Lists are i32, or all of them i64 (wide); entry i of n is slot i % per_entry of slots[i / per_entry].
+    "MoveParams": np.dtype(
+        [
+            ("guard", GUARD),
+            ("pool", POOL),
+            ("slots", "<u8"),
+            ("positions", "<u8"),
+            ("tokens", "<u8"),  # negative = unknown; or null
+            ("chains", "<u8"),  # u64[n], 0 = unknown; or null
+            ("stamps", "<u8"),  # the image: STAMP[2 * n_halves, n], HEAD of each half, then TAIL; see PREV_IN_LIST
+            ("digests", "<u8"),  # u64[n_digests, n] of it
+            ("row_starts", "<u8"),  # rows of a commit: entries row_starts[r] to row_starts[r + 1]
+            ("request_slots", "<u8"),  # negative = none
+            ("prefix_lens", "<u8"),  # positions before the row's first entry
+            ("n", "<i8"),
+            ("n_rows", "<i4"),
+            ("per_entry", "<i4"),
+            ("wide", "<u4"),
+            ("drops_digests", "<u4"),  # kvc_moves_localize: the digests did not come along
+        ]
+    ),
 }
 
 _STRUCTS: dict[str, np.dtype[Any]] = {
@@ -366,6 +392,7 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
 }
 _U64_CONSTANTS = tuple(n for n in globals() if n.startswith(("MIX_", "CHAIN_", "DIGEST_")))
 _INT_PREFIXES = (
+    "CLAIM_",
     "TABLE_",
     "WORK_",
     "ROW_",

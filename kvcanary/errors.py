@@ -9,6 +9,7 @@ KvCanaryError(RuntimeError)
 ├── BatchError            a batch whose arrays do not fit together, or exceed the manager's capacities
 ├── PhaseError            calls in the wrong order
 ├── CaptureError          something that must not run inside a stream capture was called there
+├── BundleError           exported slots that are damaged, of another version, or of another kind of cache
 ├── LifecycleError        misuse of block ownership; .blocks, .event_index
 └── BackendError          the device, its driver or the kernel compiler is missing or failed
 
@@ -68,6 +69,10 @@ class PhaseError(KvCanaryError):
 
 class CaptureError(KvCanaryError):
     """A host-driven call that was made on a stream that is being captured."""
+
+
+class BundleError(KvCanaryError, ValueError):
+    """A bundle of exported slots that is damaged, of another version, or not for this pool."""
 
 
 class LifecycleError(KvCanaryError):

@@ -21,6 +21,7 @@ from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.errors import BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
+from kvcanary.moves import MoveCalls
 from kvcanary.observers import (
     KernelRunCounterHealthChecker,
     PeriodicCanaryStatsLogger,
@@ -46,7 +47,7 @@ class _Bound(NamedTuple):
     batches: list[BoundBatch]
 
 
-class CanaryManager:
+class CanaryManager(MoveCalls):
     """Guards the KV pools of one engine process.
 
     Args:

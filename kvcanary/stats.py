@@ -25,6 +25,7 @@ class CanaryStats:
         unjudged_slots: prefix slots that were passed over because their forward never reached TAIL.
         unanchored_rows: rows whose chain nobody outside the cache knew.
         adopted_slots: slots adopted by on_unwritten="adopt".
+        skipped_moves: entries of moves that named no slot, or one that could not be refreshed.
         dropped: violations that found the ring full.
         unowned_writes: new tokens written to blocks that nobody owned (lifecycle).
         scrub_slots: written slots that the patrol has checked; ``scrub_orphans`` it passed over, because nobody holds
@@ -46,6 +47,7 @@ class CanaryStats:
     unjudged_slots: int = 0
     unanchored_rows: int = 0
     adopted_slots: int = 0
+    skipped_moves: int = 0
     dropped: int = 0
     unowned_writes: int = 0
     scrub_slots: int = 0
@@ -90,6 +92,7 @@ class CanaryStats:
             unjudged_slots=snapshot.word(abi.STATE_UNJUDGED_SLOTS),
             unanchored_rows=snapshot.word(abi.STATE_UNANCHORED_ROWS),
             adopted_slots=snapshot.word(abi.STATE_ADOPTED_SLOTS),
+            skipped_moves=snapshot.word(abi.STATE_SKIPPED_MOVES),
             dropped=snapshot.word(abi.STATE_DROPPED),
             unowned_writes=snapshot.word(abi.STATE_UNOWNED_WRITES),
             scrub_slots=snapshot.word(abi.STATE_SCRUB_SLOTS),

@@ -19,7 +19,9 @@ from simt.driver import simt_backend
 from simt.runner import SimtLibrary
 
 from kvcanary import CanaryConfig, CanaryManager, KvPool, LifecycleError, StepBatch, abi
+from kvcanary.arrays import view_of
 from kvcanary.backends import Resident
+from kvcanary.backends.moves import Move, MoveOp
 from kvcanary.prove import Proof
 from kvcanary.tags import CanaryLaunchTag, Stage
 
@@ -99,6 +101,10 @@ class Side:
         shape = self.to_host(array)
         self.write(array, values.view(shape.dtype).reshape(shape.shape))
 
+    def to_list(self, array: Array) -> Any:
+        """A list on the device, as a `Move` takes it."""
+        return array
+
     def new_records(self, is_acknowledged: bool) -> Array:
         """The violation records since the last call, in no order of meaning: VIOLATION[n]."""
         state = self.manager.state
@@ -115,6 +121,9 @@ class Side:
 
 class DeviceSide(Side):
     """A side over `kvcanary.backends.device.DeviceBackend`."""
+
+    def to_list(self, array: Array) -> Any:
+        return view_of(self.to_device(array))
 
     def guard_array(self, pool: int, name: str) -> Any:
         return self.manager.backend._arrays[pool][name]  # type: ignore[attr-defined]
@@ -303,6 +312,32 @@ class Twins:
         assert len(texts) == 1, texts
         self._check("lifecycle")
         return errors[0]
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A call of `kvcanary.moves.MoveCalls` on every manager; the answer, which must be one."""
+        self.publish()
+        answers = [getattr(side.manager, name)(*args, **kwargs) for side in self.sides]
+        assert all(answer == answers[0] for answer in answers), f"{name}() answers differently"
+        self._check_moved(name, is_stamping=name not in ("export_slots", "refresh_digests"))
+        return answers[0]
+
+    def move(self, op: MoveOp, pool: int, slots: Array, is_wide: bool = False, **lists: Any) -> None:
+        """A move whose lists lie on each side's device, so that nobody has checked them."""
+        self.publish()
+        n = len(slots) * lists.get("per_entry", 1)
+        for side in self.sides:
+            given = {**lists, "slots": slots}
+            for name, values in given.items():
+                if isinstance(values, np.ndarray):
+                    width = "u8" if name == "chains" else "i8" if is_wide else "i4"
+                    given[name] = side.to_list(values.astype(width))
+            side.manager.backend.move(Move(op=op, pool=pool, n=n, is_wide=is_wide, **given), None)
+        self._check_moved(op.name, is_stamping=op not in (MoveOp.EXPORT, MoveOp.REFRESH))
+
+    def _check_moved(self, call: str, is_stamping: bool) -> None:
+        if is_stamping and self.words[abi.STATE_FORWARD]:  # before the first forward, a move takes its number
+            self._words["forward"] = max(1, self._words["forward"])
+        self._check(call)
 
     def set_paused(self, is_paused: bool) -> None:
         self.is_paused = is_paused

@@ -1,8 +1,8 @@
 """A random engine with plausible state: what it hands to the guard is what a healthy engine could.
 
 It shares prefixes (also with rows of the same forward), prefills in chunks, drafts and rolls back, preempts, reuses
-blocks and request slots, evicts what leaves a window, imports KV that was never stamped, pads, and retries forwards
-that raised.
+blocks and request slots, evicts what leaves a window, imports KV that was never stamped, moves blocks, pads, and
+retries forwards that raised.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 from agree import Side, Twins
 from agree_batches import Batches
 from agree_faults import Faults
+from agree_moves import load, random_moves
 from agree_pools import random_pools
-from agree_state import Book, Forward, Habits, Plan, Request, Row, random_habits
+from agree_state import Book, Forward, Habits, Load, Plan, Request, Row, random_habits
 from numpy.typing import NDArray
 
 from kvcanary import PREFIX_CACHE, KvPool, LifecycleEvent
@@ -178,7 +179,9 @@ class Engine:
             page = self.pools[i].page_size
             blocks = [self.books[i].take_virgin(request.id) for _ in range(n * self.unit // page)]
             request.blocks[i], request.shown[i] = blocks, list(blocks)
-            plan.imported.setdefault(i, []).extend(b * page + o for b in blocks for o in range(page))
+            slots = [b * page + o for b in blocks for o in range(page)]
+            shift = int(i in self.draft_pools)
+            plan.loads.append(Load(i, slots, request.tokens[shift : shift + len(slots)], request.salt))
         request.computed = n * self.unit
         self.did["imports"] += 1
         if self.habits.shares_early:
@@ -315,6 +318,25 @@ class Engine:
             self.preempt(request)
         for key in list(self.cache):
             self._evict_unit(key)
+
+    def renamed(self, i: int, old: int, new: int) -> None:
+        """A block of pool i (a slot, behind a LUT) lies elsewhere now: all that names it names its new place."""
+        book, lut, page = self.books[i], self.luts[i], self.pools[0].page_size
+        book.refs[new] = book.refs.pop(old)
+        book.free.insert(0, old)
+        if lut is not None:
+            lut[lut == old] = new
+            return
+        for request in self.running:
+            for n, block in enumerate(request.blocks[i]):
+                if block == old:
+                    request.blocks[i][n] = request.shown[i][n] = new
+        for unit in self.cache.values():
+            unit[i] = [new if block == old else block for block in unit[i]]
+        for other in self.luts if i == 0 else ():  # what the tables of the first pool place
+            if other is not None:
+                other[new * page : (new + 1) * page] = other[old * page : (old + 1) * page]
+                other[old * page : (old + 1) * page] = -1
 
     def resident(self, i: int) -> tuple[NDArray[np.int32], ...]:
         """Slots, positions, predecessors and tokens of the cached prefixes in pool i; () for none."""
@@ -468,7 +490,10 @@ def random_scenario(
         # Behind a LUT, slots are placed one by one: blocks that many requests share without saying so.
         "lifecycle": rng.random() < 0.6 and not any("lut" in spec.buffers for spec in specs),
     }
-    twins = Twins(specs, sides, max_requests, max_new_tokens, **{**chosen, **config})
+    chosen |= config
+    if chosen["lifecycle"]:
+        chosen.setdefault("scrub_bytes_per_step", rng.choice((0, 1, 4096, 1 << 20)))
+    twins = Twins(specs, sides, max_requests, max_new_tokens, **chosen)
     luts = [buffers.get("lut") for buffers in twins.buffers]
     engine = Engine(twins.pools, luts, habits, rng.getrandbits(32), max_requests, max_new_tokens, max_len)
     return twins, engine
@@ -482,8 +507,9 @@ def drive(
     for _ in range(n_steps):
         plan = engine.plan()
         tell_owners(twins, engine, faults)
-        for i, slots in plan.imported.items():
-            twins.write_kv(i, np.array(slots, np.int64), bytes_of)
+        for loaded in plan.loads:
+            twins.write_kv(loaded.pool, np.array(loaded.slots, np.int64), bytes_of)
+        load(twins, engine, plan.loads, rng)
         while not run(twins, plan, bytes_of, rng, after, faults):
             if rng.random() < 0.5:
                 engine.abort(plan)
@@ -549,6 +575,8 @@ def host_driven(twins: Twins, engine: Engine, rng: random.Random, after: Callabl
                 twins.sweep(i, *lists, rng.choice((None, tokens)))
                 engine.did["sweeps"] += 1
                 after("sweep")
+    if engine.habits.moves and not engine.is_static and rng.random() < 0.4:
+        random_moves(twins, engine, rng)
     if rng.random() < 0.05:
         engine.did["pauses"] += 1
         twins.set_paused(not twins.is_paused)

@@ -95,6 +95,7 @@ class Script:
 
     Args:
         leave_out: arrays that this engine does not hand in.
+        spec: another pool than that of `pool_spec`.
     """
 
     def __init__(
@@ -104,9 +105,12 @@ class Script:
         leave_out: Collection[str] = (),
         has_v: bool = False,
         window: int | None = None,
+        spec: PoolSpec | None = None,
         **config: Any,
     ) -> None:
-        self.twins = Twins([pool_spec(has_v, window)], sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
+        specs = [spec or pool_spec(has_v, window)]
+        self.twins = Twins(specs, sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
+        self.planes = [(layer, half) for half in ("kv" if has_v else "k") for layer in range(N_LAYERS)]
         self.leave_out = set(leave_out)
         self.records = self.twins.records
         self._bytes_of = np.random.default_rng(0)
@@ -144,8 +148,8 @@ class Script:
         What of a stamp is local is made new: its predecessor, and its block's epoch.
         """
         source, target = list(source), list(target)
-        for layer in range(N_LAYERS) if bytes_too else ():
-            self.kv(layer)[target] = self.kv(layer)[source]
+        for layer, half in self.planes if bytes_too else ():
+            self.kv(layer, half)[target] = self.kv(layer, half)[source]
 
         def stamps(array: NDArray[Any]) -> None:
             array[target] = array[source]

@@ -33,6 +33,7 @@ class Habits:
     keeps_stale_ids: bool = False  # of blocks that have left the window
     imports: bool = False
     max_chunk: int = 40
+    moves: bool = False  # blocks, between two steps
 
 
 def random_habits(rng: random.Random) -> Habits:
@@ -58,6 +59,7 @@ def random_habits(rng: random.Random) -> Habits:
         keeps_stale_ids=maybe(),
         imports=maybe(0.3),
         max_chunk=rng.choice((1, 9, 40, 40)),
+        moves=maybe(),
     )
 
 
@@ -92,13 +94,22 @@ class Forward:
     written: dict[int, NDArray[np.int64]]  # slots by pool
 
 
+class Load(NamedTuple):
+    """A prefix that comes from elsewhere: its slots in a pool, from position 0 on, and the tokens in them."""
+
+    pool: int
+    slots: list[int]
+    tokens: list[int]
+    salt: int
+
+
 @dataclass
 class Plan:
     """One step: its rows, its forwards, and the slots that are loaded from elsewhere before it."""
 
     rows: list[Row]
     forwards: list[Forward] = field(default_factory=list)
-    imported: dict[int, list[int]] = field(default_factory=dict)
+    loads: list[Load] = field(default_factory=list)
     published: list[tuple[Any, ...]] = field(default_factory=list)
 
 
@@ -121,6 +132,12 @@ class Book:
         self.refs[block] = 1
         self.virgin.discard(block)
         self.calls.append(("allocate", block, owner))
+        return block
+
+    def take_untold(self) -> int:
+        """For what is moved there: whoever moves it tells."""
+        block = self.free.pop()
+        self.virgin.discard(block)
         return block
 
     def take_virgin(self, owner: int) -> int:

@@ -24,7 +24,7 @@ SIZES = {
     "Row": 56,
     "Due": 16,
     "BlockState": 16,
-    "PoolState": 252,
+    "PoolState": 256,
     "Violation": 144,
     "Guard": 80,
     "Pool": 224,
@@ -34,6 +34,7 @@ SIZES = {
     "LayerParams": 560,
     "SweepParams": 344,
     "LifecycleParams": 4048,
+    "MoveParams": 400,
 }
 DTYPES: dict[str, np.dtype[Any]] = {
     "Stamp": abi.STAMP,

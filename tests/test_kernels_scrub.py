@@ -35,7 +35,7 @@ def words(s: Script, *names: int) -> list[int]:
     return [int(s.twins.words[name]) for name in names]
 
 
-# ---- what it sees --------------------------------------------------------------------------------------------------------
+# ---- what it sees ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layer", [0, 2])
 def test_damage_in_a_block_that_no_row_reads(sides: Sides, layer: int) -> None:
     s = script(sides)
@@ -83,7 +83,7 @@ def test_a_shared_and_a_cached_block_are_covered(sides: Sides) -> None:
     assert kinds(s.forward(Row(1, A, 6, 7, [1, 2]))) == {21: Reason.DATA}
 
 
-# ---- what it must not say ------------------------------------------------------------------------------------------------
+# ---- what it must not say --------------------------------------------------------------------------------------------
 def test_blocks_that_nobody_holds_may_be_overwritten(sides: Sides) -> None:
     s = script(sides)
     two_requests(s)
@@ -138,7 +138,7 @@ def test_a_step_of_several_forwards_is_one_turn(sides: Sides) -> None:
     assert words(s, abi.STATE_SCRUB_SLOTS) == [0], "all that was written then was written in that forward"
 
 
-# ---- the plan --------------------------------------------------------------------------------------------------------------
+# ---- the plan --------------------------------------------------------------------------------------------------------
 def test_needs_lifecycle() -> None:
     with pytest.raises(ConfigError, match=r"scrub_bytes_per_step=4096 with lifecycle=False.*set lifecycle=True"):
         CanaryConfig(scrub_bytes_per_step=4096)
@@ -163,7 +163,7 @@ def test_at_least_a_block_and_at_most_the_pool(sides: Sides) -> None:
         assert plan_patrol(CanaryConfig(lifecycle=True, scrub_bytes_per_step=budget), pools) == [plan]
 
 
-# ---- at random ---------------------------------------------------------------------------------------------------------------
+# ---- at random -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(12))
 def test_every_flipped_byte_of_a_held_block_is_found_within_a_pass(sides: Sides, seed: int) -> None:
     rng = random.Random(seed)

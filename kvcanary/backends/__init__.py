@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
+from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.deferred import Staging
 from kvcanary.ledger import BlockChanges
@@ -80,6 +81,15 @@ class Backend(Protocol):
 
     def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
         """Change who owns some blocks, from here on ``stream`` on; neither allocates nor waits."""
+
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        """Carry, make or take stamps and digests, see `MoveOp`; never skipped, so it may wait for its own buffers.
+
+        Returns the image of an EXPORT, for which it waits for the device.
+        """
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        """The guard's own arrays of a pool, in place: u8[n_slots, 32] per stamp plane, u64[n_slots] per digest."""
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         """Stop or resume judging, from the next forward on ``stream`` on."""

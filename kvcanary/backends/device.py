@@ -7,6 +7,7 @@ has the real one; a test has one that runs the same kernels on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ import numpy.typing as npt
 
 from kvcanary import abi
 from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends.device_moves import DeviceMoves
+from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging
@@ -36,6 +39,10 @@ KERNELS = {
         "kvc_digests_sweep",
     ),
     "scrub": ("kvc_scrub",),
+    "moves": (
+        *("kvc_moves_gather", "kvc_moves_scatter", "kvc_moves_commit"),
+        *("kvc_moves_localize", "kvc_moves_adopt", "kvc_moves_digest"),
+    ),
 }
 MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
 MAX_GRID_Y = 1024  # the same for new tokens, whose slots are found at no cost
@@ -94,6 +101,17 @@ class Driver(Protocol):
 
         Host lists go through pinned buffers of ``capacity`` entries and are copied on the stream without waiting.
         """
+
+    def lend(self, arrays: Sequence[Any], n_scratch: int, stream: Any) -> AbstractContextManager[tuple[list[int], int]]:
+        """Device addresses of arrays (0 for None, `ArrayView`s where they lie) and of ``n_scratch`` bytes.
+
+        They hold for what is launched on the stream until the with-block ends, and nothing is reused before that is
+        done, on whichever stream. NumPy arrays are copied through pinned memory; waits only for its own buffers.
+        """
+
+    @property
+    def lent_bytes(self) -> int:
+        """Memory that is kept for `lend`, in bytes."""
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -177,6 +195,7 @@ class DeviceBackend:
         self._updates = [
             BlockUpdate(int(self._guard["state"]), int(p["blocks"]), int(p["n_blocks"])) for p in self._pools
         ]
+        self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -253,7 +272,7 @@ class DeviceBackend:
     def memory_bytes(self) -> int:
         arrays = [a for pool in self._arrays for a in pool.values()]
         state = (self.state.words, self.state.taint, self._pool_states, self.state.violation_log, self.state.control)
-        return sum(int(a.nbytes) for a in (*arrays, *state))
+        return sum(int(a.nbytes) for a in (*arrays, *state)) + self._driver.lent_bytes
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:
@@ -356,6 +375,16 @@ class DeviceBackend:
             grid = (-(-n // abi.THREADS), 1)
             self._driver.launch(kernel, grid, update.pack(changes, first, n), stream)
 
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        return self._moves.run(move, stream)
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        arrays, kv = self._arrays[pool], self._kv_pools[pool]
+        stages = [(half, stage) for half in kv.halves for stage in ("head", "tail")]
+        shadow = {f"{stage.upper()}_{half.name}": _as_bytes(arrays[f"{stage}{int(half)}"]) for half, stage in stages}
+        n_digests = int(self._pools[pool]["n_digests"])
+        return shadow | {f"DIGEST_{d}": arrays["digests"][d] for d in range(n_digests)}
+
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self._driver.set_word(self.state.words, abi.STATE_PAUSE, int(is_paused), stream)
 
@@ -428,6 +457,11 @@ class DeviceBackend:
         assert bound.rows > target.row and state.words is not None
         records: Array = state.violation_log[:n].copy()
         return records
+
+
+def _as_bytes(stamps: Any) -> Any:
+    """Stamps as u8[n, 32] in place; a device array of them is so already."""
+    return stamps.view(np.uint8).reshape(len(stamps), -1) if isinstance(stamps, np.ndarray) else stamps
 
 
 def _grids(

@@ -14,7 +14,9 @@ import numpy as np
 from kvcanary import abi, hashing
 from kvcanary.backends import BoundCall, ProbeTarget, Resident, ownership
 from kvcanary.backends import reference as ref
+from kvcanary.backends import reference_moves as ref_moves
 from kvcanary.backends import reference_patrol as patrol
+from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
@@ -139,6 +141,8 @@ class HostBackend:
                 self._verify(pool, batch, ref.entries_of(pool, batch, rows), Stage.TAIL)
                 for records in ref.judge_new_tokens(pool, batch, rows, new, target, won, self._forward):
                     self._recorder.report(records)
+                if pool.state["n_fresh"]:
+                    ref.settle_fresh(pool, rows, ref.entries_of(pool, batch, rows))
             for half in range(len(pool.head)):
                 pool.tail[half][target.slot[won]] = pool.head[half][target.slot[won]]
             self._recorder.count_entries(pool, Stage.TAIL, int(won.sum()))
@@ -325,8 +329,7 @@ class HostBackend:
         stamps = np.zeros(len(slots), abi.STAMP)
         stamps["token"], stamps["position"], stamps["prev_slot"] = abi.NO_TOKEN, positions, abi.PREV_NONE
         stamps["step"] = self._forward
-        if pool.blocks is not None:
-            stamps["epoch"] = pool.block_states(slots)["epoch"]
+        stamps["epoch"] = ref.block_epochs(pool, slots)
         for plane in (*pool.head, *pool.tail):
             plane[slots] = stamps
         self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(is_new[mine][first].sum()))
@@ -371,6 +374,54 @@ class HostBackend:
         for op, (first, last) in enumerate(pairwise((0, *changes.ends))):
             if last > first:
                 ownership.change_blocks(blocks, op, changes.ids[first:last], changes.owner, now)
+
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        pool, halves = self._pools[move.pool], [unit.half for unit in self._units[move.pool]]
+        slots = ref_moves.listed_slots(pool, move.slots, move.per_entry)
+        n_skipped, image, inside = int((slots < 0).sum()), move.image, slots >= 0
+        if move.op in (MoveOp.COPY, MoveOp.COMMIT):
+            sources = ref_moves.listed_slots(pool, move.sources, move.per_entry)
+            n_skipped += int((sources < 0).sum())
+            image = ref_moves.gather(pool, sources)
+        if move.op is MoveOp.EXPORT:
+            image = ref_moves.gather(pool, slots)
+        elif move.op is MoveOp.REFRESH:
+            inside &= ref_moves.is_whole(pool, np.maximum(slots, 0))
+            n_skipped = int((~inside).sum())
+            self._write_digests(pool, slots[inside], pool.head[0]["position"][slots[inside]])
+        elif move.op is MoveOp.LOCALIZE:
+            ref_moves.localize(pool, slots[inside], self._move_step(), move.drops_digests)
+        elif move.op is MoveOp.ADOPT:
+            n_skipped = self._adopt_listed(pool, move, slots)
+        else:
+            assert image is not None
+            if move.op is MoveOp.COMMIT:
+                n_skipped += ref_moves.commit(pool, image, move.row_starts, move.request_slots, move.prefix_lens)
+            ref_moves.scatter(pool, image, slots, self._move_step(), halves)
+        self._recorder.add(abi.STATE_SKIPPED_MOVES, n_skipped)
+        return image if move.op is MoveOp.EXPORT else None
+
+    def _adopt_listed(self, pool: PoolArrays, move: Move, slots: Array) -> int:
+        positions = np.asarray(move.positions).astype(np.int64)
+        good = (slots >= 0) & (positions >= 0) & (positions <= ref.MAX_POSITIONS)
+        tokens = np.full(move.n, -1) if move.tokens is None else np.asarray(move.tokens).astype(np.int64)
+        chains = np.zeros(move.n, np.uint64) if move.chains is None else move.chains
+        ref_moves.adopt(pool, slots[good], positions[good], tokens[good], chains[good], self._move_step())
+        self._write_digests(pool, slots[good], positions[good])
+        return int((~good).sum())
+
+    def _move_step(self) -> int:
+        """The forward last begun; a move before the first one takes its number, as 0 would mean never written."""
+        words = self.state.words
+        if not words[abi.STATE_FORWARD]:
+            words[abi.STATE_FORWARD] = words[abi.STATE_FORWARD_DONE] = 1
+        return self._forward
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        arrays, halves = self._pools[pool], self._kv_pools[pool].halves
+        found = {f"{stage}_{h.name}": getattr(arrays, stage.lower())[h] for h in halves for stage in ("HEAD", "TAIL")}
+        shadow: dict[str, Any] = {name: a.view(np.uint8).reshape(len(a), -1) for name, a in found.items()}
+        return shadow | {f"DIGEST_{d}": digests for d, digests in enumerate(arrays.digests)}
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self.state.words[abi.STATE_PAUSE] = is_paused

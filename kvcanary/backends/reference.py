@@ -216,6 +216,8 @@ def claim_slots(pool: PoolArrays, batch: BatchArrays, tokens: Array, forward: in
     target = write_slots(pool, batch, tokens)
     ok = target.status == OK
     claim = np.uint64(forward << 32) | (tokens[ok] + 1).astype(np.uint64)
+    if pool.state["n_fresh"]:  # a slot that is written is not fresh any more
+        pool.state["n_fresh"] -= np.uint32(is_fresh(pool, np.unique(target.slot[ok])).sum())
     np.maximum.at(pool.claims, target.slot[ok], claim)
     return bool((target.status != EMPTY).any())
 
@@ -291,6 +293,25 @@ def continued_slots(stamps: Array) -> Array:
     """The slot of the stamp that each one continues, or negative: i32[n]."""
     prev = stamps["prev_slot"]
     return np.where(prev <= abi.PREV_RELATIVE_BASE, abi.PREV_RELATIVE_BASE - prev, prev)
+
+
+def block_epochs(pool: PoolArrays, slots: Array) -> Array:
+    """The epoch that a stamp made now for each slot gets: u32[n]; of any block where a slot is negative."""
+    if pool.blocks is None:
+        return np.zeros(len(slots), np.uint32)
+    epochs: Array = pool.block_states(slots)["epoch"]
+    return epochs
+
+
+def is_earlier(previous: Array, stamps: Array) -> Array:
+    """Whether each predecessor was surely not written after the stamp: bool[n].
+
+    A move takes the number of the forward before it: of one and the same number, only a request's own stamps are known
+    to be of one time.
+    """
+    earlier: Array = previous["step"] < stamps["step"]
+    same = (previous["step"] == stamps["step"]) & (stamps["owner"] != 0) & (previous["owner"] == stamps["owner"])
+    return earlier | same
 
 
 class Starts(NamedTuple):
@@ -523,8 +544,10 @@ def judge_stamps(
     follows = (continued_slots(stamp) == before.slot) & (before.status == OK) & (prev_step <= stamp["step"])
     prev_step = np.where(np.where(relative, follows, ~is_relative(prev)), prev_step, 0)
     salts = batch.salts[row].astype(np.uint64) if batch.salts is not None else np.zeros(len(row), np.uint64)
-    starts = known & (position == 0)
-    may_link = (position > rows["verify_start"][row]) | ((prev_step <= stamp["step"]) & (prev_step < forward))
+    starts = known & (position == 0) & ~is_relative(stamp)
+    # Before a window, only a predecessor that was surely not written later; a moved stamp may have left its own behind.
+    is_later = is_earlier(prev, stamp) & (prev_step < forward) & (stamp["prev_slot"] != abi.PREV_NONE)
+    may_link = (position > rows["verify_start"][row]) | is_later
     links = known & (position > 0) & may_link & (prev_step != 0)
     chain = np.where(
         starts,
@@ -600,8 +623,25 @@ def due_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entrie
     flags = rows["flags"][entries.row]
     share = hashing.share_of(np.maximum(entries.at.slot, 0), abi.SHARE_RUN, batch.verify_data_every)
     due: Array = (flags & abi.ROW_FULL_DATA != 0) | (share == rows["share"][entries.row])
+    if pool.state["n_fresh"]:
+        due |= is_fresh(pool, np.maximum(entries.at.slot, 0))
     due &= (entries.at.status == OK) & (flags & abi.ROW_PENDING == 0)
     return due
+
+
+def is_fresh(pool: PoolArrays, slots: Array) -> Array:
+    """Whether each slot was moved or adopted, and its bytes were not verified since: bool[n]."""
+    fresh: Array = pool.claims[slots] & np.uint64(0xFFFFFFFF) == abi.CLAIM_FRESH
+    return fresh
+
+
+def settle_fresh(pool: PoolArrays, rows: Array, entries: Entries) -> None:
+    """After HEAD has verified their bytes, the fresh slots of the prefixes are so no more."""
+    verified = (entries.at.status == OK) & (rows["flags"][entries.row] & abi.ROW_PENDING == 0)
+    slots = np.unique(entries.at.slot[verified])
+    slots = slots[is_fresh(pool, slots)]
+    pool.claims[slots] &= ~np.uint64(0xFFFFFFFF)
+    pool.state["n_fresh"] -= np.uint32(len(slots))
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------------
