@@ -48,7 +48,9 @@ def test_the_host_backend_passes() -> None:
 
 
 def test_a_deaf_host_backend_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "_config", lambda on_unwritten: selftest.CanaryConfig(real_data="none"))
+    monkeypatch.setattr(
+        selftest, "_config", lambda on_unwritten: selftest.CanaryConfig(real_data="none", lifecycle=True)
+    )
     assert host_self_test() == "it does not report DATA"
 
 

@@ -21,6 +21,7 @@ from kvcanary.backends.host import HostBackend
 from kvcanary.batch import StepBatch
 from kvcanary.cli.script import N_ROWS, N_TOKENS, Script, pools_over
 from kvcanary.config import CanaryConfig
+from kvcanary.ledger import BlockChanges
 from kvcanary.tags import Reason, Stage
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -30,7 +31,7 @@ MakeBackend: TypeAlias = Callable[..., Backend]
 # What the damaged script must make the guard say.
 EXPECTED = (
     *(Reason.CHAIN, Reason.POSITION, Reason.DATA, Reason.WRITE_POSITION, Reason.TOKEN, Reason.UNWRITTEN),
-    *(Reason.OUT_OF_RANGE, Reason.DUPLICATE_WRITE),
+    *(Reason.OUT_OF_RANGE, Reason.DUPLICATE_WRITE, Reason.STALE_EPOCH, Reason.FOREIGN_WRITE),
 )
 
 
@@ -86,6 +87,13 @@ class Side:
         for name, array in script.arrays.items():
             self._device.assign(self._arrays[name], array)
 
+    def own(self, changes: Sequence[BlockChanges]) -> None:
+        """Change who owns which blocks, in every pool."""
+        for change in changes:
+            for pool in range(len(self.n_halves)):
+                self.backend.update_blocks(pool, change, None)
+        self.backend.synchronize()
+
     def sweep(self, resident: Resident) -> None:
         """Sweep the same resident slots in every pool."""
         for pool in range(len(self.n_halves)):
@@ -136,6 +144,7 @@ class Side:
             return found.view(np.uint8)
 
         return {
+            "kvc_blocks_update": {"block owners": self.arrays("blocks")},
             "kvc_begin": {"forwards": words[: abi.STATE_JUDGING], "claims": self.arrays("claims", "register_claims")},
             "kvc_stamps_write": {"HEAD stamps": self.arrays("head"), "registers": self.arrays("registers")},
             "kvc_stamps_verify": {
@@ -209,6 +218,7 @@ def play(script: Script, sides: Sequence[Side]) -> None:
     """Run the whole script on every side, then a sweep."""
     for _ in script.steps():
         for side in sides:
+            side.own(script.block_changes)
             side.publish(script)
             side.head()
         script.write()
@@ -235,7 +245,7 @@ def host_self_test() -> str:
 
 
 def _config(on_unwritten: str) -> CanaryConfig:
-    return CanaryConfig(verify_data_every=2, on_unwritten=on_unwritten, ring_capacity=1 << 14)
+    return CanaryConfig(verify_data_every=2, lifecycle=True, on_unwritten=on_unwritten, ring_capacity=1 << 14)
 
 
 def _difference(name: str, found: Array, wanted: Array) -> str:
