@@ -143,7 +143,7 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
     row.flags |= KVC_ROW_RELATIVE;
     if (before.status == KVC_SLOT_OK && prefix > row.verify_start) {  // before a window, it may be another's by now
         const Stamp stamp = kvc_pointer<Stamp>(pool.head[0])[before.slot];
-        if (stamp.step) {
+        if (stamp.step && !kvc_is_outlived(pool, before.slot, stamp)) {
             row.anchor = stamp.chain;
             if (stamp.token != KVC_NO_TOKEN && !kvc_is_relative(stamp)) row.flags &= ~(uint32_t)KVC_ROW_RELATIVE;
         }

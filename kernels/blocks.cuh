@@ -37,7 +37,21 @@ KVC_DEVICE uint32_t kvc_epoch_reasons(const BlockState& block, const Stamp& stam
     return KVC_REASON_STALE_EPOCH | (stamp.epoch ? KVC_REASON_UNWRITTEN : 0);
 }
 
-// Whether the bytes under a stamp are still somebody's: those of an epoch that is over may be overwritten at any time.
-KVC_DEVICE bool kvc_has_living_bytes(const Pool& pool, int64_t slot, const Stamp& stamp) {
-    return pool.blocks == 0 || stamp.epoch == 0 || stamp.epoch == kvc_block_state(pool, slot).epoch;
+// A stamp of an epoch that is over: it says nothing of what the block holds now, and the bytes under it are nobody's any more.
+KVC_DEVICE bool kvc_is_outlived(const BlockState& block, const Stamp& stamp) { return stamp.epoch && stamp.epoch != block.epoch; }
+KVC_DEVICE bool kvc_is_outlived(const Pool& pool, int64_t slot, const Stamp& stamp) {
+    return pool.blocks && kvc_is_outlived(kvc_block_state(pool, slot), stamp);
+}
+
+// What adoption takes: a slot of which no half was ever stamped, or none since its block was allocated, in a block that the row
+// may read.
+KVC_DEVICE bool kvc_is_unknown(const Pool& pool, const Batch& batch, int64_t slot, uint32_t request_id) {
+    const BlockState block = pool.blocks ? kvc_block_state(pool, slot) : BlockState{};
+    if (pool.blocks && kvc_may_not_read(block, batch.request_ids, request_id)) return false;
+    for (uint32_t half = 0; half < pool.n_halves; ++half) {
+        const Stamp &head = kvc_pointer<Stamp>(pool.head[half])[slot], &tail = kvc_pointer<Stamp>(pool.tail[half])[slot];
+        if (head.step && !(pool.blocks && kvc_is_outlived(block, head))) return false;
+        if (tail.step && !(pool.blocks && kvc_is_outlived(block, tail))) return false;
+    }
+    return true;
 }

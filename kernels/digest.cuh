@@ -461,7 +461,7 @@ KVC_NOINLINE void kvc_judge_digests(const Guard& guard, const Pool& pool, Digest
         const Stamp head = kvc_pointer<Stamp>(pool.head[half])[at.slot];
         const uint32_t tail_step = kvc_pointer<Stamp>(pool.tail[half])[at.slot].step;
         if (head.step == 0 || head.step == forward || tail_step != head.step) continue;
-        if (!kvc_has_living_bytes(pool, at.slot, head)) continue;
+        if (kvc_is_outlived(pool, at.slot, head)) continue;
         const uint64_t found = kvc_finish_digest(pool, sum, d, head.position);
         if (found == stored) continue;  // at a wrong place, which is for the stamps to say
         Violation v = about;

@@ -45,9 +45,12 @@ KVC_DEVICE SeenStamp kvc_see_stamp(const Guard& guard, const Pool& pool, uint32_
     }
     return seen;
 }
-KVC_DEVICE bool kvc_is_linkable(const SeenStamp& seen) { return seen.is_judged && seen.stamp.token != KVC_NO_TOKEN; }
-KVC_DEVICE Link kvc_link_of(const SeenStamp& seen) {
-    return {seen.stamp.chain, kvc_is_linkable(seen) && !kvc_is_relative(seen.stamp) ? seen.stamp.step : 0, seen.stamp.owner};
+KVC_DEVICE bool kvc_is_linkable(const Pool& pool, int64_t slot, const SeenStamp& seen) {
+    return seen.is_judged && seen.stamp.token != KVC_NO_TOKEN && !kvc_is_outlived(pool, slot, seen.stamp);
+}
+KVC_DEVICE Link kvc_link_of(const Pool& pool, int64_t slot, const SeenStamp& seen) {
+    const bool is_link = kvc_is_linkable(pool, slot, seen) && !kvc_is_relative(seen.stamp);
+    return {seen.stamp.chain, is_link ? seen.stamp.step : 0, seen.stamp.owner};
 }
 
 // What a relative stamp at a position of a row links to: the stamp that it continued, if the table still has it there and
@@ -58,7 +61,8 @@ KVC_DEVICE Link kvc_relative_link(const StepParams& p, int32_t index, uint32_t s
     const KvcSlot before = kvc_table_slot(p.pool, p.batch, index, position - 1);
     if (continued < 0 || before.status != KVC_SLOT_OK || before.slot != continued) return {0, 0, 0};
     const SeenStamp seen = kvc_see_stamp(p.guard, p.pool, stage, half, before.slot, forward);
-    return {seen.stamp.chain, kvc_is_linkable(seen) && seen.stamp.step <= stamp.step ? seen.stamp.step : 0, seen.stamp.owner};
+    const bool is_link = kvc_is_linkable(p.pool, before.slot, seen) && seen.stamp.step <= stamp.step;
+    return {seen.stamp.chain, is_link ? seen.stamp.step : 0, seen.stamp.owner};
 }
 
 // TOKEN: the token that the engine's history has at this position; negative = not judged.
@@ -143,8 +147,8 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
         kvc_report_table_entry(p, row, index, kvc_tag(stage, pool.kind, 0), position, at);
         return false;
     }
-    // Adoption takes a slot that no half was ever stamped for; it is not reported then.
-    if (stage == KVC_STAGE_HEAD && p.batch.adopt && kvc_is_never_stamped(pool, at.slot)) return false;
+    // What adoption takes is not reported, nor is, at TAIL, what it left because the row is pending.
+    if (p.batch.adopt && kvc_is_unknown(pool, p.batch, at.slot, row.request_id)) return false;
     const KvcSlot before = kvc_table_slot(pool, p.batch, index, position - 1);
     bool is_left = false;
     for (uint32_t half = 0; half < pool.n_halves; ++half) {
@@ -155,7 +159,7 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
         if (position > 0 && kvc_is_relative(seen.stamp)) {
             previous = kvc_relative_link(p, index, stage, half, position, seen.stamp, forward);
         } else if (before.status == KVC_SLOT_OK) {
-            previous = kvc_link_of(kvc_see_stamp(p.guard, pool, stage, half, before.slot, forward));
+            previous = kvc_link_of(pool, before.slot, kvc_see_stamp(p.guard, pool, stage, half, before.slot, forward));
         }
         // Before a window lie blocks that may belong to others by now: judge the link into its first position only if
         // the predecessor was not rewritten after the stamp that continued it. (If a moved stamp's predecessor did not come

@@ -63,7 +63,7 @@ KVC_DEVICE LaneSlot kvc_patrolled_slot(const Pool& pool, int64_t slot, uint32_t 
         found.n_orphans += 1;
         return none;
     }
-    if (!kvc_has_living_bytes(pool, slot, head)) return none;
+    if (kvc_is_outlived(pool, slot, head)) return none;
     found.n_checked += 1;
     return kvc_lane_slot(pool, slot, head.position);
 }

@@ -164,14 +164,6 @@ KVC_DEVICE KvcUnit kvc_find_unit(const int64_t* before, int32_t rows, int64_t un
     }
 }
 
-// No half was ever stamped.
-KVC_DEVICE bool kvc_is_never_stamped(const Pool& pool, int64_t slot) {
-    for (uint32_t half = 0; half < pool.n_halves; ++half) {
-        if (kvc_pointer<Stamp>(pool.head[half])[slot].step || kvc_pointer<Stamp>(pool.tail[half])[slot].step) return false;
-    }
-    return true;
-}
-
 // What a slot's claim word holds when it is adopted: above any claim of a write, and highest for the lowest position.
 KVC_DEVICE uint64_t kvc_adoption_claim(uint32_t forward, int64_t position) {
     return (uint64_t)forward << 32 | (0xffffffffu - (uint32_t)position);

@@ -139,7 +139,8 @@ KVC_NOINLINE Start kvc_unanchored_start(const StepParams& p, int32_t index, uint
     if (!(row.flags & KVC_ROW_RELATIVE || (is_from_stamp && is_rewritten))) return {false, 0};
     if (!is_slot || is_rewritten) return {true, KVC_PREV_RELATIVE};
     const Stamp stamp = kvc_pointer<Stamp>(p.pool.head[0])[before];
-    const bool continues = stamp.step && stamp.token != KVC_NO_TOKEN && stamp.chain == row.anchor;
+    const bool is_there = stamp.step && !kvc_is_outlived(p.pool, before, stamp);
+    const bool continues = is_there && stamp.token != KVC_NO_TOKEN && stamp.chain == row.anchor;
     return {true, continues ? KVC_PREV_RELATIVE_BASE - before : KVC_PREV_RELATIVE};
 }
 KVC_DEVICE Start kvc_start_of(const StepParams& p, const Row& row, int32_t index, uint32_t forward) {

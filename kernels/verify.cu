@@ -247,7 +247,7 @@ KVC_DEVICE void kvc_claim_unknown(const StepParams& p, uint32_t forward) {
         const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
         for (int64_t position = first + kvc_lane(); position < first + KVC_VERIFY_UNIT && position < row.verify_end; position += 32) {
             const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
-            if (at.status != KVC_SLOT_OK || !kvc_is_never_stamped(pool, at.slot)) continue;
+            if (at.status != KVC_SLOT_OK || !kvc_is_unknown(pool, p.batch, at.slot, row.request_id)) continue;
             const uint64_t claim = kvc_adoption_claim(forward, position);
             const uint64_t before = kvc_atomic_max_u64(kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot, claim);
             n_claimed += before < claim && before >> 32 != forward;
@@ -419,9 +419,8 @@ KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
                                           ? kvc_continued_slot(stamp) == before && previous.step <= stamp.step
                                           : !kvc_is_relative(previous);
                 v.expected_chain = kvc_link(previous.chain, stamp.token, stamp.position);
-                if (may_link && previous.step && previous.token != KVC_NO_TOKEN && stamp.chain != v.expected_chain) {
-                    v.reasons |= KVC_REASON_CHAIN;
-                }
+                const bool is_there = previous.step && previous.token != KVC_NO_TOKEN && !kvc_is_outlived(pool, before, previous);
+                if (may_link && is_there && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
             }
             if (tail_step != stamp.step && !kvc_is_aborted(p.guard, pool, stamp.step)) {
                 v.reasons |= KVC_REASON_UNWRITTEN;

@@ -47,7 +47,8 @@ class CanaryConfig:
         health_check_warmup_steps: steps before the first health check.
         health_policy: what a stalled guard does: "raise", "log", or "as-mode" (raise in mode "raise").
         ring_capacity: violation records that can wait for the host.
-        on_unwritten: "adopt" takes prefix slots that were never stamped into the guard instead of reporting them.
+        on_unwritten: "adopt" takes prefix slots that were never stamped (with lifecycle: not since their block was
+            allocated) into the guard instead of reporting them.
         lifecycle: judge block ownership; the engine then says who owns the blocks of every pool
             (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`).
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).

@@ -69,6 +69,7 @@ class Engine:
         text = self._text(max_len)
         self.documents = [text, text, text[: max_len // 2] + self._text(max_len - max_len // 2)]
         self.n_requests = 0
+        self.tells_owners = False  # the guard is told of blocks, so that KV may be loaded into used ones
         self.did: Counter[str] = Counter()  # how often what was done, for tests that ask whether it was
         history_shape = (max_requests + self.rng.choice((0, 2)), max_len)
         self.batches = Batches(pools, luts, habits, self.rng, history_shape, bool(self.draft_pools))
@@ -169,15 +170,17 @@ class Engine:
         return True
 
     def _import(self, plan: Plan, request: Request) -> None:
-        """A prefix whose KV comes from elsewhere, into blocks that were never written."""
+        """A prefix whose KV comes from elsewhere, into blocks not written, at least not since their allocation."""
         n = self.rng.randint(1, 3)
         if len(self.tables) < len(self.pools) or n * self.unit >= request.known:
             return
-        if any(self.books[i].n_virgin < n * self.unit // self.pools[i].page_size for i in self.tables):
+        found = {i: len(self.books[i].free) if self.tells_owners else self.books[i].n_virgin for i in self.tables}
+        if any(found[i] < n * self.unit // self.pools[i].page_size for i in self.tables):
             return
         for i in self.tables:
-            page = self.pools[i].page_size
-            blocks = [self.books[i].take_virgin(request.id) for _ in range(n * self.unit // page)]
+            page, book = self.pools[i].page_size, self.books[i]
+            take = book.take if self.tells_owners else book.take_virgin
+            blocks = [take(request.id) for _ in range(n * self.unit // page)]
             request.blocks[i], request.shown[i] = blocks, list(blocks)
             slots = [b * page + o for b in blocks for o in range(page)]
             shift = int(i in self.draft_pools)
@@ -496,6 +499,7 @@ def random_scenario(
     twins = Twins(specs, sides, max_requests, max_new_tokens, **chosen)
     luts = [buffers.get("lut") for buffers in twins.buffers]
     engine = Engine(twins.pools, luts, habits, rng.getrandbits(32), max_requests, max_new_tokens, max_len)
+    engine.tells_owners = twins.config.lifecycle
     return twins, engine
 
 

@@ -48,7 +48,9 @@ def test_the_host_backend_passes() -> None:
 
 
 def test_a_deaf_host_backend_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "_config", lambda on_unwritten: selftest.CanaryConfig(real_data="none"))
+    monkeypatch.setattr(
+        selftest, "_config", lambda on_unwritten: selftest.CanaryConfig(real_data="none", lifecycle=True)
+    )
     assert host_self_test() == "it does not report DATA"
 
 
@@ -70,7 +72,7 @@ def test_the_kernels_pass(library: SimtLibrary) -> None:
     assert [check.kernel for check in checks] == NAMES
     assert {check.problem for check in checks} == {""}
     assert all(check.n_values > 0 for check in checks)
-    assert len(recorded) == 4  # HEAD and TAIL, over a reporting and an adopting guard
+    assert len(recorded) == 6  # HEAD, a layer and TAIL, over a reporting and an adopting guard
 
 
 @needs_compiler

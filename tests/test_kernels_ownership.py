@@ -223,6 +223,34 @@ def test_late_transfer_into_a_rewritten_block_is_a_matter_of_data(sides: Sides) 
     assert kinds(s.forward(Row(2, B, 4, 5, [3, 4]))) == {13: Reason.DATA}
 
 
+def test_bytes_under_a_foreign_stamp_are_somebodys(sides: Sides) -> None:
+    s = script(sides)
+    s.own("allocate", [3, 4], 1)
+    assert s.forward(Row(1, A, 0, 3, [3])) == []
+    s.forward(Row(2, A, 3, 4, [3]))
+    s.damage(0, 15)
+    found = s.forward(Row(1, A, 4, 5, [3, 4]))
+    assert kinds(found, "HEAD") == {15: STALE | Reason.DATA}
+
+
+def test_what_is_written_in_this_forward_is_not_judged_by_its_owner(sides: Sides) -> None:
+    """The text says what is wrong with it, if anything; the reader is judged from the next forward on."""
+    s = script(sides)
+    second = [*A[:4], 900, 901]
+    s.own("allocate", [3], 1)
+    s.own("allocate", [4], 2)
+    assert s.forward(Row(1, A, 0, 4, [3]), Row(2, second, 4, 5, [3, 4])) == []
+    assert kinds(s.forward(Row(2, second, 5, 6, [3, 4]))) == dict.fromkeys(range(12, 16), STALE)
+
+
+def test_adoption_is_for_those_who_may_read(sides: Sides) -> None:
+    s = script(sides, on_unwritten="adopt")
+    s.own("allocate", [1, 2], 1)
+    found = s.forward(Row(2, A, 4, 5, [1, 2]))
+    assert kinds(found, "HEAD") == {**dict.fromkeys(range(4, 8), UNWRITTEN | STALE), 8: FOREIGN}
+    assert s.twins.words[abi.STATE_ADOPTED_SLOTS] == 0
+
+
 def test_epochs_are_judged_without_request_ids_and_readers_are_not(sides: Sides) -> None:
     s = Script(sides(), lifecycle=True, leave_out=["request_ids"])
     s.own("allocate", [3], 1)
@@ -419,6 +447,27 @@ def test_adopted_slots_are_of_their_block(sides: Sides) -> None:
     assert s.forward(Row(1, A, 4, 5, [1, 2])) == []
     assert s.twins.sides[0].read_guard(0, "head0")["epoch"][4:9].tolist() == [2] * 5
     assert s.forward(Row(1, A, 5, 6, [1, 2])) == []
+
+
+@pytest.mark.parametrize("leave_out", [[], ["token_history"], ["token_history", "request_ids"]], ids=str)
+def test_kv_loaded_into_a_used_block_is_adopted(sides: Sides, leave_out: list[str]) -> None:
+    """The stamps that it finds are of an epoch that is over: they are no anchor, no link and no evidence."""
+    s = script(sides, on_unwritten="adopt", leave_out=leave_out)
+    s.own("allocate", [1, 2], 6)
+    assert s.forward(Row(6, B, 0, 8, [1, 2])) == []
+    s.own("free", [1, 2], 6)
+    s.own("allocate", [2, 1], 1)
+    for layer in range(3):
+        s.kv(layer)[4:12] = 7
+    assert s.forward(Row(1, A, 4, 5, [2, 1]), pending=np.ones(1, np.uint8)) == [], "not there yet"
+    for n in range(5, 8):
+        assert s.forward(Row(1, A, n, n + 1, [2, 1])) == []
+    assert s.twins.words[abi.STATE_ADOPTED_SLOTS] == 4
+    s.own("share", [2, 1], 3)
+    s.own("allocate", [3], 3)
+    assert s.forward(Row(3, A, 8, 9, [2, 1, 3])) == []
+    s.damage(1, 9)
+    assert kinds(s.forward(Row(3, A, 9, 10, [2, 1, 3]))) == {9: Reason.DATA}
 
 
 def test_a_reset_leaves_ownership_alone(sides: Sides) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcanary import CanaryConfig, CanaryManager, KvPool, Reason, SlotBundle, StepBatch
+from kvcanary import PREFIX_CACHE, CanaryConfig, CanaryManager, KvPool, Reason, SlotBundle, StepBatch
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
     pytest.skip("README.md is not beside the tests", allow_module_level=True)
 TEXT = README.read_text()
-LOOP, CAPTURE, MOVES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+LOOP, CAPTURE, MOVES, OWNERS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 PAGE, ROWS, MAX_LEN = 16, 2, 64
 
 
@@ -93,6 +93,14 @@ def test_the_loop_is_about_ten_lines_and_gives_the_history() -> None:
     lines = [line for line in LOOP.splitlines() if line.strip()]
     assert len(lines) <= 12
     assert "token_history" in LOOP
+
+
+def test_the_calls_about_blocks_do_what_their_comments_say() -> None:
+    pool = KvPool(planes=(), page_size=PAGE, n_blocks=9)
+    manager = CanaryManager(CanaryConfig(lifecycle=True, real_data="none"), [pool], 2, 8, backend="host")
+    exec(OWNERS, {"manager": manager, "PREFIX_CACHE": PREFIX_CACHE})
+    assert [manager.lifecycle.owners(block) for block in (4, 5, 6)] == [(PREFIX_CACHE,), (11,), (11,)]
+    assert [manager.lifecycle.epoch(block) for block in (4, 5, 6)] == [1, 2, 2]
 
 
 def test_every_setting_and_reason_named_in_the_text_exists() -> None:

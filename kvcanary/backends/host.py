@@ -124,7 +124,7 @@ class HostBackend:
                 self._verify(pool, batch, entries, Stage.HEAD)
                 self._verify_data(pool, batch, entries)
             if batch.adopt:
-                self._adopt(pool, ref.entries_of(pool, batch, self._rows[call.pool]))
+                self._adopt(pool, batch, ref.entries_of(pool, batch, self._rows[call.pool]))
             if batch.is_first_forward and pool.scrub_blocks and self._is_judging:
                 self._scrub(pool)
 
@@ -265,6 +265,7 @@ class HostBackend:
         for half in range(len(pool.head)):
             recorder.report(ref.judge_stamps(pool, batch, rows, entries, stage, half, self._forward))
         left = ref.see_stamps(pool, stage, 0, entries.at, self._forward).left
+        left &= ~ref.adoptable(pool, batch, rows, entries.row, entries.at)
         recorder.add(abi.STATE_UNJUDGED_SLOTS, int(left.sum()))
         recorder.count_entries(pool, stage, len(entries.row))
 
@@ -316,9 +317,10 @@ class HostBackend:
         for d in range(len(self._units[pool.index])):
             pool.digests[d, slots] = self._digest(pool.index, d, slots, positions)
 
-    def _adopt(self, pool: PoolArrays, entries: ref.Entries) -> None:
-        pending = self._rows[pool.index]["flags"][entries.row] & abi.ROW_PENDING != 0
-        unknown = ref.never_stamped(pool, entries.at) & ~pending
+    def _adopt(self, pool: PoolArrays, batch: BatchArrays, entries: ref.Entries) -> None:
+        rows = self._rows[pool.index]
+        pending = rows["flags"][entries.row] & abi.ROW_PENDING != 0
+        unknown = ref.adoptable(pool, batch, rows, entries.row, entries.at) & ~pending
         slots, claims = entries.at.slot[unknown], ref.adoption_claims(self._forward, entries.position[unknown])
         is_new = pool.claims[slots] >> np.uint64(32) != self._forward
         np.maximum.at(pool.claims, slots, claims)

@@ -275,7 +275,7 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     before = table_slots(pool, batch, np.array([r]), np.array([prefix - 1]))
     stamp = pool.head[0][before.slot]
     is_needed = prefix > row["verify_start"]  # before a window, it may be another's by now
-    if before.status[0] == OK and is_needed and stamp["step"][0]:
+    if before.status[0] == OK and is_needed and stamp["step"][0] and not is_outlived(pool, before.slot, stamp)[0]:
         row["anchor"] = stamp["chain"][0]
         if stamp["token"][0] != abi.NO_TOKEN and not is_relative(stamp)[0]:
             return 0
@@ -331,6 +331,7 @@ def starts_of(pool: PoolArrays, batch: BatchArrays, rows: Array, forward: int) -
     relative &= prefix > 0
     stamp = pool.head[0][slot]
     continues = is_slot & ~rewritten & (stamp["step"] != 0) & (stamp["token"] != abi.NO_TOKEN)
+    continues &= ~is_outlived(pool, slot, stamp)
     continues &= stamp["chain"] == rows["anchor"]
     absolute = np.where(is_slot, slot, abi.PREV_NONE)
     return Starts(
@@ -539,7 +540,8 @@ def judge_stamps(
     reasons |= np.where(wrong_token, Reason.TOKEN, 0)
 
     prev = previous.stamp
-    prev_step = np.where(previous.judged & (prev["token"] != abi.NO_TOKEN), prev["step"], 0)
+    may_follow = previous.judged & (prev["token"] != abi.NO_TOKEN) & ~is_outlived(pool, before.slot, prev)
+    prev_step = np.where(may_follow, prev["step"], 0)
     relative = is_relative(stamp) & (position > 0)
     follows = (continued_slots(stamp) == before.slot) & (before.status == OK) & (prev_step <= stamp["step"])
     prev_step = np.where(np.where(relative, follows, ~is_relative(prev)), prev_step, 0)
@@ -575,18 +577,32 @@ def judge_stamps(
     v["expected_token"] = np.where(wrong_token, expected, abi.NO_TOKEN)
     v["expected_chain"] = np.where(unanchored, anchor, np.where(broken, chain, 0))
     put_stamps(v, stamp)
-    adopted = never_stamped(pool, at) if batch.adopt and stage == Stage.HEAD else np.zeros(len(row), bool)
-    bad: Array = v[(reasons != 0) & ~adopted]
+    bad: Array = v[(reasons != 0) & ~adoptable(pool, batch, rows, row, at)]
     return bad
 
 
-def never_stamped(pool: PoolArrays, at: Slots) -> Array:
-    """Slots for which no half was ever stamped: bool[n]."""
+def is_outlived(pool: PoolArrays, slots: Array, stamps: Array) -> Array:
+    """Stamps of an epoch that is over: they say nothing of what the block holds now: bool[n]."""
+    if pool.blocks is None:
+        return np.zeros(len(stamps), bool)
+    outlived: Array = (stamps["epoch"] != 0) & (stamps["epoch"] != pool.block_states(slots)["epoch"])
+    return outlived
+
+
+def adoptable(pool: PoolArrays, batch: BatchArrays, rows: Array, row: Array, at: Slots) -> Array:
+    """What adoption takes, and what is not reported: slots not stamped since their block was allocated: bool[n].
+
+    Only where adoption is asked for, and if the row may read the block.
+    """
     slot = np.maximum(at.slot, 0)
-    never: Array = at.status == OK
-    for stamps in (*pool.head, *pool.tail):
-        never &= stamps["step"][slot] == 0
-    return never
+    unknown: Array = (at.status == OK) & batch.adopt
+    for plane in (*pool.head, *pool.tail):
+        stamps = plane[slot]
+        unknown &= (stamps["step"] == 0) | is_outlived(pool, slot, stamps)
+    if pool.blocks is not None:
+        has_ids = batch.request_ids is not None
+        unknown &= ~ownership.may_not_read(pool.block_states(slot), has_ids, rows["request_id"][row])
+    return unknown
 
 
 def adoption_claims(forward: int, positions: Array) -> Array:
@@ -612,9 +628,7 @@ def judgeable(pool: PoolArrays, half: int, slots: Array, forward: int) -> Array:
     """
     step = pool.head[half]["step"][slots]
     may: Array = (step != 0) & (step != forward) & (pool.tail[half]["step"][slots] == step)
-    if pool.blocks is not None:
-        epoch = pool.head[half]["epoch"][slots]
-        may &= (epoch == 0) | (epoch == pool.block_states(slots)["epoch"])
+    may &= ~is_outlived(pool, slots, pool.head[half][slots])
     return may
 
 
@@ -666,6 +680,7 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     follows = (continued_slots(stamp) == before) & (prev["step"] <= stamp["step"])
     links = known & has_before & np.where(is_relative(stamp), follows, ~is_relative(prev))
     links &= (prev["step"] != 0) & (prev["token"] != abi.NO_TOKEN)
+    links &= ~is_outlived(pool, np.where(has_before, before, 0), prev)
     broken = links & (stamp["chain"] != chain)
     reasons |= np.where(broken, Reason.CHAIN, 0)
     unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"])

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from kvcanary import layouts
 from kvcanary.backends import Resident
 from kvcanary.layout import KvPool
+from kvcanary.ledger import BlockChanges, BlockLedger
 from kvcanary.tags import PoolKind
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -18,6 +19,7 @@ Array: TypeAlias = npt.NDArray[Any]
 PAGE_SIZE, N_BLOCKS, MAX_BLOCKS = 8, 48, 7
 N_ROWS, N_TOKENS, MAX_LEN = 6, 64, PAGE_SIZE * MAX_BLOCKS
 WINDOW = 20
+PENDING_ROW, PENDING_STEP = 2, 3  # whose KV is still on its way at HEAD of this step
 N_LOADED = 10  # positions of row 5 that came from outside, so that the guard never saw them written
 # New tokens of each row at each step: prefills of several sizes, decodes, and rows that are padding.
 N_NEW = (
@@ -42,6 +44,7 @@ class Script:
         planes: the arrays of `pools_over`.
         arrays: keywords of a StepBatch, changed in place.
         step: the step at hand, from 0.
+        block_changes: who owns which blocks from this step on, of both pools alike.
     """
 
     def __init__(self, *, is_damaged: bool, seed: int = 0) -> None:
@@ -54,6 +57,8 @@ class Script:
         self._slots_of_rows = self._rng.permutation(N_ROWS)
         self._lengths = np.zeros(N_ROWS, np.int64)
         self.step = 0
+        self._ledger = BlockLedger(N_BLOCKS, (0,))
+        self.block_changes: list[BlockChanges] = []
         history = np.zeros((N_ROWS, MAX_LEN), np.int32)
         history[self._slots_of_rows] = self._tokens
         self.arrays: dict[str, Array] = {
@@ -65,13 +70,17 @@ class Script:
             "request_slots": self._slots_of_rows.astype(np.int32),
             "request_ids": np.arange(11, 11 + N_ROWS, dtype=np.uint32),
             "token_history": history,
+            "pending": np.zeros(N_ROWS, np.uint8),
         }
 
     def steps(self) -> Iterator[int]:
         """Fill the arrays for each step, and damage what is due in it."""
         for step, n_new in enumerate(N_NEW):
             self.step = step
+            self.block_changes = []
             self._fill(n_new)
+            if step == 0:
+                self._own()
             if self._is_damaged:
                 self._damage()
             yield step
@@ -118,6 +127,7 @@ class Script:
         a = self.arrays
         a["block_table"][...] = self._table
         a["slot_mapping"].fill(-1)
+        a["pending"][PENDING_ROW] = self.step == PENDING_STEP
         first = 0
         for row, n in enumerate(n_new):
             if self._is_damaged and n and row == 5 and not self._lengths[row]:
@@ -128,6 +138,18 @@ class Script:
             first += n
             self._lengths[row] += n
             a["seq_lens"][row], a["query_start_loc"][row + 1] = self._lengths[row], first
+
+    def _own(self) -> None:
+        """Each request owns the blocks of its row; one that was shared no more, and some in their second epoch."""
+        for row, owner in enumerate(self.arrays["request_ids"].tolist()):
+            self.block_changes.append(self._ledger.allocate(self._table[row], owner))
+        first = int(self.arrays["request_ids"][0])
+        self.block_changes += [
+            self._ledger.share(self._table[-1, :2], first),
+            self._ledger.free(self._table[-1, :1], first),
+            self._ledger.free(self._table[0], first),
+            self._ledger.allocate(self._table[0], first),
+        ]
 
     def _damage(self) -> None:
         table, slots = self.arrays["block_table"], self.arrays["slot_mapping"]
@@ -142,3 +164,6 @@ class Script:
             slots[1], slots[3] = -1, slots[4]
         elif self.step == 6:  # entries that name no slot
             table[4, 0], table[4, 1], slots[2] = N_BLOCKS + 3, -1, N_BLOCKS * PAGE_SIZE + 5
+        elif self.step == 7:  # a request goes on with blocks that it has lost to another one
+            blocks, owner = self._table[2], int(self.arrays["request_ids"][2])
+            self.block_changes += [self._ledger.free(blocks, owner), self._ledger.allocate(blocks, owner + 50)]

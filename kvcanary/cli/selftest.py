@@ -20,9 +20,10 @@ from kvcanary.backends.device import KERNELS, DeviceBackend
 from kvcanary.backends.host import HostBackend
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.batch import StepBatch
-from kvcanary.cli.script import N_ROWS, N_TOKENS, Script, pools_over
+from kvcanary.cli.script import N_ROWS, N_TOKENS, PENDING_ROW, PENDING_STEP, Script, pools_over
 from kvcanary.config import CanaryConfig
-from kvcanary.tags import Reason, Stage
+from kvcanary.ledger import BlockChanges
+from kvcanary.tags import Detail, Reason, Stage
 
 Array: TypeAlias = npt.NDArray[Any]
 Facts: TypeAlias = dict[str, dict[str, Array]]  # kernel -> what it left behind
@@ -31,7 +32,7 @@ MakeBackend: TypeAlias = Callable[..., Backend]
 # What the damaged script must make the guard say.
 EXPECTED = (
     *(Reason.CHAIN, Reason.POSITION, Reason.DATA, Reason.WRITE_POSITION, Reason.TOKEN, Reason.UNWRITTEN),
-    *(Reason.OUT_OF_RANGE, Reason.DUPLICATE_WRITE),
+    *(Reason.OUT_OF_RANGE, Reason.DUPLICATE_WRITE, Reason.STALE_EPOCH, Reason.FOREIGN_WRITE),
 )
 
 
@@ -77,6 +78,7 @@ class Side:
         bound = StepBatch(**self._arrays).validate(pools, N_ROWS, N_TOKENS, kind)
         calls = [self.backend.bind(i, b, True) for i, b in enumerate(bound)]
         self.head = device.record(lambda stream: self.backend.head(calls, stream))
+        self.layer = device.record(lambda stream: self.backend.verify_layer(calls, 0, stream))
         self.tail = device.record(lambda stream: self.backend.tail(calls, stream))
         self.n_halves = [len(pool.halves) for pool in pools]
 
@@ -86,6 +88,13 @@ class Side:
             self._device.assign(mine, theirs)
         for name, array in script.arrays.items():
             self._device.assign(self._arrays[name], array)
+
+    def own(self, changes: Sequence[BlockChanges]) -> None:
+        """Change who owns which blocks, in every pool."""
+        for change in changes:
+            for pool in range(len(self.n_halves)):
+                self.backend.update_blocks(pool, change, None)
+        self.backend.synchronize()
 
     def sweep(self, resident: Resident) -> None:
         """Sweep the same resident slots in every pool."""
@@ -126,6 +135,8 @@ class Side:
         words = self.backend.snapshot_words()
         layout, records = self.backend.state.layout, self.records()
         runs, slots, data = layout.kernel_runs(words), layout.slot_runs(words), layout.data_runs(words)
+        is_patrol = records["detail"] == Detail.SCRUB
+        is_layer = (records["row"] == PENDING_ROW) & (records["step"] == PENDING_STEP + 1)
         stage, is_data = records["tag"] // 4, records["reasons"] & Reason.DATA != 0
         taint = self._device.to_host(self.backend.state.taint)
 
@@ -133,10 +144,11 @@ class Side:
             return np.concatenate([c[:, 4 * of : 4 * of + 4] for c in (runs, slots)], axis=None)
 
         def about(of: Stage, has_data: bool) -> Array:
-            found: Array = records[(stage == of) & (is_data == has_data)]
+            found: Array = records[(stage == of) & (is_data == has_data) & ~is_patrol & ~(is_layer & has_data)]
             return found.view(np.uint8)
 
         return {
+            "kvc_blocks_update": {"block owners": self.arrays("blocks")},
             "kvc_begin": {"forwards": words[: abi.STATE_JUDGING], "claims": self.arrays("claims", "register_claims")},
             "kvc_stamps_write": {"HEAD stamps": self.arrays("head"), "registers": self.arrays("registers")},
             "kvc_stamps_verify": {
@@ -158,8 +170,14 @@ class Side:
                 "slots compared": words[abi.STATE_DATA_SLOTS : abi.STATE_DATA_SLOTS + 1],
                 "DATA violations": about(Stage.HEAD, True),
             },
+            "kvc_digests_layer": {"DATA violations": records[is_layer & is_data & ~is_patrol].view(np.uint8)},
             "kvc_digests_write": {"data launches": data[:, Stage.TAIL], "digests": self.arrays("digests")},
             "kvc_digests_sweep": {"data launches": data[:, Stage.SWEEP], "DATA violations": about(Stage.SWEEP, True)},
+            "kvc_scrub": {
+                "turns": layout.scrub_runs(words),
+                "slots": words[abi.STATE_SCRUB_SLOTS : abi.STATE_SCRUB_ORPHANS + 1],
+                "violations": records[is_patrol].view(np.uint8),
+            },
         }
 
     def moved(self, script: Script) -> Facts:
@@ -253,8 +271,10 @@ def play(script: Script, sides: Sequence[Side]) -> None:
     """Run the whole script on every side, then a sweep."""
     for _ in script.steps():
         for side in sides:
+            side.own(script.block_changes)
             side.publish(script)
             side.head()
+            side.layer()
         script.write()
         for side in sides:
             side.publish(script)
@@ -279,7 +299,13 @@ def host_self_test() -> str:
 
 
 def _config(on_unwritten: str) -> CanaryConfig:
-    return CanaryConfig(verify_data_every=2, on_unwritten=on_unwritten, ring_capacity=1 << 14)
+    return CanaryConfig(
+        verify_data_every=2,
+        lifecycle=True,
+        scrub_bytes_per_step=1 << 14,
+        on_unwritten=on_unwritten,
+        ring_capacity=1 << 14,
+    )
 
 
 def _difference(name: str, found: Array, wanted: Array) -> str:

@@ -107,9 +107,9 @@ def soak(seed: int, n_steps: int, on_step: Callable[[int], None] | None = None) 
 
 
 def random_inputs(rng: np.random.Generator) -> tuple[tuple[str, ...], int, bool]:
-    """What the engine does not hand in, how many steps it served before the guard came, and if it tells who owns blocks.
+    """What the engine does not hand in, how many steps it served before the guard came, and whether it tells of blocks.
 
-    The guard adopts what was written before it came.
+    The guard adopts what was written before it came; it is told of blocks, if at all, from the beginning.
     """
     leave_out = LEAVE_OUT[rng.choice(3, p=[0.5, 0.3, 0.2])]
     return leave_out, int(rng.choice([0, 40], p=[0.7, 0.3])), bool(rng.random() < 0.6)
