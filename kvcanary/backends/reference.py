@@ -447,7 +447,9 @@ def entries_of(pool: PoolArrays, batch: BatchArrays, rows: Array) -> Entries:
     live = rows["flags"] & abi.ROW_LIVE != 0
     row, index = _expand(np.where(live, rows["verify_end"] - rows["verify_start"], 0))
     position = rows["verify_start"][row].astype(np.int64) + index
-    return Entries(row, position, table_slots(pool, batch, row, position), table_slots(pool, batch, row, position - 1))
+    return Entries(
+        row, position, table_slots(pool, batch, row, position), table_slots(pool, batch, row, position - 1)
+    )
 
 
 class Seen(NamedTuple):
@@ -573,6 +575,8 @@ def due_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entrie
     due: Array = (flags & abi.ROW_FULL_DATA != 0) | (share == rows["share"][entries.row])
     due &= (entries.at.status == OK) & (flags & abi.ROW_PENDING == 0)
     return due
+
+
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------------
