@@ -5,12 +5,11 @@ A rule takes all records of a fault and yields (class, confidence, evidence); it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from kvcanary.evidence import Records, Run, is_at_rest_zero, positions_of, slots_of
+from kvcanary.cause_rules_bytes import Found, data_rule
+from kvcanary.evidence import Records, Run, positions_of, slots_of
 from kvcanary.tags import Detail, Reason, Stage
-
-Found = Iterator[tuple[str, float, str]]
 
 
 # ---- what the engine handed in ---------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def _holes(records: Records) -> Found:
             if v.detail == Detail.UNFINISHED:
                 yield "C16", 0.7, f"{run.words} is half written: its HEAD and TAIL stamps are of different forwards"
             else:
-                yield "C08", 0.75, f"{what}: when its forward ended, the table named another slot than when it began"
+                yield "C08", 0.9, f"{what}: when its forward ended, the table named another slot than when it began"
             continue
         if records.was_substituted(v.request_id, before=v.forward):
             yield (
@@ -246,6 +245,8 @@ def _other_index(records: Records, run: Run) -> Found:
     v = run.records[0]
     owner, reader = run.owner, v.request_id
     what = f"{run.story} as its position {v.stored_position}"
+    if run.is_padding:
+        yield "C07", 0.85, f"{what}, one and the same token in each: padding, through the tail of its table row"
     if records.block_owner(v) == owner:
         yield "C07", 0.8, f"{what}; the block was given to request {owner}: the row of {reader} still names it"
     elif run.reaches_end_of(owner, records):
@@ -257,7 +258,7 @@ def _other_index(records: Records, run: Run) -> Found:
 def _given_away(records: Records, run: Run) -> Found:
     v = run.records[0]
     what = f"{run.story}; {records.handover(v)}"
-    if run.is_whole_prefix:
+    if records.is_whole_prefix(run):
         yield "C01", 0.8, f"{what}: request {v.request_id} had ended when its step ran"
         yield "C08", 0.5, "or its row was overwritten by the other's"
     else:
@@ -291,48 +292,14 @@ def _stale(records: Records) -> Found:
     for run in records.runs(records.stale_only):
         v = run.records[0]
         what = f"request {v.request_id} reads {run.words}; {records.handover(v)}"
-        yield "C01", 0.85 if run.is_whole_prefix else 0.6, f"{what}: nothing is overwritten there yet"
-        yield "C07", 0.5 if run.is_whole_prefix else 0.7, "or its table row still names a block that it gave back"
+        is_whole = records.is_whole_prefix(run)
+        if run.is_own and not v.stamp_epoch and records.block_owner(v):
+            yield "C03", 0.85, f"{what}, yet it wrote there in forward {v.stamp_step}, as if it had been given to both"
+            continue
+        yield "C01", 0.85 if is_whole else 0.6, f"{what}: nothing is overwritten there yet"
+        yield "C07", 0.5 if is_whole else 0.7, "or its table row still names a block that it gave back"
 
 
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-def _data(records: Records) -> Found:
-    for run in records.runs(records.data):
-        v = run.records[0]
-        planes = {r.plane_name or "" for r in run.records}
-        where = f"{run.words} on layers {run.layers} ({', '.join(sorted(planes))})"
-        right = f"the stamps of {where} are right, the bytes are not"
-        if run.is_pending:
-            yield "C15", 0.95, f"{right}, at the moment of the read: the load of layers {run.layers} has not arrived"
-        elif all("scale" in name for name in planes):
-            yield "C18", 0.9, f"{right}: only scales differ, what they scale is intact"
-        elif len(run.records) > 1 and all(is_at_rest_zero(r) for r in run.records):
-            yield "C17", 0.9, f"{right}: every byte is zero: a memset after the write of forward {v.stamp_step}"
-        elif run.is_moved and run.positions[0] == 0:
-            yield "C13", 0.8, f"{right}, from the first position on, since they were loaded: another layout"
-            yield "C14", 0.5, "or other slots than the stamps"
-        elif run.is_moved:
-            yield "C16", 0.8, f"{right}, since they were loaded; what lies before position {run.positions[0]} is intact"
-        else:
-            yield from _stray_bytes(run, len(planes), right)
-
-
-def _stray_bytes(run: Run, n_planes: int, right: str) -> Found:
-    """Bytes of a request's own tokens that somebody else wrote: how much, and where it begins, tells who."""
-    if len(run.layers) == 1 and n_planes == 1 and len(run.slots) == 1:
-        yield "C24", 0.9, f"{right}: one slot of one plane: no engine writes so little"
-    elif len(run.layers) == 1:
-        yield "C15", 0.5, f"{right}: one layer alone"
-        yield "C24", 0.5, "or memory that is failing"
-    elif run.starts_block and (run.ends_block or len(run.slots) >= run.page):
-        yield "C02", 0.8, f"{right}: whole blocks, in all layers: a transfer that was not this request's"
-        yield "C07", 0.5, "or a kernel that wrote through a stale table entry"
-    elif run.starts_block and len(run.slots) > 1:
-        yield "C12", 0.7, f"{right}: the beginning of a block, in all layers: a writer ran on from the block before"
-        yield "C10", 0.5, "or padded rows"
-    else:
-        yield "C10", 0.7, f"{right}, in all layers: KV of tokens that no stamp announced, as padded rows write it"
-        yield "C08", 0.5, "or a kernel with an overwritten slot mapping"
-
-
-RULES: tuple[Callable[[Records], Found], ...] = (*(_bad_entries, _duplicates, _writes, _holes, _reads, _stale, _data),)
+RULES: tuple[Callable[[Records], Found], ...] = (
+    *(_bad_entries, _duplicates, _writes, _holes, _reads, _stale, data_rule),
+)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 
-import numpy as np
-
-from kvcanary import abi, hashing
+from kvcanary import abi
 from kvcanary.tags import Detail, PoolKind, Reason, Stage
 from kvcanary.violations import Violation
 
@@ -53,13 +51,13 @@ class Run:
 
     @property
     def is_moved(self) -> bool:
-        """Whether the stamps came by a copy or load: nobody's, and without a predecessor."""
-        return all(v.stamp_step and not v.stamp_owner and v.prev_slot < 0 for v in self.records)
+        """Whether the stamps came by a copy or load: a move makes them anew, and they are nobody's."""
+        return all(v.stamp_step and not v.stamp_owner for v in self.records)
 
     @property
-    def is_whole_prefix(self) -> bool:
-        """From the first position over more than a block."""
-        return self.positions[0] == 0
+    def is_own(self) -> bool:
+        """Whether the request wrote the stamps itself."""
+        return all(v.stamp_owner == v.request_id for v in self.records)
 
     @property
     def is_shifted(self) -> bool:
@@ -72,6 +70,12 @@ class Run:
         """Whether these are the last positions that the writer is known to have."""
         last = max((v.position for v in records.all if v.request_id == owner), default=-1)
         return last >= 0 and max(v.stored_position for v in self.records) > last
+
+    @property
+    def is_padding(self) -> bool:
+        """Whether all slots hold one and the same token (only where tokens may be told)."""
+        tokens = {v.stored_token for v in self.records}
+        return len(self.slots) > 1 and len(tokens) == 1 and None not in tokens
 
     @property
     def words(self) -> str:
@@ -96,10 +100,10 @@ class Records:
         in_pool = [v for v in self.all if v.is_in_pool]
         self.writes = [v for v in in_pool if v.reasons & _WRITE and v.tag.stage == Stage.HEAD]
         self.duplicates = [v for v in in_pool if Reason.DUPLICATE_WRITE in v.reasons]
-        self.holes = [v for v in in_pool if Reason.UNWRITTEN in v.reasons]
+        self.stale_only = [v for v in in_pool if _is_stale_only(v)]
+        self.holes = [v for v in in_pool if Reason.UNWRITTEN in v.reasons and not _is_stale_only(v)]
         self.data = [v for v in in_pool if Reason.DATA in v.reasons]
         self.reads = [v for v in in_pool if v.reasons & _READ and Reason.UNWRITTEN not in v.reasons]
-        self.stale_only = [v for v in in_pool if v.reasons == Reason.STALE_EPOCH]
 
     # ---- grouping ----------------------------------------------------------------------------------------------------
     @cached_property
@@ -155,6 +159,12 @@ class Records:
         """Whether the block was given to somebody else."""
         return self.block_owner(v) not in (0, reader)
 
+    def is_whole_prefix(self, run: Run) -> bool:
+        """From the first position to the last one before the new tokens: its end breaks too, or the write behind it."""
+        v = run.records[-1]
+        astray = any(w.request_id == v.request_id and w.position == v.position + 1 for w in self.writes)
+        return run.positions[0] == 0 and (astray or Reason.CHAIN in v.reasons)
+
     def is_older_epoch(self, run: Run) -> bool:
         """Whether the stamps are from before the block was given to whoever has it."""
         return any(Reason.UNWRITTEN in v.reasons or Reason.STALE_EPOCH in v.reasons for v in run.records)
@@ -201,6 +211,13 @@ class Records:
         return any(v.slot in run.slots for v in self.duplicates)
 
 
+def _is_stale_only(v: Violation) -> bool:
+    """Whether nothing is wrong with a stamp but whose block it is in by now."""
+    return Reason.STALE_EPOCH in v.reasons and (
+        v.reasons == Reason.STALE_EPOCH or (not v.reasons & _READ and v.stamp_owner == v.request_id)
+    )
+
+
 def slots_of(records: Iterable[Violation]) -> list[int]:
     """Slots in the order of their records, each once."""
     return list(dict.fromkeys(v.slot for v in records))
@@ -209,14 +226,3 @@ def slots_of(records: Iterable[Violation]) -> list[int]:
 def positions_of(records: Iterable[Violation]) -> list[int]:
     """Positions in the order of their records, each once."""
     return list(dict.fromkeys(v.position for v in records))
-
-
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-def is_at_rest_zero(v: Violation) -> bool:
-    """Whether the bytes that were found are all zero: the digest of zeros is known for every length."""
-    if v.found_digest is None or v.plane is None:
-        return False
-    n_words = np.arange(abi.MAX_PLANE_BYTES // 4 + 1, dtype=np.uint64)
-    terms = n_words * np.uint64(abi.DIGEST_C0)
-    terms += np.uint64(v.plane * abi.DIGEST_C1 + v.stored_position * abi.DIGEST_C2 & 0xFFFFFFFFFFFFFFFF)
-    return bool((hashing.mix64(terms) == np.uint64(v.found_digest)).any())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcanary.sim.museum.rows import WIDTH, A, B, Row, X
+from kvcanary.sim.museum.rows import WIDTH, A, B, Row, X, text_of
 from kvcanary.sim.museum.scenario import positive
 from kvcanary.sim.museum.stage import Stage
 from kvcanary.tags import Reason
@@ -100,7 +100,8 @@ def padded_stamped(s: Stage) -> None:
     s.forward(Row(B, 0, 2 * page, [5, 6, 7]))
     s.allocate([1, 2], X)
     s.fault()
-    s.forward(Row(X, 0, 3 * page, [1, 2, 6]))
+    padded = [*text_of(X)[: 2 * page], *[0] * page]
+    s.forward(Row(X, 0, 3 * page, [1, 2, 6], text=padded, history=padded[: 2 * page]))
     s.forward(Row(B, 2 * page, 2 * page + 1, [5, 6, 7]))
     s.expect(X, s.of(6), lifecycle=Reason.FOREIGN_WRITE)
     s.expect(B, s.of(6), Reason.TOKEN | Reason.POSITION, latency=1, lifecycle=Reason.STALE_EPOCH)
