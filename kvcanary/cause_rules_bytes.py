@@ -64,7 +64,7 @@ def _stray_bytes(run: Run, right: str) -> Found:
         yield "C08", 0.5, "or a kernel with an overwritten slot mapping"
 
 
-# ---- what digests say -------------------------------------------------------------------------------------------------
+# ---- what digests say ------------------------------------------------------------------------------------------------
 def _content(digest: int, plane: int, position: int) -> int:
     """What a digest says of the bytes alone: mix64 is a bijection, and plane and position are terms of the sum."""
     x = digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from kvcanary.causes import NAMES
@@ -10,6 +11,8 @@ from kvcanary.errors import ConfigError
 from kvcanary.sim.museum.scenario import BLIND, NEGATIVE, POSITIVE, Outcome
 
 BEGIN, END = "<!-- drill: made by `kvcanary drill --render-readme README.md` -->", "<!-- drill: end -->"
+
+WIDTH = 125  # columns, as the rest of the README has them
 
 
 def render(text: str, outcomes: Sequence[Outcome]) -> str:
@@ -33,14 +36,16 @@ def section(outcomes: Sequence[Outcome]) -> str:
     for class_id in sorted({o.scenario.class_id for o in positive}):
         of_class = [o for o in positive if o.scenario.class_id == class_id]
         first = sorted({min(o.latencies) for o in of_class if o.latencies})
-        steps = " or ".join(map(str, first)) or "at the call"
+        steps = " to ".join(dict.fromkeys(map(str, (first[0], first[-1])))) if first else "at the call"
         reasons = ", ".join(f"`{r}`" for r in reported_words(of_class).split("+") if r.isupper())
         lines.append(f"| {class_id} | {NAMES[class_id]} | {reasons} | {steps} |")
     missing = sorted({o.missing for o in outcomes if o.ok is None})
     titles = {o.scenario.id: o.scenario.title for o in negative}
-    lines += ["", f"Silent, as it should be, over {len(titles)} legal twins: " + "; ".join(titles.values()) + "."]
+    twins = f"Silent, as it should be, over {len(titles)} legal twins: " + "; ".join(titles.values()) + "."
+    lines += ["", *textwrap.wrap(twins, WIDTH)]
     lines += ["", "It cannot see:", ""]
     lines += [f"- {title}" for title in dict.fromkeys(o.scenario.title for o in blind)]
     if missing:
-        lines += ["", f"Not in this version, and so not drilled: {', '.join(f'`{m}`' for m in missing)}."]
+        named = ", ".join(f"`{m}`" for m in missing)
+        lines += ["", *textwrap.wrap(f"Not in this version, so that what needs it is not drilled: {named}.", WIDTH)]
     return "\n".join(lines)

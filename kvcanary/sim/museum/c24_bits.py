@@ -147,3 +147,23 @@ def shared(s: Stage) -> None:
     s.memory.edit(slot, flip(2, 4), s.memory.planes([1], "k"))
     s.forward(Row(A, page + 1, page + 2, [3, 4]), Row(B, page + 1, page + 2, [3, 5], text=text))
     s.expect(None, slot, Reason.DATA, layers=[1], tainted=(A, B))
+
+
+@positive(
+    "C24-sampled", "a bit flips, and each live byte is looked at every fifth forward", config={"verify_data_every": 5}
+)
+def sampled(s: Stage) -> None:
+    """In service the bytes are verified in shares: the flip is found within so many of the request's own forwards.
+
+    Sources: local-inference-lab/vllm-backport#62
+    """
+    n = s.page + 2
+    slot = s.at([1], 2)
+    s.allocate([1, 2, 3], A)
+    s.forward(Row(A, 0, n, [1, 2, 3]))
+    s.forward(Row(A, n, n + 1, [1, 2, 3]))
+    s.fault()
+    s.memory.edit(slot, flip(), s.memory.planes([1], "k"))
+    for k in range(n + 1, n + 6):
+        s.forward(Row(A, k, k + 1, [1, 2, 3]))
+    s.expect(A, slot, Reason.DATA, within=4, layers=[1])

@@ -38,7 +38,12 @@ from kvcanary.violations import Violation
 
 N_STRAY = 16  # slots that a kernel may write beside those of its tokens
 MAX_LOADED = 32  # slots that may be loaded inside a forward
-_QUIET: dict[str, Any] = {"stats_print_every_n_steps": 0, "health_check_every_n_steps": 0}
+_DEFAULTS: dict[str, Any] = {
+    "verify_data_every": 1,
+    "log_tokens": True,
+    "stats_print_every_n_steps": 0,
+    "health_check_every_n_steps": 0,
+}
 
 
 class MissingError(Exception):
@@ -48,11 +53,11 @@ class MissingError(Exception):
 def settings(lifecycle: bool, **more: Any) -> CanaryConfig:
     """The guard's settings in the drill, under the operator's own ``KVCANARY_*`` where the drill says nothing."""
     try:
-        return CanaryConfig.from_env(verify_data_every=1, lifecycle=lifecycle, log_tokens=True, **_QUIET, **more)
+        return CanaryConfig.from_env(lifecycle=lifecycle, **{**_DEFAULTS, **more})
     except ConfigError as error:
         if "not in this version" not in str(error):
             raise
-        raise MissingError("lifecycle" if lifecycle else next(iter(more))) from error
+        raise MissingError(str(error).split("=")[0]) from error
 
 
 class Stage(Wishes):

@@ -137,7 +137,9 @@ def late_write(s: Stage) -> None:
     s.forward(Row(B, page, page + 1, [5, 1]))
 
 
-@negative("N15-reading", "the same with a prefix: its write is silent; that it reads freed blocks is true")
+@negative(
+    "N15-reading", "such a write of a request that still reads its freed blocks: only that is told, as it is true"
+)
 def late_write_reading(s: Stage) -> None:
     """With ownership the read of a freed block is a finding of its own (C01-read-early), tied to the step that nobody
     waits for. Source: vllm-project/vllm#45357"""

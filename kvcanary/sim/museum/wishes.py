@@ -22,7 +22,7 @@ class Expected:
         request: whose check must see it; None = anybody's.
         slots: each of them; what is no slot of the pool is the raw value that the engine handed in.
         reasons: at least these, on each slot.
-        latency: steps after the fault.
+        latency: steps after the fault, the first and the last that will do.
         layers: for DATA, exactly these layers; None = any.
         halves: for DATA, exactly these planes by name; None = any.
         tainted: requests whose rows the guard must have marked in that step.
@@ -31,7 +31,7 @@ class Expected:
     request: int | None
     slots: tuple[int, ...]
     reasons: Reason
-    latency: int
+    latency: tuple[int, int]
     layers: tuple[int, ...] | None = None
     names: tuple[str, ...] | None = None
     tainted: tuple[int, ...] = ()
@@ -41,7 +41,9 @@ class Expected:
         what = "+".join(self.reasons.names())
         layers = "" if self.layers is None else f" on layers {','.join(map(str, self.layers))} only"
         names = "" if self.names is None else f" of {','.join(self.names)} only"
-        return f"{what} at {who}slots {_ranges(self.slots)}{layers}{names}, latency {self.latency}"
+        first, last = self.latency
+        steps = str(first) if first == last else f"{first} to {last}"
+        return f"{what} at {who}slots {_ranges(self.slots)}{layers}{names}, latency {steps}"
 
 
 class Wishes:
@@ -69,12 +71,17 @@ class Wishes:
         slots: Sequence[int],
         *reasons: Reason,
         latency: int = 0,
+        within: int | None = None,
         lifecycle: Reason | None = None,
         layers: Sequence[int] | None = None,
         names: str | None = None,
         tainted: Sequence[int] = (),
     ) -> None:
-        """Ask for a finding; ``lifecycle`` is asked for too where the guard knows the owners."""
+        """Ask for a finding; ``lifecycle`` is asked for too where the guard knows the owners.
+
+        Args:
+            latency: steps after the fault; with ``within``, from there to that.
+        """
         wanted = Reason(0)
         for reason in reasons:
             wanted |= reason
@@ -88,7 +95,7 @@ class Wishes:
                 request,
                 tuple(slots),
                 wanted,
-                latency,
+                (latency, latency if within is None else within),
                 None if layers is None else tuple(layers),
                 None if names is None else tuple(names.split()),
                 tuple(tainted),
@@ -132,7 +139,8 @@ class Wishes:
 
     def _missing(self, wanted: Expected) -> list[str]:
         problems = []
-        mine = [v for v in self.seen if wanted.request in (None, v.request_id) and self.latency_of(v) == wanted.latency]
+        first, last = wanted.latency
+        mine = [v for v in self.seen if wanted.request in (None, v.request_id) and first <= self.latency_of(v) <= last]
         for slot in wanted.slots:
             here = [v for v in mine if v.slot == slot]
             said = Reason(0)
@@ -149,7 +157,7 @@ class Wishes:
                 if want is not None and got != set(want):
                     problems.append(f"slot {slot}: DATA on {field} {sorted(map(str, got))}, {list(want)} expected")
         if wanted.tainted and self.taints:
-            step = (self.fault_step or 1) + wanted.latency
+            step = (self.fault_step or 1) + first
             taint, requests = self.taints.get(step, (np.zeros(0, np.uint32), []))
             marked = {r for r, bits in zip(requests, taint.tolist(), strict=True) if bits}
             if missing := set(wanted.tainted) - marked:
