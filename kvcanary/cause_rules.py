@@ -216,11 +216,7 @@ def _overwritten(records: Records, run: Run) -> Found:
     elif is_back and records.has_hole(owner, run.positions, after=v.stamp_step):
         yield "C08", 0.9, f"{run.story}, while request {owner} read through request {reader}'s row, and misses it since"
     elif is_back:
-        yield (
-            "C01",
-            0.9,
-            f"{run.story}; request {owner} took the block for its own in that forward: {records.handover(v)}",
-        )
+        yield "C01", 0.9, f"{run.story}, after {records.handover(v)}: a write by a request that had ended"
     elif any(r.stored_position != r.position for r in run.records):
         yield from _other_index(records, run)
     elif records.has_hole_after_read(reader, v.forward):

@@ -41,6 +41,7 @@ NAMES = {
     "C24": "bits changed in memory",
 }
 CANNOT_TELL = "cannot tell"
+MAX_SENTENCES = 4  # of evidence for one cause
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Cause:
         name: in words, or "cannot tell".
         class_id: class of `NAMES`, "" with "cannot tell".
         confidence: 0 to 1, for the order; not a probability.
-        evidence: sentences, each about something that the records say.
+        evidence: sentences, each about something that the records say; what tells most comes first.
     """
 
     name: str
@@ -69,11 +70,15 @@ def classify(violations: Sequence[Violation]) -> list[Cause]:
     if not violations:
         return []
     records = Records(violations)
-    best: dict[str, Cause] = {}
+    told: dict[str, list[tuple[float, str]]] = {}
     for rule in RULES:
-        for class_id, confidence, *evidence in rule(records):
-            known = best.get(class_id)
-            if known is None or confidence > known.confidence:
-                best[class_id] = Cause(NAMES[class_id], class_id, confidence, tuple(evidence))
-    found = sorted(best.values(), key=lambda cause: -cause.confidence)
+        for class_id, confidence, evidence in rule(records):
+            told.setdefault(class_id, []).append((confidence, evidence))
+    found = sorted((_cause(*item) for item in told.items()), key=lambda cause: -cause.confidence)
     return found or [Cause(CANNOT_TELL, "", 0.0, (f"{violations[0].summary()}; nothing else is known",))]
+
+
+def _cause(class_id: str, told: list[tuple[float, str]]) -> Cause:
+    told = sorted(told, key=lambda one: -one[0])
+    evidence = tuple(dict.fromkeys(sentence for _, sentence in told[:MAX_SENTENCES]))
+    return Cause(NAMES[class_id], class_id, told[0][0], evidence)

@@ -150,9 +150,9 @@ class Records:
         """Since when the block is whose."""
         owner, since, block = self.block_owner(v), int(getattr(v, "block_since", 0)), v.slot // v.page_size
         if owner:
-            return f"block {block} was given to request {owner}" + (f" in forward {since}" if since else "")
+            return f"block {block} was given to request {owner}" + (f" after forward {since}" if since else "")
         if v.stamp_owner and v.stamp_owner != v.request_id:
-            return f"block {block} is request {v.request_id}'s by its table"
+            return f"block {block} was, by its table, request {v.request_id}'s"
         return f"block {block} is nobody's"
 
     def gave_up(self, v: Violation, reader: int) -> bool:

@@ -43,10 +43,10 @@ def other_place(s: Stage) -> None:
     s.allocate([5, 6, 7], B)
     with s.misuse("block 3 given to B while A owns it"):
         s.allocate([3], B)
-    s.forward(Row(B, 0, 3 * page, [5, 6, 3]), Row(A, 2 * page + 1, 2 * page + 2, [1, 3, 4]))
-    s.forward(Row(A, 2 * page + 2, 2 * page + 3, [1, 3, 4]))
+    s.forward(Row(B, 0, 3 * page, [5, 6, 3]))
+    s.forward(Row(A, 2 * page + 1, 2 * page + 2, [1, 3, 4]))
     s.expect(B, s.of(3), lifecycle=Reason.FOREIGN_WRITE)
-    s.expect(A, s.of(3), Reason.TOKEN | Reason.POSITION, lifecycle=Reason.STALE_EPOCH)
+    s.expect(A, s.of(3), Reason.TOKEN | Reason.POSITION, latency=1, lifecycle=Reason.STALE_EPOCH)
 
 
 @positive("C03-one-forward", "two owners fill one block in the same forward")
@@ -76,6 +76,21 @@ def double_free(s: Stage) -> None:
     s.free([3], A)
     with s.misuse("second free of block 3"):
         s.free([3], A)
+
+
+@positive("C03-null-block", "the null block is freed", lifecycle=(True,))
+def null_block(s: Stage) -> None:
+    """Block lists of a window hold many placeholders, and one of them reaches the free list.
+
+    Sources: ModelEngine-Group/unified-cache-management#1053
+    """
+    s.fault()
+    s.allocate([3], A)
+    with s.misuse("free of the reserved block 0"):
+        s.free([0], A)
+    with s.misuse("free of a block that is another's"):
+        s.free([3], B)
+    s.forward(Row(A, 0, s.page, [3]))
 
 
 @positive("C03-own-hit", "an allocation evicts the request's own cache hit and hands it out again")

@@ -22,10 +22,32 @@ def recycled(s: Stage) -> None:
     s.forward(Row(A, n, n + 1, [1, 2, 3]))
     s.free([1], A)
     s.allocate([1], B)
+    s.forward(Row(B, 0, page, [1]))
     s.fault()
-    s.forward(Row(A, n + 1, n + 2, [1, 2, 3]), Row(B, 0, page, [1]))
-    s.forward(Row(A, n + 2, n + 3, [1, 2, 3]))
+    s.forward(Row(A, n + 1, n + 2, [1, 2, 3]))
     s.expect(A, s.of(1), Reason.TOKEN, lifecycle=Reason.STALE_EPOCH)
+    s.expect_silence(B)
+
+
+@positive(
+    "C07-same-forward", "a recycled block is read in the forward in which its new owner fills it", lifecycle=(True,)
+)
+def same_forward(s: Stage) -> None:
+    """The same, with both requests in one batch: whose block it is was known before the forward began, and the reader
+    is not among those who may read it. B's text begins as A's, so that nothing else tells them apart.
+
+    Sources: vllm-project/vllm#42273
+    """
+    page = s.page
+    n = page + 1
+    text = [*text_of(A)[:page], *text_of(B)]
+    s.allocate([1, 2], A)
+    s.forward(Row(A, 0, n, [1, 2]))
+    s.free([1], A)
+    s.allocate([1, 3], B)
+    s.fault()
+    s.forward(Row(A, n, n + 1, [1, 2]), Row(B, 0, page + 1, [1, 3], text=text))
+    s.expect(A, s.of(1), Reason.STALE_EPOCH)
     s.expect_silence(B)
 
 
