@@ -101,40 +101,34 @@ def _holes(records: Records) -> Found:
         v = run.records[0]
         if records.wrote_elsewhere(v):
             continue
-        what = (
-            f"request {v.request_id} reads {run.words} (position {run.positions[0]}), where nothing was written for it"
-        )
-        if v.tag.stage == Stage.TAIL:
-            if v.detail == Detail.UNFINISHED:
-                yield "C16", 0.7, f"{run.words} is half written: its HEAD and TAIL stamps are of different forwards"
-            else:
-                yield "C08", 0.9, f"{what}: when its forward ended, the table named another slot than when it began"
-            continue
-        if records.was_substituted(v.request_id, before=v.forward):
-            yield (
-                "C08",
-                0.95,
-                f"{what}, after a forward in which it read, and wrote, through another request's table row",
-            )
-        elif records.is_window(v):
-            yield "C19", 0.85, f"{what}, inside its window"
-        elif (over := records.overwrote_own(v)) is not None:
-            yield "C14", 0.85, f"{what}: that token was written over its position {over} instead"
-        elif not run.starts_block and len(run.slots) == 1:
-            yield (
-                "C20",
-                0.8,
-                f"{what}, right behind what was written: the position was counted, the token never computed",
-            )
-        elif run.starts_block and not run.ends_block and len(run.slots) < run.page:
-            yield (
-                "C21",
-                0.8,
-                f"{what}: the first {len(run.slots)} slots of a block, a tail that should have been copied",
-            )
-            yield "C20", 0.5, "or a position that was counted before its token was computed"
+        what = f"{run.reader} reads {run.words} (position {run.positions[0]}), where nothing was written for it"
+        if v.detail == Detail.UNFINISHED:
+            yield "C16", 0.7, f"{run.words} is half written: its HEAD and TAIL stamps are of different forwards"
+        elif v.tag.stage == Stage.TAIL:
+            yield "C08", 0.9, f"{what}: when its forward ended, the table named another slot than when it began"
+        elif v.tag.stage == Stage.SWEEP:
+            yield "C16", 0.75, f"{what}: it was loaded, and the load did not come"
+            yield "C06", 0.6, "or announced before it was computed"
         else:
-            yield from _missing_block(records, run, what)
+            yield from _missing(records, run, what)
+
+
+def _missing(records: Records, run: Run, what: str) -> Found:
+    """A row reads what was never written."""
+    v = run.records[0]
+    if records.was_substituted(v.request_id, before=v.forward):
+        yield "C08", 0.95, f"{what}, after it had read, and written, through another request's table row"
+    elif records.is_window(v):
+        yield "C19", 0.85, f"{what}, inside its window"
+    elif (over := records.overwrote_own(v)) is not None:
+        yield "C14", 0.85, f"{what}: that token was written over its position {over} instead"
+    elif not run.starts_block and len(run.slots) == 1:
+        yield "C20", 0.8, f"{what}, right behind what was written: a position that was counted, but never computed"
+    elif run.starts_block and not run.ends_block and len(run.slots) < run.page:
+        yield "C21", 0.8, f"{what}: the first {len(run.slots)} of a block, a tail that should have been copied"
+        yield "C20", 0.5, "or a position that was counted before its token was computed"
+    else:
+        yield from _missing_block(records, run, what)
 
 
 def _missing_block(records: Records, run: Run, what: str) -> Found:
@@ -160,7 +154,7 @@ def _reads(records: Records) -> Found:
     for run in records.read_runs():
         v = run.records[0]
         if all(r.reasons == Reason.CHAIN for r in run.records) and not run.is_registered and not run.is_moved:
-            text = f"request {v.request_id} finds its own tokens in {run.words}, under another root"
+            text = f"{run.reader} finds its own tokens in {run.words}, under another root"
             yield "C05", 0.9, f"{text}: another adapter, tenant or image wrote them, and the key does not say so"
         elif run.is_moved:
             yield from _moved(run)
@@ -277,7 +271,7 @@ def _wrong_hit(records: Records, run: Run) -> Found:
         yield (
             "C04",
             0.8,
-            f"{run.story}; request {v.request_id} has just hit it as a prefix: the index is older than that",
+            f"{run.story}; what {run.reader} expects there is older: an index that was not told",
         )
         yield "C06", 0.5, "or the prefix was announced before it was computed"
         yield "C16", 0.4, "or loaded, and the load did not come"
@@ -287,7 +281,7 @@ def _stale(records: Records) -> Found:
     """Slots that are still right, in blocks that are no longer the reader's."""
     for run in records.runs(records.stale_only):
         v = run.records[0]
-        what = f"request {v.request_id} reads {run.words}; {records.handover(v)}"
+        what = f"{run.reader} reads {run.words}; {records.handover(v)}"
         is_whole = records.is_whole_prefix(run)
         if run.is_own and not v.stamp_epoch and records.block_owner(v):
             yield "C03", 0.85, f"{what}, yet it wrote there in forward {v.stamp_step}, as if it had been given to both"

@@ -78,6 +78,12 @@ class Run:
         return len(self.slots) > 1 and len(tokens) == 1 and None not in tokens
 
     @property
+    def reader(self) -> str:
+        """Whose slots these should be: a request's, or the prefix cache's where a sweep looked."""
+        v = self.records[0]
+        return "the prefix cache" if v.tag.stage == Stage.SWEEP else f"request {v.request_id}"
+
+    @property
     def words(self) -> str:
         if len(self.slots) == 1:
             return f"slot {self.slots[0]}"
@@ -89,7 +95,7 @@ class Run:
         v = self.records[0]
         holds = "holds" if len(self.slots) == 1 else "hold"
         tokens = f"request {self.owner}'s tokens from position {v.stored_position} on"
-        return f"{self.words} of request {v.request_id} {holds} {tokens}, written in forward {v.stamp_step}"
+        return f"{self.words} of {self.reader} {holds} {tokens}, written in forward {v.stamp_step}"
 
 
 class Records:

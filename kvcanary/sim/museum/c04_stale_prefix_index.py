@@ -69,3 +69,20 @@ def retracted(s: Stage) -> None:
     s.forward(Row(C, 2 * page, 2 * page + 1, [1, 2, 4], text=text_of(A)))
     s.expect(C, s.of(2), Reason.TOKEN | Reason.POSITION)
     s.expect(C, s.of(2)[-1:], Reason.CHAIN)
+
+
+@positive("C04-sweep", "an index entry whose block was rewritten, before anybody hits it", config={"sweep_interval": 1})
+def swept(s: Stage) -> None:
+    """The sweep compares what the prefix cache believes with what the slots hold.
+
+    Sources: ovg-project/kvcached#362
+    """
+    page = s.page
+    s.allocate([3], A)
+    s.forward(Row(A, 0, page, [3]))
+    s.keep_resident([3], page, text_of(A))
+    s.free([3], A)
+    s.allocate([3], B)
+    s.fault()
+    s.forward(Row(B, 0, page, [3]))
+    s.expect(None, s.of(3), Reason.TOKEN)

@@ -63,3 +63,20 @@ def bytes_lost(s: Stage) -> None:
     s.forward(Row(D, n, n + 1, [3, 4, 5], text=text_of(A)))
     s.expect(D, s.of(4), Reason.DATA, layers=s.layers)
     s.expect_silence(X)
+
+
+@positive("C16-sweep", "blocks of the prefix cache into which a transfer never came", config={"sweep_interval": 1})
+def swept(s: Stage) -> None:
+    """Decode keeps a prefix whose slots are all zero; nobody has read it yet.
+
+    Sources: sgl-project/sglang#38586
+    """
+    page = s.page
+    s.allocate([5], X)
+    s.forward(Row(X, 0, 2, [5]))
+    s.fault()
+    s.allocate([3], D)
+    s.keep_resident([3], page, text_of(D))
+    s.forward(Row(X, 2, 3, [5]))
+    s.expect(None, s.of(3), Reason.UNWRITTEN)
+    s.expect_silence(X)

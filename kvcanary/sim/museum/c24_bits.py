@@ -167,3 +167,46 @@ def sampled(s: Stage) -> None:
     for k in range(n + 1, n + 6):
         s.forward(Row(A, k, k + 1, [1, 2, 3]))
     s.expect(A, slot, Reason.DATA, within=4, layers=[1])
+
+
+@positive("C24-sweep", "a bit flips in a cached prefix that nobody reads", config={"sweep_interval": 1})
+def swept(s: Stage) -> None:
+    """No row of any batch reads the block; the sweep over the resident slots of the prefix cache does.
+
+    Sources: local-inference-lab/vllm-backport#62
+    """
+    page = s.page
+    s.allocate([3], A)
+    s.forward(Row(A, 0, page, [3]))
+    s.allocate([5], B)
+    s.keep_resident([3], page, text_of(A))
+    s.forward(Row(B, 0, 2, [5]))
+    s.fault()
+    s.memory.edit(s.of(3)[2:3], flip(), s.memory.planes([1], "k"))
+    s.forward(Row(B, 2, 3, [5]))
+    s.expect(None, s.of(3)[2:3], Reason.DATA, layers=[1])
+    s.expect_silence(B)
+
+
+@positive(
+    "C24-patrol",
+    "a bit flips in a block of a request that waits",
+    config={"scrub_bytes_per_step": 1 << 20},
+    lifecycle=(True,),
+)
+def patrolled(s: Stage) -> None:
+    """A holds its blocks and is in no batch; the patrol in the graph comes by.
+
+    Sources: local-inference-lab/vllm-backport#62
+    """
+    page = s.page
+    s.allocate([3], A)
+    s.forward(Row(A, 0, page, [3]))
+    s.allocate([5], B)
+    s.forward(Row(B, 0, 1, [5]))
+    s.fault()
+    s.memory.edit(s.of(3)[2:3], flip(), s.memory.planes([1], "k"))
+    for k in range(1, 4):
+        s.forward(Row(B, k, k + 1, [5]))
+    s.expect(None, s.of(3)[2:3], Reason.DATA, within=2, layers=[1])
+    s.expect_silence(B)

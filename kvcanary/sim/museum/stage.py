@@ -267,6 +267,13 @@ class Stage(Wishes):
         self.memory.load(data, slots)
         self._ask("import_slots")(bundle, self._slot_list(slots))
 
+    def keep_resident(self, table: Sequence[int], n_tokens: int, text: Sequence[int]) -> None:
+        """The prefix cache holds the first tokens of a text in these blocks: what a sweep goes over."""
+        slots = np.array(self.at(table, range(n_tokens)), np.int32)
+        before = np.concatenate(([-1], slots[:-1])).astype(np.int32)
+        lists = slots, np.arange(n_tokens, dtype=np.int32), before, np.array(text[:n_tokens], np.int32)
+        self.manager.attach_resident_set(lambda: lists)
+
     def flush(self) -> None:
         """The engine flushes its cache, tells the guard, and computes everything that still runs anew."""
         self.manager.reset()
