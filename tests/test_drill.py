@@ -18,7 +18,7 @@ from kvcanary.cli import main
 from kvcanary.cli.drill import choose, play_all, verdict
 from kvcanary.cli.drill_readme import BEGIN, END, render
 from kvcanary.cli.drill_report import causes_ok, print_sdc, print_table
-from kvcanary.errors import ConfigError
+from kvcanary.errors import ConfigError, LifecycleError
 from kvcanary.sim.museum import SCENARIOS, Outcome, Scenario, play
 from kvcanary.sim.museum.places import HostPlace, make_place
 from kvcanary.sim.museum.rows import A, B, Row, padding
@@ -246,6 +246,14 @@ def test_a_report_about_a_request_that_is_right_fails() -> None:
 
 def test_a_scenario_that_expects_nothing_fails() -> None:
     assert scenario(POSITIVE, lambda s: s.forward(padding())).ok is False
+
+
+def test_a_guard_that_refuses_what_is_legal_fails() -> None:
+    def story(s: Stage) -> None:
+        raise LifecycleError("block 3 is held")
+
+    outcome = scenario(NEGATIVE, story)
+    assert outcome.problems == ("LifecycleError: block 3 is held",)
 
 
 def test_misuse_that_is_not_refused_fails() -> None:

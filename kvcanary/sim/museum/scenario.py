@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvcanary.causes import Cause, classify
+from kvcanary.errors import KvCanaryError
 from kvcanary.sim.museum.places import Place
 from kvcanary.sim.museum.shapes import GENERAL, SHAPES
 from kvcanary.sim.museum.stage import MissingError, Stage
@@ -113,6 +114,10 @@ def play(scenario: Scenario, place: Place, shape: str, lifecycle: bool) -> Outco
         if stage is not None:
             stage.abandon()
         return Outcome(scenario, shape, lifecycle, (), (), (), (), None, missing=str(error))
+    except KvCanaryError as error:  # the guard refused what an engine may do
+        if stage is not None:
+            stage.abandon()
+        return Outcome(scenario, shape, lifecycle, (), (), (), (), (f"{type(error).__name__}: {error}",))
     seen = tuple(stage.finish())
     problems = stage.judge_positive() if scenario.kind == POSITIVE else stage.judge_silent()
     return Outcome(

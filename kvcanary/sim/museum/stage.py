@@ -141,7 +141,7 @@ class Stage(Wishes):
             if arrives is not None:
                 self._write_kv(self._loads)
             for layer in verify_layers:
-                self._ask("verify_layer")(batch, layer)
+                self._ask("verify_layer")(batch, layer, stream)
             if late_tables:
                 self.place.copy(arrays["block_table"], self._late[bucket])
             self._write_kv(self._new_kv)

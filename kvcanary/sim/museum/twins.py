@@ -275,8 +275,9 @@ def zeroed_after_free(s: Stage) -> None:
     s.free([1, 2], A)
     s.memory.edit(s.of(1, 2), fill(0))
     s.allocate([5, 6], B)
-    for k in range(n, n + 4):
-        s.forward(Row(B, 0 if k == n else k, k + 1, [5, 6]))
+    s.forward(Row(B, 0, s.page, [5, 6]))
+    for k in range(s.page, 2 * s.page):
+        s.forward(Row(B, k, k + 1, [5, 6]))
 
 
 @negative("N30", "draft pool: each slot holds the next position's token", shapes=("draft4",))
