@@ -172,7 +172,7 @@ def _moved(run: Run) -> Found:
     v = run.records[0]
     what = f"{run.words} came by a copy or load in forward {v.stamp_step}"
     if any(Reason.POSITION in r.reasons for r in run.records):
-        yield "C14", 0.9, f"{what}: position {v.stored_position} landed where position {v.position} is read"
+        yield "C14", 0.95, f"{what}: position {v.stored_position} landed where position {v.position} is read"
     elif run.is_registered:
         yield "C02", 0.9, f"{what}, onto request {v.request_id}, which was running: the transfer was another's"
     else:

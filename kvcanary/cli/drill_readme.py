@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from kvcanary.causes import NAMES
-from kvcanary.cli.drill_report import reported_words
+from kvcanary.cli.drill_report import reported_reasons
 from kvcanary.errors import ConfigError
 from kvcanary.sim.museum.scenario import BLIND, NEGATIVE, POSITIVE, Outcome
 
@@ -37,7 +37,7 @@ def section(outcomes: Sequence[Outcome]) -> str:
         of_class = [o for o in positive if o.scenario.class_id == class_id]
         first = sorted({min(o.latencies) for o in of_class if o.latencies})
         steps = " to ".join(dict.fromkeys(map(str, (first[0], first[-1])))) if first else "at the call"
-        reasons = ", ".join(f"`{r}`" for r in reported_words(of_class).split("+") if r.isupper())
+        reasons = ", ".join(f"`{name}`" for name in reported_reasons(of_class).names())
         lines.append(f"| {class_id} | {NAMES[class_id]} | {reasons} | {steps} |")
     missing = sorted({o.missing for o in outcomes if o.ok is None})
     titles = {o.scenario.id: o.scenario.title for o in negative}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import groupby
+from operator import or_
 from typing import Any
 
 from kvcanary.sim.museum.scenario import BLIND, NEGATIVE, POSITIVE, Outcome
@@ -18,6 +20,7 @@ TITLES = {
     NEGATIVE: "Legal twins: the guard must be silent",
     BLIND: "Stated blind spots: the guard is silent, as stated",
 }
+REFUSED = "refused at the call"
 _WIDTH = 62  # of titles
 
 
@@ -81,18 +84,22 @@ def expected_words(row: Sequence[Outcome]) -> str:
     """The reasons that a scenario asks for."""
     if row[0].scenario.kind != POSITIVE:
         return "silence"
-    names = dict.fromkeys(name for o in row for e in o.expected for name in e.split(" at ")[0].split("+"))
-    return "+".join(n for n in Reason.__members__ if n in names) or "refused at the call"
+    return "+".join(_union(e.reasons for o in row for e in o.expected).names()) or REFUSED
 
 
 def reported_words(row: Sequence[Outcome]) -> str:
     """The reasons that were reported."""
-    said = Reason(0)
-    for outcome in row:
-        for violation in outcome.reported:
-            said |= violation.reasons
-    refused = ["refused at the call"] if any(o.refusals for o in row) else []
-    return "+".join([*said.names(), *refused]) or "nothing"
+    refused = [REFUSED] if any(o.refusals for o in row) else []
+    return "+".join([*reported_reasons(row).names(), *refused]) or "nothing"
+
+
+def reported_reasons(outcomes: Iterable[Outcome]) -> Reason:
+    """All reasons that were reported."""
+    return _union(v.reasons for o in outcomes for v in o.reported)
+
+
+def _union(reasons: Iterable[Reason]) -> Reason:
+    return reduce(or_, reasons, Reason(0))
 
 
 def print_causes(outcomes: Sequence[Outcome]) -> None:
@@ -141,7 +148,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "shape": outcome.shape,
         "lifecycle": outcome.lifecycle,
         "sources": scenario.sources,
-        "expected": list(outcome.expected),
+        "expected": _expected_as_json(outcome),
         "reported": [
             {
                 "reasons": list(v.reasons.names()),
@@ -162,6 +169,12 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         ],
         "ok": outcome.ok,
     }
+
+
+def _expected_as_json(outcome: Outcome) -> list[str]:
+    if outcome.scenario.kind != POSITIVE:
+        return ["silence"]
+    return [*map(str, outcome.expected)] or [REFUSED]
 
 
 def sdc_as_json(counts: Sequence[SdcCount]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from kvcanary.errors import KvCanaryError
 from kvcanary.sim.museum.places import Place
 from kvcanary.sim.museum.shapes import GENERAL, SHAPES
 from kvcanary.sim.museum.stage import MissingError, Stage
+from kvcanary.sim.museum.wishes import Expected
 from kvcanary.violations import Violation
 
 Play = Callable[[Stage], None]
@@ -90,7 +91,7 @@ class Outcome:
     scenario: Scenario
     shape: str
     lifecycle: bool
-    expected: tuple[str, ...]
+    expected: tuple[Expected, ...]
     reported: tuple[Violation, ...]
     latencies: tuple[int, ...]
     refusals: tuple[str, ...]
@@ -124,7 +125,7 @@ def play(scenario: Scenario, place: Place, shape: str, lifecycle: bool) -> Outco
         scenario,
         shape,
         lifecycle,
-        tuple(map(str, stage.expected)) if scenario.kind == POSITIVE else ("silence",),
+        tuple(stage.expected),
         seen,
         tuple(stage.latency_of(v) for v in seen),
         tuple(stage.refusals),

@@ -75,11 +75,12 @@ class Stage(Wishes):
 
     def __init__(self, place: Place, shape: Shape, lifecycle: bool = False, **config: Any) -> None:
         super().__init__()
+        guard_settings = settings(lifecycle, **config)
         self.place, self.shape, self.lifecycle, self.page = place, shape, lifecycle, shape.page
         place.forget_graphs()
         self.memory = Memory(place, shape)
         self.pool = self.memory.pool
-        self.manager = CanaryManager(settings(lifecycle, **config), [self.pool], MAX_REQUESTS, MAX_TOKENS)
+        self.manager = CanaryManager(guard_settings, [self.pool], MAX_REQUESTS, MAX_TOKENS)
         self.manager.on_violation(self.seen.append)
         self._history = np.full((MAX_REQUESTS, MAX_LEN), -1, np.int32)
         self._history_there = place.put(self._history)
