@@ -65,12 +65,16 @@ def _stray_bytes(run: Run, right: str) -> Found:
 
 
 # ---- what digests say ------------------------------------------------------------------------------------------------
+# mix64 backwards: its shifts, and the inverses of its factors.
+_UNMIX = ((31, pow(abi.MIX_2, -1, 1 << 64)), (27, pow(abi.MIX_1, -1, 1 << 64)), (30, 1))
+
+
 def _content(digest: int, plane: int, position: int) -> int:
     """What a digest says of the bytes alone: mix64 is a bijection, and plane and position are terms of the sum."""
     x = digest
-    for shift, factor in ((31, abi.MIX_2), (27, abi.MIX_1), (30, 1)):
+    for shift, inverse in _UNMIX:
         x ^= x >> shift ^ x >> 2 * shift
-        x = x * pow(factor, -1, 1 << 64) % (1 << 64)
+        x = x * inverse % (1 << 64)
     return (x - plane * abi.DIGEST_C1 - position * abi.DIGEST_C2) % (1 << 64)
 
 
