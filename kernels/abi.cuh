@@ -4,7 +4,10 @@
 
 #define KVC_MIX_1 0xBF58476D1CE4E5B9ull
 #define KVC_MIX_2 0x94D049BB133111EBull
+#define KVC_MIX_1_INVERSE 0x96DE1B173F119089ull
+#define KVC_MIX_2_INVERSE 0x319642B2D24D8EC3ull
 #define KVC_CHAIN_P 0xD1342543DE82EF95ull
+#define KVC_CHAIN_P_INVERSE 0x572B5EE77A54E3BDull
 #define KVC_CHAIN_ANCHOR 0x0000000000C0FFEEull
 #define KVC_DIGEST_SEED 0x9E3779B97F4A7C15ull
 #define KVC_DIGEST_R 0x5851F42D4C957F2Dull
@@ -27,6 +30,8 @@
 #define KVC_PREV_NONE (-1)
 #define KVC_PREV_RELATIVE (-2)
 #define KVC_PREV_RELATIVE_BASE (-3)
+#define KVC_PREV_IN_LIST 0
+#define KVC_CLAIM_FRESH 2147483647
 #define KVC_TABLE_DENSE 0
 #define KVC_TABLE_CSR 1
 #define KVC_TABLE_STATIC 2
@@ -46,6 +51,16 @@
 #define KVC_WORK_TAIL 2
 #define KVC_WORK_DATA 3
 #define KVC_N_WORK 4
+#define KVC_BLOCK_LIVE 1
+#define KVC_BLOCK_SHARED 2
+#define KVC_OP_ALLOCATE 0
+#define KVC_OP_SHARE 1
+#define KVC_OP_LEAVE 2
+#define KVC_OP_UNSHARE 3
+#define KVC_OP_FREE 4
+#define KVC_N_BLOCK_OPS 5
+#define KVC_MAX_BLOCK_IDS 1000
+#define KVC_MAX_LAYER_DIGESTS 15
 #define KVC_STATE_FORWARD 0
 #define KVC_STATE_FORWARD_DONE 1
 #define KVC_STATE_STEP 2
@@ -60,7 +75,11 @@
 #define KVC_STATE_DATA_SLOTS 11
 #define KVC_STATE_ADOPTED_SLOTS 12
 #define KVC_STATE_FORWARDS_JUDGED 13
-#define KVC_N_STATE_WORDS 16
+#define KVC_STATE_UNOWNED_WRITES 14
+#define KVC_STATE_SKIPPED_MOVES 15
+#define KVC_STATE_SCRUB_SLOTS 16
+#define KVC_STATE_SCRUB_ORPHANS 17
+#define KVC_N_STATE_WORDS 24
 #define KVC_CONTROL_ALARM 0
 #define KVC_CONTROL_READ 8
 #define KVC_N_CONTROL_WORDS 16
@@ -88,6 +107,7 @@
 #define KVC_DETAIL_QUERY_START_LOC 4u
 #define KVC_DETAIL_REQUEST_SLOT 5u
 #define KVC_DETAIL_UNFINISHED 6u
+#define KVC_DETAIL_SCRUB 7u
 
 struct alignas(32) Stamp {
     uint64_t chain;
@@ -159,14 +179,24 @@ struct Due {
 };
 static_assert(sizeof(Due) == 16, "the layout of kvcanary/abi.py");
 
+struct BlockState {
+    uint32_t epoch;
+    uint32_t owner;
+    uint32_t flags;
+    uint32_t since;
+};
+static_assert(sizeof(BlockState) == 16, "the layout of kvcanary/abi.py");
+
 struct PoolState {
     uint32_t head_forward;
     uint32_t tail_forward;
     uint32_t n_aborted;
     uint32_t aborted_floor;
     uint32_t aborted[58];
+    uint32_t scrub_turn;
+    uint32_t n_fresh;
 };
-static_assert(sizeof(PoolState) == 248, "the layout of kvcanary/abi.py");
+static_assert(sizeof(PoolState) == 256, "the layout of kvcanary/abi.py");
 
 struct Violation {
     uint64_t commit;
@@ -194,22 +224,27 @@ struct Violation {
     uint32_t stamp_epoch;
     uint32_t detail;
     uint32_t flags;
+    uint32_t block_owner;
+    uint32_t block_epoch;
+    uint32_t block_since;
+    uint32_t block_flags;
     uint32_t unused;
 };
-static_assert(sizeof(Violation) == 128, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Violation) == 144, "the layout of kvcanary/abi.py");
 
 struct Guard {
     uint64_t state;
     uint64_t kernel_runs;
     uint64_t slot_runs;
     uint64_t data_runs;
+    uint64_t scrub_runs;
     uint64_t control;
     uint64_t ring;
     uint64_t ring_capacity;
     uint64_t taint;
     uint64_t pool_states;
 };
-static_assert(sizeof(Guard) == 72, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Guard) == 80, "the layout of kvcanary/abi.py");
 
 struct Pool {
     int64_t n_slots;
@@ -225,6 +260,7 @@ struct Pool {
     uint64_t register_claims;
     uint64_t rows;
     uint64_t work;
+    uint64_t blocks;
     uint64_t due;
     int32_t page_size;
     int32_t page_shift;
@@ -238,9 +274,11 @@ struct Pool {
     uint32_t n_reserved;
     uint32_t max_requests;
     uint32_t due_capacity;
+    uint32_t scrub_blocks;
+    uint32_t unused;
     int32_t reserved[8];
 };
-static_assert(sizeof(Pool) == 208, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Pool) == 224, "the layout of kvcanary/abi.py");
 
 struct Batch {
     uint64_t block_table;
@@ -284,14 +322,23 @@ struct BeginParams {
     uint32_t is_first_pool;
     uint32_t unused;
 };
-static_assert(sizeof(BeginParams) == 480, "the layout of kvcanary/abi.py");
+static_assert(sizeof(BeginParams) == 504, "the layout of kvcanary/abi.py");
 
 struct StepParams {
     Guard guard;
     Pool pool;
     Batch batch;
 };
-static_assert(sizeof(StepParams) == 472, "the layout of kvcanary/abi.py");
+static_assert(sizeof(StepParams) == 496, "the layout of kvcanary/abi.py");
+
+struct LayerParams {
+    Guard guard;
+    Pool pool;
+    Batch batch;
+    uint32_t n_digests;
+    uint32_t digests[15];
+};
+static_assert(sizeof(LayerParams) == 560, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;
@@ -302,4 +349,35 @@ struct SweepParams {
     uint64_t tokens;
     int64_t n;
 };
-static_assert(sizeof(SweepParams) == 320, "the layout of kvcanary/abi.py");
+static_assert(sizeof(SweepParams) == 344, "the layout of kvcanary/abi.py");
+
+struct LifecycleParams {
+    uint64_t state;
+    uint64_t blocks;
+    uint32_t n_blocks;
+    uint32_t owner;
+    uint32_t ends[5];
+    uint32_t unused;
+    int32_t ids[1000];
+};
+static_assert(sizeof(LifecycleParams) == 4048, "the layout of kvcanary/abi.py");
+
+struct MoveParams {
+    Guard guard;
+    Pool pool;
+    uint64_t slots;
+    uint64_t positions;
+    uint64_t tokens;
+    uint64_t chains;
+    uint64_t stamps;
+    uint64_t digests;
+    uint64_t row_starts;
+    uint64_t request_slots;
+    uint64_t prefix_lens;
+    int64_t n;
+    int32_t n_rows;
+    int32_t per_entry;
+    uint32_t wide;
+    uint32_t drops_digests;
+};
+static_assert(sizeof(MoveParams) == 400, "the layout of kvcanary/abi.py");

@@ -59,16 +59,28 @@ KVC_DEVICE RowExtent kvc_ordered_row_extent(const Pool& pool, const Batch& batch
     return bad;
 }
 
-// What the later launches have to do before each row. A thread sums up a run of neighbouring rows.
+// What the later launches have to do for a row: units to verify, tiles to write, chunks of new tokens.
+struct RowWork {
+    uint32_t verify, write, tail;
+};
+KVC_DEVICE RowWork kvc_row_work(const Pool& pool, const Batch& batch, int32_t row) {
+    const RowExtent e = kvc_row_extent(pool, batch, row);
+    const uint32_t n_new = (uint32_t)e.n_new, n_prefix = (uint32_t)(e.verify_end - e.verify_start);
+    return {kvc_units(n_prefix, KVC_VERIFY_UNIT), kvc_tiles((int32_t)n_new), kvc_units(n_new, KVC_TAIL_CHUNK)};
+}
+
+// What they have to do before each row. A thread sums up a run of neighbouring rows.
 KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
     const int32_t per_thread = batch.rows / KVC_THREADS + 1;  // rows + 1 places to fill
     const int32_t first = (int32_t)kvc_thread() * per_thread;
-    uint64_t sums[3] = {0, 0, 0}, totals[3];
-    for (int32_t row = first; row < first + per_thread && row < batch.rows; ++row) {
-        const RowExtent e = kvc_row_extent(pool, batch, row);
-        sums[0] += (uint64_t)kvc_units(e.verify_end - e.verify_start, KVC_VERIFY_UNIT);
-        sums[1] += (uint64_t)kvc_tiles(e.n_new);
-        sums[2] += (uint64_t)(e.n_new + KVC_TAIL_CHUNK - 1) / KVC_TAIL_CHUNK;
+    RowWork of_first = {0, 0, 0};  // mostly the only one
+    if (first < batch.rows) of_first = kvc_row_work(pool, batch, first);
+    uint64_t sums[3] = {of_first.verify, of_first.write, of_first.tail}, totals[3];
+    for (int32_t row = first + 1; row < first + per_thread && row < batch.rows; ++row) {
+        const RowWork work = kvc_row_work(pool, batch, row);
+        sums[0] += work.verify;
+        sums[1] += work.write;
+        sums[2] += work.tail;
     }
     kvc_block_exclusive_sums(sums, totals);
     int64_t* verify = kvc_work(pool, KVC_WORK_VERIFY);
@@ -78,11 +90,11 @@ KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
         verify[row] = (int64_t)sums[0];
         write[row] = (int64_t)sums[1];
         tail[row] = (int64_t)sums[2];
-        if (row == batch.rows) break;
-        const RowExtent e = kvc_row_extent(pool, batch, row);
-        sums[0] += (uint64_t)kvc_units(e.verify_end - e.verify_start, KVC_VERIFY_UNIT);
-        sums[1] += (uint64_t)kvc_tiles(e.n_new);
-        sums[2] += (uint64_t)(e.n_new + KVC_TAIL_CHUNK - 1) / KVC_TAIL_CHUNK;
+        if (row + 1 == first + per_thread || row == batch.rows) break;
+        const RowWork work = row == first ? of_first : kvc_row_work(pool, batch, row);
+        sums[0] += work.verify;
+        sums[1] += work.write;
+        sums[2] += work.tail;
     }
 }
 
@@ -122,7 +134,7 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
         bool is_unknown = false;
         for (int64_t p = kvc_thread(); p < prefix; p += KVC_THREADS) is_unknown |= history[p] < 0;
         if (!kvc_sync_block_or(is_unknown)) {
-            row.anchor = kvc_block_chain(row.anchor, prefix, [=](int64_t p) { return kvc_token_mix(history[p], (int32_t)p); });
+            row.anchor = kvc_block_chain(row.anchor, (uint32_t)prefix, 0, [=](uint32_t p) { return history[p]; });
             row.flags |= KVC_ROW_ANCHORED;
             return;
         }
@@ -138,15 +150,25 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
     }
 }
 
-// Claim the slots of the row's new tokens: the highest token index wins. The blocks of grid.y share the tokens.
-KVC_DEVICE void kvc_claim_slots(const Pool& pool, const Batch& batch, const RowExtent& e, uint32_t forward) {
+// Claim the slots of the row's new tokens: the highest token index wins. The blocks of grid.y share the tokens. A slot that is
+// written is not fresh any more.
+KVC_DEVICE void kvc_claim_slots(const Guard& guard, const Pool& pool, const Batch& batch, const RowExtent& e, uint32_t forward) {
+    const bool any_fresh = kvc_load_volatile_u32(kvc_n_fresh(guard, pool)) != 0;
+    uint32_t n_written = 0;
     uint64_t* claims = kvc_mutable_pointer<uint64_t>(pool.claims);
     const int64_t stride = (int64_t)kvc_n_blocks_y() * KVC_THREADS;
     for (int64_t i = (int64_t)kvc_block_y() * KVC_THREADS + kvc_thread(); i < e.n_new; i += stride) {
         const int64_t t = e.first_token + i;
         const KvcSlot target = kvc_write_slot(pool, batch, t);
-        if (target.status == KVC_SLOT_OK) kvc_atomic_max_u64(claims + target.slot, (uint64_t)forward << 32 | (uint64_t)(t + 1));
+        if (target.status != KVC_SLOT_OK) continue;
+        const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(t + 1);
+        if (any_fresh) {
+            n_written += kvc_is_fresh(kvc_atomic_max_u64(claims + target.slot, claim));
+        } else {
+            kvc_atomic_max_u64(claims + target.slot, claim);  // whose result nobody waits for
+        }
     }
+    if (n_written) kvc_atomic_add_u32(kvc_n_fresh(guard, pool), 0u - n_written);
 }
 
 // Whether any new token of the row has a real slot, or one outside the pool; mostly the first 256 tokens tell.
@@ -177,6 +199,7 @@ KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
         pool_state.n_aborted += 1;
     }
     pool_state.head_forward = forward;
+    if (p.pool.scrub_blocks && p.batch.is_first_forward && state[KVC_STATE_PAUSE] == 0) pool_state.scrub_turn += 1;
 }
 
 // ---- kvc_begin -----------------------------------------------------------------------------------------------------------
@@ -191,7 +214,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     const int32_t index = (int32_t)kvc_block();
     const bool is_last = kvc_block() == kvc_n_blocks() - 1;
     if (kvc_block_y() > 0) {
-        if (index < batch.rows) kvc_claim_slots(pool, batch, kvc_ordered_row_extent(pool, batch, index), forward);
+        if (index < batch.rows) kvc_claim_slots(p.guard, pool, batch, kvc_ordered_row_extent(pool, batch, index), forward);
         return;
     }
     if (p.is_first_pool && batch.is_first_forward) {
@@ -218,7 +241,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     row.bad_value = (int32_t)e.bad_value;
     row.request_slot = batch.request_slots ? kvc_pointer<int32_t>(batch.request_slots)[index] : -1;
     row.request_id = batch.request_ids ? kvc_pointer<uint32_t>(batch.request_ids)[index] : 0;
-    kvc_claim_slots(pool, batch, e, forward);
+    kvc_claim_slots(p.guard, pool, batch, e, forward);
     if (kvc_is_live(pool, batch, e)) {
         row.flags |= KVC_ROW_LIVE;
         if (row.request_slot >= (int32_t)pool.max_requests) {

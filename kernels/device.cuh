@@ -94,12 +94,20 @@ KVC_DEVICE kvc_u128 kvc_load_u128_if(const void* p, bool predicate) {
         : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(p), "r"((uint32_t)predicate));
     return v;
 }
+KVC_DEVICE uint64_t kvc_load_u64_if(const void* p, bool predicate) {
+    unsigned long long v;
+    asm volatile("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u64 %0, 0; @q ld.global.u64 %0, [%1]; }"
+                 : "=&l"(v) : "l"(p), "r"((uint32_t)predicate));
+    return v;
+}
 KVC_DEVICE uint32_t kvc_load_u32_if(const void* p, bool predicate) {
     uint32_t v;
     asm volatile("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.u32 %0, [%1]; }"
                  : "=&r"(v) : "l"(p), "r"((uint32_t)predicate));
     return v;
 }
+// Asks for the line of an address that will be read soon. The address must be valid.
+KVC_DEVICE void kvc_prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 // Words that other blocks of the same launch, or the host, may change under us: never from L1, never merged.
 KVC_DEVICE uint64_t kvc_load_volatile_u64(const uint64_t* p) { return *(const volatile uint64_t*)p; }
 KVC_DEVICE uint32_t kvc_load_volatile_u32(const uint32_t* p) { return *(const volatile uint32_t*)p; }

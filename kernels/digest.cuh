@@ -17,8 +17,13 @@ KVC_DEVICE uint64_t* kvc_constants() {
     return k;
 }
 KVC_DEVICE uint64_t kvc_constant_of(uint32_t i) { return kvc_mix64(KVC_DIGEST_SEED + i) | 1; }
-// Made by the block. All threads take part.
-KVC_DEVICE void kvc_make_constants() {
+// Made by the block, which meanwhile asks for all that tells what the pool's digests are: later it is near. All threads take part.
+KVC_DEVICE void kvc_begin_digests(const Pool& pool) {
+#pragma unroll 1
+    for (uint32_t i = kvc_thread(); i < pool.n_digests; i += KVC_THREADS) {
+        kvc_prefetch(kvc_pointer<Digest>(pool.digest_units) + i);
+        kvc_prefetch(kvc_pointer<Plane>(pool.planes) + i);  // there are at least as many planes
+    }
     for (uint32_t i = kvc_thread(); i < KVC_DIGEST_PERIOD; i += KVC_THREADS) kvc_constants()[i] = kvc_constant_of(i);
     kvc_sync_block();
 }
@@ -121,10 +126,14 @@ KVC_DEVICE uint64_t kvc_group_sum(uint64_t (&sum)[U]) {
 // their turn. All lanes take part; the sum of each slot goes to its lane. No load is conditional: where there is no slot, another
 // one is read again, and past the end of the plane its last bytes, which do not count. All loads of a turn are issued together:
 // neighbouring slots are neighbours in memory, which likes to be read in one go.
-template <int LANES, int ROUNDS, int U, bool IS_WIDE>
+//
+// HAS_REST: 32 / U lanes a slot take one piece more each, the plane's last.
+template <int LANES, int ROUNDS, int U, bool IS_WIDE, bool HAS_REST = false>
 KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint64_t start, uint32_t first) {
     constexpr int GROUPS = 32 / LANES, AT_ONCE = U * GROUPS, SHARE = U > 1 ? LANES / U : LANES;
+    constexpr int REST_LANES = 32 / U;
     static_assert(U == 1 || U <= LANES, "kvc_group_sum");
+    static_assert(!HAS_REST || (IS_WIDE && LANES == 32), "the slots of a turn are as many as the groups that take their rests");
     const uint32_t lane = kvc_lane() % LANES, group = kvc_lane() / LANES;
     const uint32_t there = kvc_ballot(start != 0);
     if (there == 0) return 0;
@@ -141,7 +150,14 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
     // In the last round, some lanes may have nothing: of one round, that is in the constants; of several, their words are dropped.
     const uint32_t n_bytes = unit.n_loads * (IS_WIDE ? 16 : 8), last = 16 * (first + lane + 32u * (ROUNDS - 1));
 #pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) k[j] = ROUNDS > 1 || last + 4 * j < n_bytes ? kvc_constants()[4 * lane + j] : 0;
+    for (uint32_t j = 0; j < 4; ++j) k[j] = ROUNDS > 1 || HAS_REST || last + 4 * j < n_bytes ? kvc_constants()[4 * lane + j] : 0;
+    const uint32_t rest_lane = kvc_lane() % REST_LANES, rest_byte = 16 * (32u * ROUNDS + rest_lane);
+    const uint64_t rest_offset = HAS_REST ? kvc_byte_offset<IS_WIDE>(unit, plane, rest_byte) : 0;
+
+    const uint64_t rest_power = ROUNDS == 1 ? KVC_DIGEST_R : KVC_DIGEST_R * KVC_DIGEST_R;
+    uint64_t rest_k[4];
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) rest_k[j] = HAS_REST && rest_byte < n_bytes ? kvc_constants()[4 * rest_lane + j] : 0;
 
     uint64_t mine = 0;
 #pragma unroll 1
@@ -153,11 +169,13 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
 #pragma unroll
             for (int r = 0; r < ROUNDS; ++r) pieces[u][r].read(slot, offset[r], second[r]);
         }
+        Piece<IS_WIDE> rest;
+        if (HAS_REST) rest.read(kvc_shfl_u64(start, ((uint32_t)base + kvc_lane() / REST_LANES) & 31), rest_offset, 0);
         uint64_t totals[U];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             Sum sum = {0, 0};
-            if (ROUNDS > 1 && last >= n_bytes) pieces[u][ROUNDS - 1].v = {0, 0, 0, 0};
+            if (ROUNDS > 1 && !HAS_REST && last >= n_bytes) pieces[u][ROUNDS - 1].v = {0, 0, 0, 0};
             kvc_add_piece(sum, pieces[u][ROUNDS - 1].v, k);
 #pragma unroll
             for (int r = ROUNDS - 2; r >= 0; --r) {
@@ -170,7 +188,15 @@ KVC_DEVICE uint64_t kvc_sums_shape(const Digest& unit, const Plane& plane, uint6
         // Slot u * GROUPS + g of a pass: in group g, in the u-th of U parts of it.
         const uint32_t place = kvc_lane() - (uint32_t)base;
         const uint64_t found = kvc_shfl_u64(total, (place % GROUPS * LANES + place / GROUPS * SHARE) & 31);
-        if (place < AT_ONCE) mine = found;
+        uint64_t more = 0;
+        if (HAS_REST) {
+            uint64_t sums[1];
+            Sum sum = {0, 0};
+            kvc_add_piece(sum, rest.v, rest_k);
+            sums[0] = sum.total();
+            more = kvc_shfl_u64(kvc_group_sum<REST_LANES, 1>(sums), place * REST_LANES & 31) * rest_power;
+        }
+        if (place < AT_ONCE) mine = found + more;
     }
     return mine;
 }
@@ -212,17 +238,26 @@ KVC_DEVICE uint64_t kvc_sums_long(const Digest& unit, const Plane& plane, uint64
 }
 
 // A plane is taken in rounds of 32 pieces, one a lane. Where the last one would leave most lanes idle, fewer lanes a slot take
-// what is left. Both out of line: so that all kernels have these loops once, and the loops the registers for themselves.
+// what is left: together with the rounds, where the slots of a turn leave no more than one piece for each lane, else after them.
+// Both out of line: so that all kernels have these loops once, and the loops the registers for themselves.
 KVC_DEVICE uint32_t kvc_rounds(const Digest& unit) {
     return unit.n_loads / 32 + (unit.n_loads % 32 > 8 && unit.n_loads > 32);
+}
+KVC_DEVICE bool kvc_has_rest_in_rounds(const Digest& unit) {
+    const uint32_t n_rounds = kvc_rounds(unit);
+    return (n_rounds == 1 && unit.n_loads - 33 < 4) || (n_rounds == 2 && unit.n_loads - 65 < 8);
 }
 KVC_NOINLINE uint64_t kvc_sums_of_rounds(const Digest* at_unit, const Plane* at_plane, uint64_t start) {
     const Digest unit = *at_unit;
     const Plane plane = *at_plane;
     if (unit.load_bytes == 8) {
-        return unit.n_loads <= 2 ? kvc_sums_shape<1, 1, 1, false>(unit, plane, start, 0) : kvc_sums_long<false>(unit, plane, start);
+        return kvc_sums_long<false>(unit, plane, start);
     }
     if (unit.n_loads > 128) return kvc_sums_long<true>(unit, plane, start);
+    if (kvc_has_rest_in_rounds(unit)) {
+        if (unit.n_loads < 64) return kvc_sums_shape<32, 1, KVC_PIECES, true, true>(unit, plane, start, 0);
+        return kvc_sums_shape<32, 2, KVC_PIECES / 2, true, true>(unit, plane, start, 0);
+    }
     switch (kvc_rounds(unit)) {
         case 4: return kvc_sums_shape<32, 4, KVC_PIECES / 4, true>(unit, plane, start, 0);
         case 3: return kvc_sums_shape<32, 3, KVC_PIECES / 4, true>(unit, plane, start, 0);
@@ -292,6 +327,35 @@ KVC_NOINLINE uint64_t kvc_sums_general(const Pool& pool, uint32_t index, int64_t
     return mine;
 }
 
+// Planes of at most 16 bytes a slot: a lane reads its own slot's. They are all latency, so they are loaded a digest ahead.
+struct Crumb {
+    uint64_t a, b;
+};
+KVC_DEVICE bool kvc_is_crumb(const Pool& pool, uint32_t index) {
+    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
+    return unit->n_loads * unit->load_bytes - 1u < 16;
+}
+KVC_DEVICE Crumb kvc_load_crumb(const Pool& pool, uint32_t index, const LaneSlot& at) {
+    const Digest unit = kvc_pointer<Digest>(pool.digest_units)[index];
+    const Plane plane = kvc_pointer<Plane>(pool.planes)[unit.first_plane];
+    if (at.slot < 0) return {0, 0};
+    const uint64_t start = kvc_slot_address(plane, at.block, at.token);
+    const uint64_t second = unit.load_bytes == 8 ? kvc_byte_offset<false>(unit, plane, 8) : 8;  // of 8 bytes, the same again
+    return {kvc_load_once_u64((const void*)start), kvc_load_once_u64((const void*)(start + second))};
+}
+KVC_DEVICE uint64_t kvc_crumb_sum(const Pool& pool, uint32_t index, const Crumb& crumb) {
+    const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
+    const uint64_t* k = kvc_constants();
+    Sum sum = {0, 0};
+    sum.add((uint32_t)crumb.a, k[0]);
+    sum.add((uint32_t)(crumb.a >> 32), k[1]);
+    if (unit->n_loads * unit->load_bytes > 8) {
+        sum.add((uint32_t)crumb.b, k[2]);
+        sum.add((uint32_t)(crumb.b >> 32), k[3]);
+    }
+    return sum.total();
+}
+
 KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& at) {
     const Digest* unit = kvc_pointer<Digest>(pool.digest_units) + index;
     if (unit->n_loads == 0) return kvc_sums_general(pool, index, at.slot, at.block, at.token);
@@ -300,7 +364,7 @@ KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& a
     const uint32_t n_loads = unit->n_loads, n_rounds = kvc_rounds(*unit);
     const bool is_narrow = unit->load_bytes == 8;
     uint64_t sum = n_rounds || is_narrow ? kvc_sums_of_rounds(unit, plane, start) : 0;
-    if (n_loads <= 128 && n_loads > 32 * n_rounds && !is_narrow) {
+    if (n_loads <= 128 && n_loads > 32 * n_rounds && !is_narrow && !kvc_has_rest_in_rounds(*unit)) {
         sum += kvc_sums_of_rest(unit, plane, start, 32 * n_rounds) * kvc_pow(KVC_DIGEST_R, n_rounds);
     }
     return sum;
@@ -318,33 +382,76 @@ KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
     return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
 }
 
-// Stores the digests of the lanes' slots. All lanes take part.
-KVC_DEVICE void kvc_store_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at) {
+// Neighbours that a warp takes at once, as a shift: about 4 KiB of a plane. The next neighbours are the next warp's: the warps of a
+// block read the same few pages of memory at any time, which memory likes better than eight places of their own.
+KVC_DEVICE uint32_t kvc_run_shift(const Pool& pool, uint32_t index) {
+    const uint32_t n_words = kvc_pointer<Digest>(pool.digest_units)[index].n_words;
+    return n_words >= 512 ? 1 : n_words >= 256 ? 2 : n_words >= 128 ? 3 : 4;
+}
+KVC_DEVICE uint32_t kvc_place_in_block(uint32_t shift) {
+    const uint32_t lane = kvc_lane();
+    return ((lane >> shift) * KVC_WARPS << shift) + (kvc_warp_in_block() << shift) + (lane & ((1u << shift) - 1));
+}
+
+// The sums of the lanes' slots over each digest of a range, in order: then.after(digest, then.before(digest), sum). All lanes
+// take part.
+template <typename Then>
+KVC_DEVICE void kvc_each_sum(const Pool& pool, const DigestRange& range, const LaneSlot& at, Then then) {
+    bool is_crumb = range.first < range.last && kvc_is_crumb(pool, range.first);
+    Crumb crumb = {0, 0};
+    if (is_crumb) crumb = kvc_load_crumb(pool, range.first, at);
 #pragma unroll 1
     for (uint32_t d = range.first; d < range.last; ++d) {
-        const uint64_t sum = kvc_sums(pool, d, at);
-        if (at.slot >= 0) *kvc_digest_at(pool, d, at.slot) = kvc_finish_digest(pool, sum, d, at.position);
+        const bool is_now = is_crumb;
+        const Crumb now = crumb;
+        is_crumb = d + 1 < range.last && kvc_is_crumb(pool, d + 1);
+        if (is_crumb) crumb = kvc_load_crumb(pool, d + 1, at);
+        const uint64_t stored = then.before(d);
+        then.after(d, stored, is_now ? kvc_crumb_sum(pool, d, now) : kvc_sums(pool, d, at));
     }
+}
+
+// Stores the digests of the lanes' slots, of those whose claim is the wanted one. All lanes take part.
+struct StoreDigest {
+    const Pool& pool;
+    const LaneSlot& at;
+    const uint64_t &claim, &wanted;
+    KVC_DEVICE_MEMBER uint64_t before(uint32_t) const { return 0; }
+    KVC_DEVICE_MEMBER void after(uint32_t d, uint64_t, uint64_t sum) const {
+        if (at.slot < 0 || claim != wanted) return;
+        *kvc_digest_at(pool, d, at.slot) = kvc_finish_digest(pool, sum, d, at.position);
+    }
+};
+KVC_DEVICE void kvc_store_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at, uint64_t claim, uint64_t wanted) {
+    kvc_each_sum(pool, range, at, StoreDigest{pool, at, claim, wanted});
 }
 
 // Compares the digests of the lanes' slots with the stored ones (0 = there is none). All lanes take part; returns whether any
 // of this lane's differs, and counts those compared.
-KVC_DEVICE bool kvc_compare_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at, uint32_t& n_compared) {
-    bool is_odd = false;
-#pragma unroll 1
-    for (uint32_t d = range.first; d < range.last; ++d) {
-        const uint64_t stored = at.slot >= 0 ? *kvc_digest_at(pool, d, at.slot) : 0;
-        const uint64_t sum = kvc_sums(pool, d, at);
+struct CompareDigest {
+    const Pool& pool;
+    const LaneSlot& at;
+    uint32_t& n_compared;
+    bool& is_odd;
+    // Loaded ahead of the sum, whose latency hides it.
+    KVC_DEVICE_MEMBER uint64_t before(uint32_t d) const {
+        return kvc_load_u64_if(kvc_digest_at(pool, d, at.slot), at.slot >= 0);
+    }
+    KVC_DEVICE_MEMBER void after(uint32_t d, uint64_t stored, uint64_t sum) const {
         n_compared += stored != 0;
         is_odd |= stored && kvc_finish_digest(pool, sum, d, at.position) != stored;
     }
+};
+KVC_DEVICE bool kvc_compare_digests(const Pool& pool, const DigestRange& range, const LaneSlot& at, uint32_t& n_compared) {
+    bool is_odd = false;
+    kvc_each_sum(pool, range, at, CompareDigest{pool, at, n_compared, is_odd});
     return is_odd;
 }
 
 // Judges the lanes' slots in full after kvc_compare_digests has found a difference: a difference counts only where HEAD and TAIL
 // stamps are of one earlier forward, and at the position that the stamp tells. All lanes take part; `about` is the lane's own.
-KVC_NOINLINE void kvc_judge_digests(const Guard& guard, const Pool& pool, const DigestRange& range, const LaneSlot& at,
-                                    uint32_t forward, const Violation& about) {
+KVC_NOINLINE void kvc_judge_digests(const Guard& guard, const Pool& pool, DigestRange range, LaneSlot at, uint32_t forward,
+                                    const Violation& about) {
 #pragma unroll 1
     for (uint32_t d = range.first; d < range.last; ++d) {
         const uint32_t half = kvc_pointer<Digest>(pool.digest_units)[d].half;
@@ -354,6 +461,7 @@ KVC_NOINLINE void kvc_judge_digests(const Guard& guard, const Pool& pool, const 
         const Stamp head = kvc_pointer<Stamp>(pool.head[half])[at.slot];
         const uint32_t tail_step = kvc_pointer<Stamp>(pool.tail[half])[at.slot].step;
         if (head.step == 0 || head.step == forward || tail_step != head.step) continue;
+        if (!kvc_has_living_bytes(pool, at.slot, head)) continue;
         const uint64_t found = kvc_finish_digest(pool, sum, d, head.position);
         if (found == stored) continue;  // at a wrong place, which is for the stamps to say
         Violation v = about;

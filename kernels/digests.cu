@@ -1,6 +1,7 @@
 // digests.cu: which bytes are in each slot. The KV bytes themselves are read only here.
 //
 // kvc_digests_verify  HEAD: digests of the prefix slots that fall due, against the stored ones
+// kvc_digests_layer   within a forward: digests of one layer of the prefix slots of pending rows, at the point of their read
 // kvc_digests_write   TAIL: digests of the new tokens' bytes
 // kvc_digests_adopt   HEAD, option: stamps and digests of prefix slots that nobody ever stamped
 // kvc_digests_sweep   digests of resident slots that the host handed in
@@ -23,44 +24,46 @@ KVC_DEVICE uint32_t kvc_verify_slots(const StepParams& p, int32_t index, const D
     return n_compared;
 }
 
-// Neighbours that a warp takes at once, as a shift: about 4 KiB of a plane. The next neighbours are the next warp's: the warps of a
-// block read the same few pages of memory at any time, which memory likes better than eight places of their own.
-KVC_DEVICE uint32_t kvc_run_shift(const Pool& pool, uint32_t index) {
-    const uint32_t n_words = kvc_pointer<Digest>(pool.digest_units)[index].n_words;
-    return n_words >= 512 ? 1 : n_words >= 256 ? 2 : n_words >= 128 ? 3 : 4;
-}
-KVC_DEVICE uint32_t kvc_place_in_block(uint32_t shift) {
-    const uint32_t lane = kvc_lane();
-    return ((lane >> shift) * KVC_WARPS << shift) + (kvc_warp_in_block() << shift) + (lane & ((1u << shift) - 1));
-}
-
 // Positions [first, last), of which all or many are due: the block goes through them 256 at a time.
 KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t index, int64_t first, int64_t last,
                                    const DigestRange& range, uint32_t forward) {
     int64_t position = first + kvc_place_in_block(kvc_run_shift(p.pool, range.first));
     int64_t next = position < last ? kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
+    const bool any_fresh = *kvc_n_fresh(p.guard, p.pool) != 0;
     uint32_t n_compared = 0;
     for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
         const int64_t slot = next;
         next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS).slot : -1;
-        const bool is_due = slot >= 0 && kvc_is_due(p.batch, row, slot);
+        const bool is_due = slot >= 0 && kvc_is_due(p.pool, p.batch, row, slot, any_fresh);
         n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, is_due ? slot : -1, position), forward);
     }
     return n_compared;
 }
 
-// The slots that kvc_stamps_write has listed, dealt out to the blocks of the whole grid: 64 of them and one digest at a time, small
-// enough for all blocks to end together.
+// The slots that kvc_stamps_write has listed, dealt out evenly to the blocks of the whole grid: 64 of them and one digest at a
+// time, small enough for all blocks to end together; the tasks of a block are neighbours, mostly of one digest.
 KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint32_t n_listed, uint32_t forward) {
-    const uint32_t n_parts = (n_listed + 63) / 64, n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
+    const uint32_t n_parts = (n_listed + 63) / 64;
+    const uint32_t block = kvc_block_y() * kvc_n_blocks() + kvc_block(), n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
+    const Share share = kvc_even_share((int64_t)n_parts * p.pool.n_digests, block, n_blocks);
     const uint32_t shift = kvc_run_shift(p.pool, 0), place = kvc_place_in_block(shift < 3 ? shift : 3);  // eight a warp
-    uint32_t n_compared = 0;
-    for (uint64_t task = kvc_block_y() * kvc_n_blocks() + kvc_block(); task < (uint64_t)n_parts * p.pool.n_digests; task += n_blocks) {
-        const uint32_t d = (uint32_t)(task / n_parts), entry = (uint32_t)(task % n_parts) * 64 + place;
-        const bool is_there = kvc_lane() < 8 && entry < n_listed;
-        const Due due = is_there ? list[entry] : Due{0, 0, 0, 0};
-        const LaneSlot at = kvc_lane_slot(p.pool, is_there ? (int64_t)due.slot : -1, due.position);
-        if (kvc_ballot(is_there)) n_compared += kvc_verify_slots(p, due.row, {d, d + 1}, at, forward);
+    if (share.first >= share.last) return 0;
+    uint32_t d = (uint32_t)((uint64_t)share.first / n_parts), part = (uint32_t)share.first - d * n_parts, n_compared = 0;
+    const auto load = [&](uint32_t of) {
+        const uint32_t entry = of * 64 + place;
+        return kvc_lane() < 8 && entry < n_listed ? list[entry] : Due{0, 0, -1, 0};
+    };
+    Due next = load(part);
+    for (int64_t task = share.first; task < share.last; ++task) {
+        const Due due = next;
+        const uint32_t of = d;
+        if (++part == n_parts) {
+            part = 0;
+            ++d;
+        }
+        next = load(part);
+        const LaneSlot at = kvc_lane_slot(p.pool, due.row >= 0 ? (int64_t)due.slot : -1, due.position);
+        if (kvc_ballot(due.row >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1}, at, forward);
     }
     return n_compared;
 }
@@ -75,17 +78,18 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     const int64_t n_units = work[p.batch.rows];
     const uint32_t n_listed = kvc_n_listed(pool);
     const bool is_list_whole = n_listed <= pool.due_capacity;
-    const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
-    kvc_make_constants();
+    const DigestRange range = kvc_digest_range(pool);
+    kvc_begin_digests(pool);
     uint32_t n_compared = 0;
     if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, kvc_due_list(pool) + 1, n_listed, forward);
-    int64_t u = n_units * kvc_block() / kvc_n_blocks();
-    const int64_t end = n_units * (kvc_block() + 1) / kvc_n_blocks();
+    const Share share = kvc_even_share(n_units, kvc_block(), kvc_n_blocks());
+    const int64_t end = share.last;
+    int64_t u = share.first;
     while (u < end) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-        const int64_t length = kvc_data_unit(p.batch, row), left = kvc_data_units(p.batch, row) - unit.chunk;
+        const int64_t length = kvc_data_unit(p.batch, row), left = (int64_t)kvc_data_units(p.batch, row) - unit.chunk;
         const int64_t n = left < end - u ? left : end - u;
         const int64_t first = row.verify_start + unit.chunk * length;
         const int64_t last = first + n * length < row.verify_end ? first + n * length : row.verify_end;
@@ -98,17 +102,56 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);
 }
 
-// ---- new tokens ----------------------------------------------------------------------------------------------------------
-// The slot of this lane's one of `each` new tokens from `base` on, if the token has won it in this forward.
-KVC_DEVICE LaneSlot kvc_won_slot(const StepParams& p, int64_t base, uint32_t each, uint32_t forward) {
-    const int64_t t = base + kvc_lane();
-    int64_t slot = kvc_lane() < each && t < p.batch.n_tokens ? kvc_write_slot(p.pool, p.batch, t).slot : -1;
-    int32_t position = 0;
-    if (slot >= 0) {
-        position = kvc_pointer<Stamp>(p.pool.head[0])[slot].position;
-        if (kvc_pointer<uint64_t>(p.pool.claims)[slot] != ((uint64_t)forward << 32 | (uint64_t)(t + 1))) slot = -1;
+// ---- a layer of pending rows -----------------------------------------------------------------------------------------------
+// A warp per unit of prefix positions, and only in the rows that were left out at HEAD because their KV was still on its way.
+KVC_KERNEL(KVC_THREADS, 2) kvc_digests_layer(KVC_PARAM LayerParams p) {
+    const Pool& pool = p.pool;
+    if (!kvc_is_judging(p.guard)) return;
+    const uint32_t forward = kvc_forward_number(p.guard);
+    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
+    const int64_t n_units = work[p.batch.rows];
+    if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
+    kvc_begin_digests(pool);
+    uint32_t n_compared = 0;
+    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        if (!(row.flags & KVC_ROW_LIVE) || !(row.flags & KVC_ROW_PENDING)) continue;
+        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
+        const int64_t last = first + KVC_VERIFY_UNIT < row.verify_end ? first + KVC_VERIFY_UNIT : row.verify_end;
+        for (int64_t base = first; base < last; base += 32) {
+            const int64_t position = base + kvc_lane();
+            const int64_t slot = position < last ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
+            const LaneSlot at = kvc_lane_slot(pool, slot, position);
+            if (kvc_ballot(slot >= 0) == 0) continue;
+            for (uint32_t i = 0; i < p.n_digests; ++i) {
+                const DigestRange one = {p.digests[i], p.digests[i] + 1};
+                if (kvc_ballot(kvc_compare_digests(pool, one, at, n_compared)) == 0) continue;
+                const Violation about = kvc_row_violation(pool, row, unit.row, kvc_tag(KVC_STAGE_HEAD, pool.kind, 0));
+                kvc_judge_digests(p.guard, pool, one, at, forward, about);
+            }
+        }
     }
-    return kvc_lane_slot(p.pool, slot, position);
+    const uint64_t n = kvc_block_sum(n_compared);
+    if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);
+}
+
+// ---- new tokens ----------------------------------------------------------------------------------------------------------
+// The slot of this lane's one of `each` new tokens from `base` on, and whose it is: that is looked at only once the bytes are
+// read, so that stamp and claim are under way together with them.
+struct NewSlot {
+    LaneSlot at;
+    uint64_t claim;
+};
+KVC_DEVICE NewSlot kvc_new_slot(const StepParams& p, int64_t base, uint32_t each) {
+    const int64_t t = base + kvc_lane();
+    const int64_t slot = kvc_lane() < each && t < p.batch.n_tokens ? kvc_write_slot(p.pool, p.batch, t).slot : -1;
+    NewSlot n = {kvc_lane_slot(p.pool, slot, 0), 0};
+    if (slot >= 0) {
+        n.at.position = kvc_pointer<Stamp>(p.pool.head[0])[slot].position;
+        n.claim = kvc_pointer<uint64_t>(p.pool.claims)[slot];
+    }
+    return n;
 }
 
 // A warp per few places of the token arrays and digest range, of one place if there are warps enough: a token that has won the
@@ -116,7 +159,6 @@ KVC_DEVICE LaneSlot kvc_won_slot(const StepParams& p, int64_t base, uint32_t eac
 KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     const uint32_t forward = kvc_forward_number(p.guard);
-    const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_TAIL);
     const uint32_t n_warps = (uint32_t)kvc_global_warps();
     uint32_t each = ((uint32_t)p.batch.n_tokens + n_warps - 1) / n_warps;
@@ -126,12 +168,14 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     }
     each = each < 1 ? 1 : each > 32 ? 32 : each;
     int64_t base = kvc_global_warp() * each;
-    LaneSlot at = kvc_won_slot(p, base, each, forward);
-    kvc_make_constants();
+    NewSlot next = kvc_new_slot(p, base, each);
+    const DigestRange range = kvc_digest_range(pool);
+    kvc_begin_digests(pool);
     while (base < p.batch.n_tokens) {
-        if (kvc_ballot(at.slot >= 0)) kvc_store_digests(pool, range, at);
+        const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(base + kvc_lane() + 1);
+        if (kvc_ballot(next.at.slot >= 0)) kvc_store_digests(pool, range, next.at, next.claim, claim);
         base += (int64_t)n_warps * each;
-        at = kvc_won_slot(p, base, each, forward);
+        next = kvc_new_slot(p, base, each);
     }
 }
 
@@ -143,7 +187,8 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
     const uint32_t forward = kvc_forward_number(p.guard);
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
-    kvc_make_constants();
+    const DigestRange all = {0, pool.n_digests};
+    kvc_begin_digests(pool);
     for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
@@ -153,8 +198,9 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
             int64_t slot = position < row.verify_end ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
             if (slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] != kvc_adoption_claim(forward, position)) slot = -1;
             if (kvc_ballot(slot >= 0) == 0) continue;
-            kvc_store_digests(pool, {0, pool.n_digests}, kvc_lane_slot(pool, slot, position));
-            const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, 0};
+            kvc_store_digests(pool, all, kvc_lane_slot(pool, slot, position), 0, 0);
+            const uint32_t epoch = slot >= 0 ? kvc_block_epoch(pool, slot) : 0;
+            const Stamp stamp = {0, KVC_NO_TOKEN, (int32_t)position, KVC_PREV_NONE, forward, 0, epoch};
             for (uint32_t half = 0; half < pool.n_halves && slot >= 0; ++half) {
                 kvc_mutable_pointer<Stamp>(pool.head[half])[slot] = stamp;
                 kvc_mutable_pointer<Stamp>(pool.tail[half])[slot] = stamp;
@@ -167,9 +213,9 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
 // A warp per 32 resident slots and digest range.
 KVC_KERNEL(KVC_THREADS, 2) kvc_digests_sweep(KVC_PARAM SweepParams p) {
     const Pool& pool = p.pool;
-    const DigestRange range = kvc_digest_range(pool);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_SWEEP);
-    kvc_make_constants();
+    const DigestRange range = kvc_digest_range(pool);
+    kvc_begin_digests(pool);
     uint32_t n_compared = 0;
     for (int64_t base = kvc_global_warp() * 32; base < p.n; base += kvc_global_warps() * 32) {
         const int64_t i = base + kvc_lane();

@@ -7,8 +7,14 @@
 // What a position contributes to the judgement of the next one.
 struct Link {
     uint64_t chain;
-    uint32_t step;  // 0: there is no stamp to link to
+    uint32_t step;   // 0: none
+    uint32_t owner;  // of the stamp
 };
+// Whether the predecessor was surely not written after `stamp`. A move takes the number of the forward before it: of one and the same
+// number, only a request's own stamps are known to be of one time.
+KVC_DEVICE bool kvc_is_earlier(const Link& previous, const Stamp& stamp) {
+    return previous.step < stamp.step || (previous.step == stamp.step && stamp.owner && previous.owner == stamp.owner);
+}
 
 KVC_DEVICE bool kvc_is_aborted(const Guard& guard, const Pool& pool, uint32_t forward) {
     const PoolState& s = kvc_pointer<PoolState>(guard.pool_states)[pool.index];
@@ -41,7 +47,7 @@ KVC_DEVICE SeenStamp kvc_see_stamp(const Guard& guard, const Pool& pool, uint32_
 }
 KVC_DEVICE bool kvc_is_linkable(const SeenStamp& seen) { return seen.is_judged && seen.stamp.token != KVC_NO_TOKEN; }
 KVC_DEVICE Link kvc_link_of(const SeenStamp& seen) {
-    return {seen.stamp.chain, kvc_is_linkable(seen) && !kvc_is_relative(seen.stamp) ? seen.stamp.step : 0};
+    return {seen.stamp.chain, kvc_is_linkable(seen) && !kvc_is_relative(seen.stamp) ? seen.stamp.step : 0, seen.stamp.owner};
 }
 
 // What a relative stamp at a position of a row links to: the stamp that it continued, if the table still has it there and
@@ -50,9 +56,9 @@ KVC_DEVICE Link kvc_relative_link(const StepParams& p, int32_t index, uint32_t s
                                   const Stamp& stamp, uint32_t forward) {
     const int32_t continued = kvc_continued_slot(stamp);
     const KvcSlot before = kvc_table_slot(p.pool, p.batch, index, position - 1);
-    if (continued < 0 || before.status != KVC_SLOT_OK || before.slot != continued) return {0, 0};
+    if (continued < 0 || before.status != KVC_SLOT_OK || before.slot != continued) return {0, 0, 0};
     const SeenStamp seen = kvc_see_stamp(p.guard, p.pool, stage, half, before.slot, forward);
-    return {seen.stamp.chain, kvc_is_linkable(seen) && seen.stamp.step <= stamp.step ? seen.stamp.step : 0};
+    return {seen.stamp.chain, kvc_is_linkable(seen) && seen.stamp.step <= stamp.step ? seen.stamp.step : 0, seen.stamp.owner};
 }
 
 // TOKEN: the token that the engine's history has at this position; negative = not judged.
@@ -69,9 +75,18 @@ KVC_DEVICE bool kvc_ends_as_anchored(const Row& row, const Stamp& stamp) {
     return !(row.flags & KVC_ROW_KNOWS_LAST) || kvc_token_mix(stamp.token, stamp.position) == row.last_mix;
 }
 
-// UNWRITTEN, POSITION, TOKEN and CHAIN of one written or unwritten slot. `may_link` says that the link into it is judged.
+// STALE_EPOCH, and UNWRITTEN since the block was allocated. Not of a slot that is written in this very forward.
+KVC_DEVICE uint32_t kvc_block_reasons(const StepParams& p, const Row& row, int64_t slot, const SeenStamp& seen, uint32_t forward) {
+    if (!p.pool.blocks || seen.stamp.step == forward) return 0;
+    const BlockState block = kvc_block_state(p.pool, slot);
+    const bool is_written = seen.is_judged && seen.stamp.step;
+    return (kvc_may_not_read(block, p.batch.request_ids, row.request_id) ? KVC_REASON_STALE_EPOCH : 0) |
+           (is_written ? kvc_epoch_reasons(block, seen.stamp) : 0);
+}
+
+// UNWRITTEN, STALE_EPOCH, POSITION, TOKEN and CHAIN of one written or unwritten slot. `may_link` says that the link into it is judged.
 KVC_DEVICE void kvc_judge_stamp(const StepParams& p, const Row& row, int32_t index, uint32_t tag, int64_t position,
-                                int64_t slot, const SeenStamp& seen, const Link& previous, bool may_link) {
+                                int64_t slot, const SeenStamp& seen, const Link& previous, bool may_link, uint32_t forward) {
     const Stamp& stamp = seen.stamp;
     Violation v = kvc_row_violation(p.pool, row, index, tag);
     if (seen.is_unfinished) {
@@ -90,7 +105,7 @@ KVC_DEVICE void kvc_judge_stamp(const StepParams& p, const Row& row, int32_t ind
         if (position == 0) {
             const uint64_t salt = p.batch.salts ? kvc_pointer<uint64_t>(p.batch.salts)[index] : 0;
             v.expected_chain = kvc_link(kvc_anchor(salt), stamp.token, 0);
-            if (is_known && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
+            if (is_known && !kvc_is_relative(stamp) && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
         } else if (may_link && previous.step && is_known) {
             v.expected_chain = kvc_link(previous.chain, stamp.token, stamp.position);
             if (stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
@@ -100,6 +115,7 @@ KVC_DEVICE void kvc_judge_stamp(const StepParams& p, const Row& row, int32_t ind
             v.expected_chain = row.anchor;
         }
     }
+    v.reasons |= kvc_block_reasons(p, row, slot, seen, forward);
     if (!v.reasons) return;
     v.position = (int32_t)position;
     v.slot = slot;
@@ -135,16 +151,18 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
         const SeenStamp seen = kvc_see_stamp(p.guard, pool, stage, half, at.slot, forward);
         if (half == 0) is_left = seen.is_left;
         if (!(seen.is_judged || seen.is_unfinished)) continue;
-        Link previous = {0, 0};
+        Link previous = {0, 0, 0};
         if (position > 0 && kvc_is_relative(seen.stamp)) {
             previous = kvc_relative_link(p, index, stage, half, position, seen.stamp, forward);
         } else if (before.status == KVC_SLOT_OK) {
             previous = kvc_link_of(kvc_see_stamp(p.guard, pool, stage, half, before.slot, forward));
         }
         // Before a window lie blocks that may belong to others by now: judge the link into its first position only if
-        // the predecessor was not rewritten after the stamp that continued it.
-        const bool may_link = position > row.verify_start || (previous.step <= seen.stamp.step && previous.step < forward);
-        kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link);
+        // the predecessor was not rewritten after the stamp that continued it. (If a moved stamp's predecessor did not come
+        // along, nobody can tell.)
+        const bool is_later = kvc_is_earlier(previous, seen.stamp) && previous.step < forward;
+        const bool may_link = position > row.verify_start || (is_later && seen.stamp.prev_slot != KVC_PREV_NONE);
+        kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link, forward);
     }
     return is_left;
 }

@@ -8,6 +8,13 @@ KVC_DEVICE uint64_t kvc_mix64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
+// The x of which v is mix64(x).
+KVC_DEVICE uint64_t kvc_unmix64(uint64_t v) {
+    v = (v ^ (v >> 31) ^ (v >> 62)) * KVC_MIX_2_INVERSE;
+    v = (v ^ (v >> 27) ^ (v >> 54)) * KVC_MIX_1_INVERSE;
+    return v ^ (v >> 30) ^ (v >> 60);
+}
+
 KVC_DEVICE uint64_t kvc_anchor(uint64_t salt) { return kvc_mix64(salt ^ KVC_CHAIN_ANCHOR); }
 
 KVC_DEVICE uint64_t kvc_token_mix(int32_t token, int32_t position) {
@@ -70,19 +77,36 @@ KVC_DEVICE void kvc_block_exclusive_sums(uint64_t (&v)[N], uint64_t (&totals)[N]
     kvc_sync_block();  // sums may be written again
 }
 
-// The chain after n tokens that continue `start`: start P^n + sum_j m_j P^(n-1-j), m_j = token_mix_of(j).
-// Thread i walks j = i, i + 256, ... by Horner's rule in P^256; what is left of the power is at most P^255.
+// The chain after n >= 1 tokens that continue `start`: start P^n + sum_j m_j P^(n-1-j), m_j = mix of token_of(j) at first + j.
+// Thread i walks j = i, i + 256, ... by Horner's rule in P^256; what is left of the power is at most P^255. It does so eight
+// tokens at a time, and loads the fewer than eight of its end beforehand: past the end, the last one again.
 // All threads of the block take part and get the result.
-template <typename TokenMixOf>
-KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, int64_t n, TokenMixOf token_mix_of) {
-    const uint64_t stride_power = kvc_pow(KVC_CHAIN_P, KVC_THREADS);
+template <typename TokenOf>
+KVC_DEVICE uint64_t kvc_block_chain(uint64_t start, uint32_t n, int32_t first, TokenOf token_of) {
+    constexpr uint32_t AT_ONCE = 8, STRIDE = KVC_THREADS, SPAN = (AT_ONCE - 1) * STRIDE;
+    const uint32_t own = kvc_thread(), n_own = own < n ? (n - own + STRIDE - 1) / STRIDE : 0;
+    const uint32_t end = own + n_own / AT_ONCE * AT_ONCE * STRIDE;  // of whole eights
+    int32_t rest[AT_ONCE - 1];
+#pragma unroll
+    for (uint32_t u = 0; u < AT_ONCE - 1; ++u) rest[u] = token_of(end + u * STRIDE < n ? end + u * STRIDE : n - 1);
+    const uint64_t stride_power = kvc_pow(KVC_CHAIN_P, STRIDE);
+    const uint64_t rest_power = n_own ? kvc_pow(KVC_CHAIN_P, (n - 1 - own) % STRIDE) : 0;
+    const uint64_t whole_power = kvc_pow(KVC_CHAIN_P, n);
     uint64_t sum = 0;
-    int64_t last = -1;
-#pragma unroll 8  // loads in flight
-    for (int64_t j = kvc_thread(); j < n; j += KVC_THREADS) {
-        sum = sum * stride_power + token_mix_of(j);
-        last = j;
+#pragma unroll 1
+    for (uint32_t j = own; j < end; j += SPAN + STRIDE) {
+        int32_t tokens[AT_ONCE];
+#pragma unroll
+        for (uint32_t u = 0; u < AT_ONCE; ++u) tokens[u] = token_of(j + u * STRIDE);
+#pragma unroll
+        for (uint32_t u = 0; u < AT_ONCE; ++u) {
+            sum = sum * stride_power + kvc_token_mix(tokens[u], first + (int32_t)(j + u * STRIDE));
+        }
     }
-    if (last >= 0) sum *= kvc_pow(KVC_CHAIN_P, (uint64_t)(n - 1 - last));
-    return start * kvc_pow(KVC_CHAIN_P, (uint64_t)n) + kvc_block_sum(sum);
+#pragma unroll
+    for (uint32_t u = 0; u < AT_ONCE - 1; ++u) {
+        const uint64_t longer = sum * stride_power + kvc_token_mix(rest[u], first + (int32_t)(end + u * STRIDE));
+        if (end + u * STRIDE < n) sum = longer;
+    }
+    return start * whole_power + kvc_block_sum(sum * rest_power);
 }

@@ -4,7 +4,7 @@
 // if the host has read far enough; so no record is ever overwritten before it was read, and record 0 never. Row first, then
 // a system fence, then the commit word: the host sees a whole record or none.
 #pragma once
-#include "slots.cuh"
+#include "blocks.cuh"
 
 KVC_DEVICE Violation kvc_no_violation() {
     Violation v = {};
@@ -39,12 +39,24 @@ KVC_DEVICE void kvc_put_stamp(Violation& v, const Stamp& stamp) {
     v.stamp_epoch = stamp.epoch;
 }
 
+// Whose the slot's block is, where the record is about a slot of the pool.
+KVC_DEVICE void kvc_put_block(Violation& v, const Pool& pool) {
+    const bool is_slot = v.detail == KVC_DETAIL_SLOT || v.detail == KVC_DETAIL_UNFINISHED || v.detail == KVC_DETAIL_SCRUB;
+    if (!pool.blocks || !is_slot || v.slot < 0 || v.slot >= pool.n_slots) return;
+    const BlockState block = kvc_block_state(pool, v.slot);
+    v.block_owner = block.owner;
+    v.block_epoch = block.epoch;
+    v.block_since = block.since;
+    v.block_flags = block.flags;
+}
+
 // Out of line: it is rare, and would weigh down the code around every call.
 KVC_NOINLINE void kvc_report(const Guard& guard, const Pool& pool, Violation v) {
     uint64_t* state = kvc_state(guard);
     uint64_t* control = kvc_mutable_pointer<uint64_t>(guard.control);
     v.step = (uint32_t)state[KVC_STATE_STEP];
     v.forward = (uint32_t)state[KVC_STATE_FORWARD];
+    kvc_put_block(v, pool);
     if (v.row >= 0 && (uint32_t)v.row < pool.max_requests) {
         kvc_atomic_or_u32(kvc_mutable_pointer<uint32_t>(guard.taint) + v.row, v.reasons);
     }

@@ -119,6 +119,12 @@ KVC_DEVICE int32_t kvc_continued_slot(const Stamp& stamp) {
     return stamp.prev_slot <= KVC_PREV_RELATIVE_BASE ? KVC_PREV_RELATIVE_BASE - stamp.prev_slot : stamp.prev_slot;
 }
 
+// A slot that was moved or adopted, and whose bytes were not verified since. While a pool has none, nobody looks.
+KVC_DEVICE bool kvc_is_fresh(uint64_t claim) { return (uint32_t)claim == KVC_CLAIM_FRESH; }
+KVC_DEVICE uint32_t* kvc_n_fresh(const Guard& guard, const Pool& pool) {
+    return &kvc_mutable_pointer<PoolState>(guard.pool_states)[pool.index].n_fresh;
+}
+
 // The warp's number in the grid's x dimension, and how many there are.
 KVC_DEVICE int64_t kvc_global_warp() { return (int64_t)kvc_block() * KVC_WARPS + kvc_warp_in_block(); }
 KVC_DEVICE int64_t kvc_global_warps() { return (int64_t)kvc_n_blocks() * KVC_WARPS; }
@@ -171,22 +177,31 @@ KVC_DEVICE uint64_t kvc_adoption_claim(uint32_t forward, int64_t position) {
     return (uint64_t)forward << 32 | (0xffffffffu - (uint32_t)position);
 }
 
-KVC_DEVICE int64_t kvc_units(int64_t n, int64_t of) { return (n + of - 1) / of; }
+// Units of `of` that n positions or tokens fill, the last perhaps in part. In 32 bits: a 64-bit division costs more than a load.
+KVC_DEVICE uint32_t kvc_units(uint32_t n, uint32_t of) { return (n + of - 1) / of; }
+
+// An even part of n units for each of `of` blocks, in order.
+struct Share {
+    int64_t first, last;
+};
+KVC_DEVICE Share kvc_even_share(int64_t n, uint32_t part, uint32_t of) { return {n * part / of, n * (part + 1) / of}; }
 
 // New tokens of a row that a block stamps: few in short rows, so that many blocks share them; more in long ones, where each
 // tile has to hash all tokens before it.
-KVC_DEVICE int64_t kvc_tile_length(int64_t n_new) { return n_new <= KVC_SHORT_ROW ? KVC_THREADS : KVC_WRITE_TILE; }
+KVC_DEVICE uint32_t kvc_tile_length(int32_t n_new) { return n_new <= KVC_SHORT_ROW ? KVC_THREADS : KVC_WRITE_TILE; }
 // A row of at most 32 is a warp's business instead.
-KVC_DEVICE int64_t kvc_tiles(int64_t n_new) {
-    return n_new <= 32 ? 0 : kvc_units(n_new, kvc_tile_length(n_new));
+KVC_DEVICE uint32_t kvc_tiles(int32_t n_new) {
+    const uint32_t n = (uint32_t)n_new;
+    return n <= 32 ? 0 : n <= KVC_SHORT_ROW ? kvc_units(n, KVC_THREADS) : kvc_units(n, KVC_WRITE_TILE);
 }
 
 KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
     return (uint32_t)(((kvc_mix64((uint64_t)((uint32_t)slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);
 }
-// Whether the bytes of a slot of a row's prefix are to be digested in this forward.
-KVC_DEVICE bool kvc_is_due(const Batch& batch, const Row& row, int64_t slot) {
-    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share;
+// Whether the bytes of a slot of a row's prefix are to be digested in this forward. `any_fresh`: the pool has fresh slots.
+KVC_DEVICE bool kvc_is_due(const Pool& pool, const Batch& batch, const Row& row, int64_t slot, bool any_fresh) {
+    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share ||
+           (any_fresh && kvc_is_fresh(kvc_pointer<uint64_t>(pool.claims)[slot]));
 }
 // Where few slots of a row are due, they are listed for kvc_digests_verify: entry 0 holds how many there are.
 KVC_DEVICE Due* kvc_due_list(const Pool& pool) { return kvc_mutable_pointer<Due>(pool.due); }
@@ -196,13 +211,13 @@ KVC_DEVICE bool kvc_is_listed(const Pool& pool, const Batch& batch, const Row& r
 }
 
 // Positions of a row's prefix in a unit of kvc_digests_verify: about as many slots fall due in each.
-KVC_DEVICE int64_t kvc_data_unit(const Batch& batch, const Row& row) {
+KVC_DEVICE uint32_t kvc_data_unit(const Batch& batch, const Row& row) {
     const uint32_t every = batch.verify_data_every < 128 ? batch.verify_data_every : 128;
-    return row.flags & KVC_ROW_FULL_DATA ? KVC_DATA_UNIT : KVC_DATA_UNIT * (int64_t)every;
+    return row.flags & KVC_ROW_FULL_DATA ? KVC_DATA_UNIT : KVC_DATA_UNIT * every;
 }
-KVC_DEVICE int64_t kvc_data_units(const Batch& batch, const Row& row) {
+KVC_DEVICE uint32_t kvc_data_units(const Batch& batch, const Row& row) {
     if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
-    return kvc_units(row.verify_end - row.verify_start, kvc_data_unit(batch, row));
+    return kvc_units((uint32_t)(row.verify_end - row.verify_start), kvc_data_unit(batch, row));
 }
 
 // ---- the guard's own words -------------------------------------------------------------------------------------------------

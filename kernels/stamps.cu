@@ -49,7 +49,7 @@ KVC_DEVICE void kvc_report_bad_row(const StepParams& p, const Row& row, int32_t 
     kvc_report(p.guard, p.pool, v);
 }
 
-// WRITE_TOKEN, WRITE_POSITION and OUT_OF_RANGE of one new token, which the fast path below did not find healthy.
+// WRITE_TOKEN, WRITE_POSITION, FOREIGN_WRITE and OUT_OF_RANGE of one new token, which the fast path below did not find healthy.
 KVC_NOINLINE void kvc_judge_write(const StepParams& p, int32_t index, int64_t i) {
     const Row row = kvc_pointer<Row>(p.pool.rows)[index];
     const int64_t t = row.first_token + i;
@@ -64,6 +64,14 @@ KVC_NOINLINE void kvc_judge_write(const StepParams& p, int32_t index, int64_t i)
     } else if (p.batch.check_write_position && (home.status != KVC_SLOT_OK || home.slot != target.slot)) {
         v.reasons |= KVC_REASON_WRITE_POSITION;
     }
+    uint32_t epoch = 0;
+    if (p.pool.blocks && target.status == KVC_SLOT_OK) {
+        const BlockState block = kvc_block_state(p.pool, target.slot);
+        const bool has_ids = p.batch.request_ids;
+        if (kvc_may_not_write(block, has_ids, row.request_id)) v.reasons |= KVC_REASON_FOREIGN_WRITE;
+        if (kvc_is_unowned(block)) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_UNOWNED_WRITES, 1);
+        epoch = kvc_epoch_of_write(block, has_ids, row.request_id);
+    }
     if (p.batch.expected_tokens) {
         const int64_t expected = kvc_int_at(p.batch.expected_tokens, p.batch.wide_ids, t);
         if (expected >= 0 && (int32_t)expected != token) {
@@ -77,24 +85,37 @@ KVC_NOINLINE void kvc_judge_write(const StepParams& p, int32_t index, int64_t i)
     if (target.status == KVC_SLOT_OK) {  // the stamp that is being written
         v.stamp_owner = row.request_id;
         v.stamp_step = kvc_forward_number(p.guard);
+        v.stamp_epoch = epoch;
     }
     v.prev_slot = home.status == KVC_SLOT_OK ? (int32_t)home.slot : -1;  // where the table says the write belongs
     kvc_report(p.guard, p.pool, v);
 }
 
+// What the register of a row's request slot held before this forward.
+struct RegisterBefore {
+    uint32_t forwards;
+    int32_t length, first_length;
+};
+KVC_DEVICE RegisterBefore kvc_register_before(const Pool& pool, const Row& row) {
+    if (row.request_slot < 0) return {0, 0, 0};
+    const Register& reg = kvc_pointer<Register>(pool.registers)[row.request_slot];
+    return {reg.forwards, reg.length, reg.first_length};
+}
+
 // The chain after new token i: keep it in the register of the row's request slot.
-KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_t i, uint64_t chain, bool is_relative) {
+KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_t i, uint64_t chain, bool is_relative,
+                                     const RegisterBefore& was) {
     Register& reg = kvc_mutable_pointer<Register>(p.pool.registers)[row.request_slot];
     const int32_t length = row.prefix + (int32_t)i + 1;
     if (i >= (int64_t)row.n_new - KVC_N_REGISTER_LENGTHS) reg.chain[length % KVC_N_REGISTER_LENGTHS] = chain;
     if (i + 1 < row.n_new) return;
     const bool continues = row.flags & KVC_ROW_REGISTERED;
-    const int64_t oldest = (int64_t)reg.length - (KVC_N_REGISTER_LENGTHS - 1);
+    const int64_t oldest = (int64_t)was.length - (KVC_N_REGISTER_LENGTHS - 1);
     if (row.n_new < KVC_N_REGISTER_LENGTHS) reg.chain[row.prefix % KVC_N_REGISTER_LENGTHS] = row.anchor;
     // A start that came out of the cache is nothing to hold a later forward against.
     const int32_t first = row.prefix + (row.flags & KVC_ROW_ANCHORED ? 0 : 1);
-    reg.first_length = !continues ? first : oldest > reg.first_length ? (int32_t)oldest : reg.first_length;
-    reg.forwards = continues ? reg.forwards + 1 : 1;
+    reg.first_length = !continues ? first : oldest > was.first_length ? (int32_t)oldest : was.first_length;
+    reg.forwards = continues ? was.forwards + 1 : 1;
     reg.is_relative = is_relative;
     reg.length = length;
     reg.request_id = row.request_id;
@@ -103,44 +124,65 @@ KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_
 // Where the chain of a row that brings new tokens comes from.
 struct Start {
     bool is_relative;
-    int32_t prev_slot;  // what the stamp of the row's first new token says of its predecessor
+    int32_t prev_slot;  // relative: what the stamp of the row's first new token says of its predecessor
 };
-KVC_DEVICE Start kvc_start_of(const StepParams& p, const Row& row, const TableRow& table, uint32_t forward) {
-    if (row.prefix == 0) return {false, KVC_PREV_NONE};
+// Of a row whose chain nothing outside the cache anchors, from its prefix on.
+KVC_NOINLINE Start kvc_unanchored_start(const StepParams& p, int32_t index, uint32_t forward) {
+    const Row row = kvc_pointer<Row>(p.pool.rows)[index];
     const uint32_t last = (uint32_t)row.prefix - 1;
+    const TableRow table = kvc_table_row(p.batch, index);
     const int32_t before = kvc_fast_slot(p.pool, p.batch, kvc_fast_entry(p.batch, table, last), last);
     const bool is_slot = before >= 0;
-    const Start absolute = {false, is_slot ? before : KVC_PREV_NONE};
-    if (row.flags & KVC_ROW_ANCHORED && !(row.flags & KVC_ROW_RELATIVE)) return absolute;
     // Another row of this launch may be writing the stamp of a slot that is claimed in this forward.
     const bool is_rewritten = is_slot && kvc_pointer<uint64_t>(p.pool.claims)[before] >> 32 == forward;
     const bool is_from_stamp = !(row.flags & KVC_ROW_ANCHORED);
-    if (!(row.flags & KVC_ROW_RELATIVE || (is_from_stamp && is_rewritten))) return absolute;
+    if (!(row.flags & KVC_ROW_RELATIVE || (is_from_stamp && is_rewritten))) return {false, 0};
     if (!is_slot || is_rewritten) return {true, KVC_PREV_RELATIVE};
     const Stamp stamp = kvc_pointer<Stamp>(p.pool.head[0])[before];
     const bool continues = stamp.step && stamp.token != KVC_NO_TOKEN && stamp.chain == row.anchor;
     return {true, continues ? KVC_PREV_RELATIVE_BASE - before : KVC_PREV_RELATIVE};
 }
+KVC_DEVICE Start kvc_start_of(const StepParams& p, const Row& row, int32_t index, uint32_t forward) {
+    if (row.prefix == 0 || (row.flags & (KVC_ROW_ANCHORED | KVC_ROW_RELATIVE)) == KVC_ROW_ANCHORED) return {false, 0};
+    return kvc_unanchored_start(p, index, forward);
+}
 
-// What the engine's arrays say of a new token.
+// What the engine's arrays say of a new token, all under way at once: nothing here is looked at yet.
+struct TokenWords {
+    int64_t token, named;
+    uint32_t own, before;  // table entries of its position and of the one before it
+};
+KVC_DEVICE TokenWords kvc_token_words(const StepParams& p, const Row& row, const TableRow& table, int64_t i) {
+    const Batch& batch = p.batch;
+    const int64_t t = row.first_token + i;
+    const uint32_t position = (uint32_t)(row.prefix + i);
+    return {kvc_int_at(batch.input_ids, batch.wide_ids, t), kvc_int_at(batch.slot_mapping, batch.wide_slots, t),
+            kvc_fast_entry(batch, table, position), kvc_fast_entry(batch, table, position - 1)};  // before 0: beyond any table
+}
+
 struct NewToken {
     int32_t token, prev_slot;
     KvcSlot target;
     uint64_t claim;
+    uint32_t epoch;
     bool is_odd;  // to be judged in full
 };
-KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, const TableRow& table, int64_t i, const Start& start) {
+KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, int64_t i, const TokenWords& words, const Start& start) {
     const Batch& batch = p.batch;
-    const int64_t t = row.first_token + i;
     const uint32_t position = (uint32_t)(row.prefix + i);
-    NewToken n = {(int32_t)kvc_int_at(batch.input_ids, batch.wide_ids, t), start.prev_slot, kvc_write_slot(p.pool, batch, t), 0, false};
+    NewToken n = {(int32_t)words.token, 0, kvc_engine_slot(p.pool, words.named, words.named), 0, 0, false};
     if (n.target.status == KVC_SLOT_OK) n.claim = kvc_pointer<uint64_t>(p.pool.claims)[n.target.slot];
-    const int32_t home = kvc_fast_slot(p.pool, batch, kvc_fast_entry(batch, table, position), position);
+    const int32_t home = kvc_fast_slot(p.pool, batch, words.own, position);
     n.is_odd = n.target.status == KVC_SLOT_OUT || batch.expected_tokens ||
                (batch.check_write_position && (home < 0 || home != n.target.slot));
-    if (i > 0) {  // no slot, evicted or reserved: -1, which is KVC_PREV_NONE
-        n.prev_slot = kvc_fast_slot(p.pool, batch, kvc_fast_entry(batch, table, position - 1), position - 1);
-        if (start.is_relative) n.prev_slot = n.prev_slot >= 0 ? KVC_PREV_RELATIVE_BASE - n.prev_slot : KVC_PREV_RELATIVE;
+    if (p.pool.blocks && n.target.status == KVC_SLOT_OK) {
+        const BlockState block = kvc_block_state(p.pool, n.target.slot);
+        n.epoch = kvc_epoch_of_write(block, batch.request_ids, row.request_id);
+        n.is_odd |= kvc_is_unowned(block) || kvc_may_not_write(block, batch.request_ids, row.request_id);
+    }
+    n.prev_slot = kvc_fast_slot(p.pool, batch, words.before, position - 1);  // none, evicted or reserved: KVC_PREV_NONE
+    if (start.is_relative) {
+        n.prev_slot = i == 0 ? start.prev_slot : n.prev_slot >= 0 ? KVC_PREV_RELATIVE_BASE - n.prev_slot : KVC_PREV_RELATIVE;
     }
     return n;
 }
@@ -157,7 +199,7 @@ KVC_DEVICE bool kvc_stamp_token(const StepParams& p, const Row& row, int32_t ind
     if (is_judging && n.is_odd) kvc_judge_write(p, index, i);
     const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(row.first_token + i + 1);
     if (n.target.status != KVC_SLOT_OK || n.claim != claim) return false;
-    const Stamp stamp = {chain, n.token, (int32_t)(row.prefix + i), n.prev_slot, forward, row.request_id, 0};
+    const Stamp stamp = {chain, n.token, (int32_t)(row.prefix + i), n.prev_slot, forward, row.request_id, n.epoch};
     for (uint32_t half = 0; half < p.pool.n_halves; ++half) {
         kvc_mutable_pointer<Stamp>(p.pool.head[half])[n.target.slot] = stamp;
     }
@@ -168,11 +210,14 @@ KVC_DEVICE bool kvc_stamp_token(const StepParams& p, const Row& row, int32_t ind
 KVC_DEVICE bool kvc_write_short_row(const StepParams& p, const Row& row, int32_t index, uint32_t forward, bool is_judging) {
     const uint32_t lane = kvc_lane();
     const bool is_token = lane < (uint32_t)row.n_new;
+    if (row.n_new == 0) return false;
+    // A lane without a token reads the last one's words: no load is conditional, so that all are under way at once.
+    const TokenWords words = kvc_token_words(p, row, kvc_table_row(p.batch, index), is_token ? lane : row.n_new - 1);
     const bool owns_register = kvc_owns_register(p.pool, row, index, forward);
-    const TableRow table = kvc_table_row(p.batch, index);
-    const Start start = kvc_start_of(p, row, table, forward);
-    NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, false};
-    if (is_token) n = kvc_new_token(p, row, table, lane, start);
+    const RegisterBefore was = kvc_register_before(p.pool, row);
+    const Start start = kvc_start_of(p, row, index, forward);
+    NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, 0, false};
+    if (is_token) n = kvc_new_token(p, row, lane, words, start);
     Affine all = is_token ? Affine{KVC_CHAIN_P, kvc_token_mix(n.token, (int32_t)(row.prefix + lane))} : Affine{1, 0};
     for (uint32_t d = 1; d < (uint32_t)row.n_new; d <<= 1) {
         const Affine below = {kvc_shfl_up_u64(all.a, d), kvc_shfl_up_u64(all.b, d)};
@@ -181,8 +226,14 @@ KVC_DEVICE bool kvc_write_short_row(const StepParams& p, const Row& row, int32_t
     if (!is_token) return false;
     const uint64_t chain = all.a * row.anchor + all.b;
     const bool is_stamped = kvc_stamp_token(p, row, index, lane, n, chain, forward, is_judging);
-    if (owns_register) kvc_keep_in_register(p, row, lane, chain, start.is_relative);
+    if (owns_register) kvc_keep_in_register(p, row, lane, chain, start.is_relative, was);
     return is_stamped;
+}
+
+// This thread's token of those from `base` on; past the end, the last: nothing is read beyond it.
+KVC_DEVICE int64_t kvc_tile_token(int64_t base, int64_t end) {
+    const int64_t i = base + kvc_thread();
+    return i < end ? i : end - 1;
 }
 
 // A tile of a longer row: 256 tokens at a time, a thread each. All threads of the block take part; returns how many stamps this
@@ -194,21 +245,21 @@ KVC_DEVICE uint32_t kvc_write_tile(const StepParams& p, int32_t index, int64_t t
     const uint64_t ids = p.batch.input_ids;
     const uint32_t wide = p.batch.wide_ids;
     const int32_t first_token = row.first_token, prefix = row.prefix;
-    const auto mix_of = [=](int64_t j) {
-        return kvc_token_mix((int32_t)kvc_int_at(ids, wide, first_token + j), (int32_t)(prefix + j));
-    };
+    const auto token_of = [=](uint32_t j) { return (int32_t)kvc_int_at(ids, wide, first_token + (int64_t)j); };
     const int64_t length = kvc_tile_length(row.n_new), begin = tile * length;
     const int64_t end = begin + length < row.n_new ? begin + length : row.n_new;
     const bool owns_register = kvc_owns_register(pool, row, index, forward);
     const TableRow table = kvc_table_row(p.batch, index);
-    const Start start = kvc_start_of(p, row, table, forward);
-    uint64_t carry = begin ? kvc_block_chain(row.anchor, begin, mix_of) : row.anchor;
+    const Start start = kvc_start_of(p, row, index, forward);
+    TokenWords words = kvc_token_words(p, row, table, kvc_tile_token(begin, end));
+    uint64_t carry = begin ? kvc_block_chain(row.anchor, (uint32_t)begin, prefix, token_of) : row.anchor;
     uint32_t n_written = 0;
     for (int64_t base = begin; base < end; base += KVC_THREADS) {
         const int64_t i = base + kvc_thread();
         const bool is_token = i < end;
-        NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, false};
-        if (is_token) n = kvc_new_token(p, row, table, i, start);
+        NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, 0, false};
+        if (is_token) n = kvc_new_token(p, row, i, words, start);
+        words = kvc_token_words(p, row, table, kvc_tile_token(base + KVC_THREADS, end));
         const uint64_t mix = kvc_token_mix(n.token, (int32_t)(prefix + i));
         Affine all;
         const Affine before = kvc_block_exclusive_affine(is_token ? Affine{KVC_CHAIN_P, mix} : Affine{1, 0}, &all);
@@ -216,7 +267,9 @@ KVC_DEVICE uint32_t kvc_write_tile(const StepParams& p, int32_t index, int64_t t
         carry = all.a * carry + all.b;
         if (!is_token) continue;
         n_written += kvc_stamp_token(p, row, index, i, n, chain, forward, is_judging);
-        if (owns_register) kvc_keep_in_register(p, row, i, chain, start.is_relative);
+        if (owns_register && i >= row.n_new - KVC_N_REGISTER_LENGTHS) {
+            kvc_keep_in_register(p, row, i, chain, start.is_relative, kvc_register_before(pool, row));
+        }
     }
     return n_written;
 }
@@ -238,7 +291,8 @@ KVC_DEVICE void kvc_scan_data_work(const Pool& pool, const Batch& batch) {
 }
 
 // Lists the slots that fall due in rows in which few do, a warp per unit of positions. A list that is full only counts on.
-KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch) {
+KVC_DEVICE void kvc_list_due(const Guard& guard, const Pool& pool, const Batch& batch) {
+    const bool any_fresh = *kvc_n_fresh(guard, pool) != 0;
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[batch.rows];
     Due* list = kvc_due_list(pool);
@@ -255,7 +309,7 @@ KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch) {
         for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) {
             const uint32_t position = first + 32 * g + kvc_lane();
             const int32_t slot = position < (uint32_t)row.verify_end ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
-            const bool is_due = slot >= 0 && kvc_is_due(batch, row, slot);
+            const bool is_due = slot >= 0 && kvc_is_due(pool, batch, row, slot, any_fresh);
             const uint32_t due = kvc_ballot(is_due);
             if (due == 0) continue;
             uint32_t place = 0;
@@ -297,20 +351,23 @@ KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
         }
         if (p.pool.n_digests) kvc_scan_data_work(p.pool, p.batch);
         if (is_judging) kvc_judge_rows(p);
-        if (is_judging && p.pool.due) kvc_list_due(p.pool, p.batch);
+        if (is_judging && p.pool.due) kvc_list_due(p.guard, p.pool, p.batch);
         return;
     }
     const int64_t* tiles = kvc_work(p.pool, KVC_WORK_WRITE);
     const int64_t n_tiles = tiles[rows];
     uint32_t n = 0;
+    int64_t r = kvc_global_warp();
+    Row row = {};
+    if (r < rows) row = kvc_pointer<Row>(p.pool.rows)[r];  // under way while the tiles are looked at
     for (int64_t u = kvc_block(); u < n_tiles; u += n_blocks) {
         const KvcUnit unit = kvc_find_unit(tiles, rows, u, n_tiles);
         n += kvc_write_tile(p, unit.row, unit.chunk, forward, is_judging);
     }
-    for (int64_t r = kvc_global_warp(); r < rows; r += (int64_t)n_blocks * KVC_WARPS) {
-        const Row row = kvc_pointer<Row>(p.pool.rows)[r];
-        if (row.n_new > 32 || !(row.flags & KVC_ROW_LIVE)) continue;
-        n += kvc_write_short_row(p, row, (int32_t)r, forward, is_judging);
+    while (r < rows) {
+        if (row.n_new <= 32 && row.flags & KVC_ROW_LIVE) n += kvc_write_short_row(p, row, (int32_t)r, forward, is_judging);
+        r += (int64_t)n_blocks * KVC_WARPS;
+        if (r < rows) row = kvc_pointer<Row>(p.pool.rows)[r];
     }
     n = (uint32_t)kvc_warp_sum(n);
     if (kvc_lane() == 0) n_written[kvc_warp_in_block()] = n;
@@ -319,5 +376,5 @@ KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
         for (uint32_t w = 1; w < KVC_WARPS; ++w) n += n_written[w];
         kvc_count_entries(p.guard, p.pool, KVC_STAGE_HEAD, n);
     }
-    if (is_judging && p.pool.due) kvc_list_due(p.pool, p.batch);
+    if (is_judging && p.pool.due) kvc_list_due(p.guard, p.pool, p.batch);
 }

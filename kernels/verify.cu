@@ -15,11 +15,12 @@ struct HotRow {
     const int32_t* history;  // of position known_from; null: none
     uint32_t known_from, n_known;
     uint32_t anchored_at;  // the position whose chain must be the anchor
+    uint32_t request_id;
     uint64_t anchor;
 };
 KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index) {
     const Batch& batch = p.batch;
-    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.anchor};
+    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.request_id, row.anchor};
     const int64_t offset = p.pool.token_offset;
     if (batch.token_history && row.request_slot >= 0 && batch.history_length > offset) {
         hot.known_from = offset < 0 ? (uint32_t)-offset : 0;
@@ -122,6 +123,18 @@ KVC_DEVICE bool kvc_is_healthy(const HotRow& hot, uint32_t position, int32_t slo
     return slot >= 0 && is_same && is_healthy;
 }
 
+// Whether what a lane sees is plainly of the block's epoch, and in a block that its row may read.
+template <uint32_t STAGE>
+KVC_DEVICE bool kvc_is_of_its_block(const Pool& pool, const Batch& batch, const HotRow& hot, int32_t slot, const Raw& raw,
+                                    uint32_t forward) {
+    const uint32_t number = kvc_divide((uint32_t)slot, pool.page_size, pool.page_shift);
+    const kvc_u128 word = kvc_load_u128_if(kvc_pointer<BlockState>(pool.blocks) + number, slot >= 0);
+    const BlockState block = {word.x, word.y, word.z, word.w};
+    const bool is_fine = raw.k.back.w == block.epoch && !kvc_may_not_read(block, batch.request_ids, hot.request_id);
+    const uint32_t head_step = STAGE == KVC_STAGE_HEAD ? raw.k.back.y : raw.head_steps[0];
+    return is_fine || head_step == forward || (STAGE == KVC_STAGE_TAIL && head_step == 0);
+}
+
 // A warp takes units of up to 128 positions of one row at a time, with all stamps of a unit under way at once and the table entries
 // of its next one; each lane gets its predecessor's link from the lane below, the first from memory. The units of a block are
 // neighbours, dealt out to its warps in turn, so that it reads the same few pages of memory at any time.
@@ -166,6 +179,12 @@ KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRo
         carried.is_same = kvc_ballot(seen.is_same) & 1;
     }
     bool is_odd = row.flags & KVC_ROW_RELATIVE && hot.anchored_at - first < last - first;
+    if (pool.blocks) {
+#pragma unroll
+        for (uint32_t g = 0; g < KVC_GROUPS; ++g) {
+            is_odd |= first + 32 * g + lane < last && !kvc_is_of_its_block<STAGE>(pool, batch, hot, slots[g], raw[g], forward);
+        }
+    }
 #pragma unroll
     for (uint32_t g = 0; g < KVC_GROUPS; ++g) {
         const uint32_t position = first + 32 * g + lane;
@@ -181,13 +200,14 @@ template <uint32_t STAGE>
 KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
     const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
-    const int64_t end = n_units * (kvc_block() + 1) / kvc_n_blocks();
-    int64_t u = n_units * kvc_block() / kvc_n_blocks() + kvc_warp_in_block();
+    const Share share = kvc_even_share(n_units, kvc_block(), kvc_n_blocks());
+    const int64_t end = share.last;
+    int64_t u = share.first + kvc_warp_in_block();
     uint32_t n_entries = 0;
     while (u < end) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
-        const int64_t n_left = kvc_units(row.verify_end - row.verify_start, KVC_VERIFY_UNIT) - unit.chunk;
+        const int64_t n_left = (int64_t)kvc_units((uint32_t)(row.verify_end - row.verify_start), KVC_VERIFY_UNIT) - unit.chunk;
         const int64_t row_end = u + n_left < end ? u + n_left : end;
         if (!(row.flags & KVC_ROW_LIVE) || n_left <= 0) {
             u += KVC_WARPS;
@@ -249,9 +269,10 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_verify(KVC_PARAM StepParams p) {
 
 // ---- kvc_stamps_tail -----------------------------------------------------------------------------------------------------
 // DUPLICATE_WRITE of a loser, and the look-up of the token's place through the table as it is now.
-KVC_NOINLINE void kvc_judge_new_token(const StepParams& p, const Row& row, int32_t index, int64_t i, const KvcSlot& target,
-                                    bool is_loser, uint32_t forward) {
+KVC_NOINLINE void kvc_judge_new_token(const StepParams& p, int32_t index, int64_t i, bool is_loser, uint32_t forward) {
     const Pool& pool = p.pool;
+    const Row row = kvc_pointer<Row>(pool.rows)[index];
+    const KvcSlot target = kvc_write_slot(pool, p.batch, row.first_token + i);
     const uint32_t tag = kvc_tag(KVC_STAGE_TAIL, pool.kind, 0);
     const int64_t t = row.first_token + i, position = row.prefix + i;
     if (is_loser) {
@@ -311,10 +332,32 @@ KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint3
         }
         const bool is_loser = is_slot && !is_written;
         if (is_judging && (is_loser || !kvc_is_where_it_belongs(p, unit.row, row.prefix + i, target, forward))) {
-            kvc_judge_new_token(p, row, unit.row, i, target, is_loser, forward);
+            kvc_judge_new_token(p, unit.row, i, is_loser, forward);
         }
     }
     return is_written;
+}
+
+// The fresh slots of the prefixes, whose bytes HEAD has verified, are fresh no more. Out of line: it is rare.
+KVC_NOINLINE void kvc_settle_fresh(const StepParams& p) {
+    const Pool& pool = p.pool;
+    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
+    const int64_t n_units = work[p.batch.rows];
+    uint32_t n_settled = 0;
+    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
+        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
+        if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) continue;
+        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
+        for (int64_t position = first + kvc_lane(); position < first + KVC_VERIFY_UNIT && position < row.verify_end; position += 32) {
+            const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
+            if (at.status != KVC_SLOT_OK) continue;
+            uint64_t* word = kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot;
+            const uint64_t claim = kvc_load_volatile_u64(word);
+            if (kvc_is_fresh(claim)) n_settled += kvc_atomic_cas_u64(word, claim, claim >> 32 << 32) == claim;  // rows may share it
+        }
+    }
+    if (n_settled) kvc_atomic_add_u32(kvc_n_fresh(p.guard, pool), 0u - n_settled);
 }
 
 // Even shares of the prefix as in kvc_stamps_verify, then a warp per 32 new tokens, from the last warp down; a slot written in
@@ -333,6 +376,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_tail(KVC_PARAM StepParams p) {
         n_entries += kvc_finish_chunk(p, kvc_find_unit(work, p.batch.rows, u, n_units), forward, is_judging);
     }
     if (is_judging) n_entries += kvc_verify_prefixes<KVC_STAGE_TAIL>(p, forward);
+    if (is_judging && kvc_load_volatile_u32(kvc_n_fresh(p.guard, p.pool))) kvc_settle_fresh(p);
     const uint64_t n = kvc_block_sum(n_entries);
     if (kvc_thread() == 0) kvc_count_entries(p.guard, p.pool, KVC_STAGE_TAIL, n);
 }
@@ -359,6 +403,7 @@ KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
         }
         const Stamp stamp = kvc_pointer<Stamp>(pool.head[half])[slot];
         const uint32_t tail_step = kvc_pointer<Stamp>(pool.tail[half])[slot].step;
+        if (pool.blocks && stamp.step) v.reasons |= kvc_epoch_reasons(kvc_block_state(pool, slot), stamp);
         const bool is_known = stamp.token != KVC_NO_TOKEN;
         if (stamp.step == 0) {
             v.reasons = KVC_REASON_UNWRITTEN;

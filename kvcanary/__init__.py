@@ -4,11 +4,13 @@ import logging
 
 from kvcanary import layouts
 from kvcanary.batch import StepBatch
+from kvcanary.bundle import SlotBundle
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import (
     BackendError,
     BatchError,
+    BundleError,
     CanaryCounterError,
     CanaryStalledError,
     CaptureError,
@@ -20,6 +22,8 @@ from kvcanary.errors import (
     PhaseError,
 )
 from kvcanary.layout import KvPool, Plane
+from kvcanary.ledger import PREFIX_CACHE
+from kvcanary.lifecycle import LifecycleEvent
 from kvcanary.manager import CanaryManager
 from kvcanary.observers import KernelRunCounterHealthChecker, PeriodicCanaryStatsLogger
 from kvcanary.state import CanaryDeviceState
@@ -31,8 +35,10 @@ from kvcanary.violations import Violation
 __version__ = "0.1.0"
 
 __all__ = [
+    "PREFIX_CACHE",
     "BackendError",
     "BatchError",
+    "BundleError",
     "CanaryConfig",
     "CanaryCounterError",
     "CanaryDeviceState",
@@ -50,11 +56,13 @@ __all__ = [
     "KvPool",
     "LayoutError",
     "LifecycleError",
+    "LifecycleEvent",
     "PeriodicCanaryStatsLogger",
     "PhaseError",
     "Plane",
     "PoolKind",
     "Reason",
+    "SlotBundle",
     "Stage",
     "StepBatch",
     "SweepOrchestrator",

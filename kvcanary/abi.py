@@ -15,7 +15,10 @@ from kvcanary.tags import N_TAGS, CanaryLaunchTag, Detail, Reason, Stage
 # ---- constants of the chain and the digest (kvcanary/hashing.py has the formulas) ------------------------------------
 MIX_1 = 0xBF58476D1CE4E5B9  # splitmix64's finalizer
 MIX_2 = 0x94D049BB133111EB
+MIX_1_INVERSE = pow(MIX_1, -1, 1 << 64)
+MIX_2_INVERSE = pow(MIX_2, -1, 1 << 64)
 CHAIN_P = 0xD1342543DE82EF95
+CHAIN_P_INVERSE = pow(CHAIN_P, -1, 1 << 64)
 CHAIN_ANCHOR = 0xC0FFEE
 DIGEST_SEED = 0x9E3779B97F4A7C15
 DIGEST_R = 0x5851F42D4C957F2D
@@ -43,6 +46,9 @@ PREV_NONE = -1  # stamp.prev_slot: there is no predecessor, or it is not known w
 # written in the same forward): it says nothing beyond the slots that continue it. Its stamps have these prev_slots:
 PREV_RELATIVE = -2  # the first of them: it continues no stamp
 PREV_RELATIVE_BASE = -3  # the others: PREV_RELATIVE_BASE - slot of the stamp that it continues
+PREV_IN_LIST = 0  # in an image of moved slots, this in place of a slot: the previous entry of the list
+# Lower half of a claim word: token index + 1 of a write (at most 2^30), or from 2^31 on an adoption, or this:
+CLAIM_FRESH = 0x7FFFFFFF  # moved here or adopted, and its bytes were not verified since
 
 # ---- table kinds -----------------------------------------------------------------------------------------------------
 TABLE_DENSE = 0  # block_table[row, position / table_page]
@@ -69,8 +75,21 @@ WORK_TAIL = 2  # chunks of new tokens
 WORK_DATA = 3  # units of prefix positions whose bytes may fall due
 N_WORK = 4
 
+# ---- block ownership: flags of a BLOCK_STATE, and what kvc_blocks_update does to each part of its list of ids --------
+BLOCK_LIVE = 1  # somebody holds it
+BLOCK_SHARED = 2  # others than its primary owner hold it, or there is no primary any more
+OP_ALLOCATE = 0  # a new epoch, under a primary owner
+OP_SHARE = 1  # one holder more, who may only read
+OP_LEAVE = 2  # the primary lets go, others still hold it
+OP_UNSHARE = 3  # only the primary is left
+OP_FREE = 4  # nobody holds it any more
+N_BLOCK_OPS = 5
+MAX_BLOCK_IDS = 1000  # ids of one launch, passed by value: with the rest, parameters may have 4096 bytes
+
+MAX_LAYER_DIGESTS = 15  # of one launch of kvc_digests_layer
+
 # ---- device state: one flat u64 array, header words first ------------------------------------------------------------
-STATE_FORWARD = 0  # number of the forward in progress, or of the last one
+STATE_FORWARD = 0  # number of the forward in progress, or of the last one; a move before the first one makes it 1
 STATE_FORWARD_DONE = 1  # the same, published after every block of kvc_begin has read it
 STATE_STEP = 2  # first forwards begun = outer steps seen by the device
 STATE_STEP_DONE = 3
@@ -84,7 +103,11 @@ STATE_UNANCHORED_ROWS = 10  # rows with a prefix whose chain nobody outside the 
 STATE_DATA_SLOTS = 11  # (slot, digest) pairs compared
 STATE_ADOPTED_SLOTS = 12
 STATE_FORWARDS_JUDGED = 13  # forwards begun while not paused
-N_STATE_WORDS = 16
+STATE_UNOWNED_WRITES = 14  # new tokens written to blocks that nobody owned (lifecycle)
+STATE_SKIPPED_MOVES = 15  # entries of moves that named no slot, or one that could not be refreshed
+STATE_SCRUB_SLOTS = 16  # written slots that the patrol has checked
+STATE_SCRUB_ORPHANS = 17  # written slots that it passed over, because nobody holds their block
+N_STATE_WORDS = 24
 
 # ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
 CONTROL_ALARM = 0  # device -> host: some record was committed (a hint)
@@ -154,6 +177,14 @@ ROW = np.dtype(
     ]
 )
 DUE = np.dtype([("slot", "<u4"), ("position", "<i4"), ("row", "<i4"), ("unused", "<u4")])
+BLOCK_STATE = np.dtype(
+    [
+        ("epoch", "<u4"),  # allocations so far; 0 = never allocated
+        ("owner", "<u4"),  # primary: who allocated it and still holds it; 0 = none
+        ("flags", "<u4"),  # BLOCK_*
+        ("since", "<u4"),  # the last forward begun when it got this owner, or none
+    ]
+)
 POOL_STATE = np.dtype(
     [
         ("head_forward", "<u4"),
@@ -161,6 +192,8 @@ POOL_STATE = np.dtype(
         ("n_aborted", "<u4"),
         ("aborted_floor", "<u4"),
         ("aborted", "<u4", (N_ABORTED,)),
+        ("scrub_turn", "<u4"),  # turns of the patrol begun; the first is 1
+        ("n_fresh", "<u4"),  # slots whose claim word says CLAIM_FRESH
     ]
 )
 VIOLATION = np.dtype(
@@ -190,6 +223,10 @@ VIOLATION = np.dtype(
         ("stamp_epoch", "<u4"),
         ("detail", "<u4"),
         ("flags", "<u4"),
+        ("block_owner", "<u4"),  # the BLOCK_STATE of the slot's block; all 0 without lifecycle
+        ("block_epoch", "<u4"),
+        ("block_since", "<u4"),
+        ("block_flags", "<u4"),
         ("unused", "<u4"),
     ]
 )
@@ -202,6 +239,7 @@ GUARD = np.dtype(
         ("kernel_runs", "<u8"),  # u64[pools, N_TAGS]
         ("slot_runs", "<u8"),  # u64[pools, N_TAGS]
         ("data_runs", "<u8"),  # u64[pools, 3]
+        ("scrub_runs", "<u8"),  # u64[pools]
         ("control", "<u8"),  # u64[N_CONTROL_WORDS], mapped
         ("ring", "<u8"),  # VIOLATION[ring_capacity + 1], mapped; record 0 has place 0
         ("ring_capacity", "<u8"),
@@ -224,6 +262,7 @@ POOL = np.dtype(
         ("register_claims", "<u8"),  # u64[max_requests]: forward << 32 | row + 1
         ("rows", "<u8"),  # ROW[max_requests]
         ("work", "<u8"),  # i64[4, max_requests + 1]: what lies before each row, see WORK_*
+        ("blocks", "<u8"),  # BLOCK_STATE[n_blocks]; null: block ownership is not judged
         ("due", "<u8"),  # DUE[due_capacity + 1], entry 0 counts; null: none are listed
         ("page_size", "<i4"),
         ("page_shift", "<i4"),  # log2 of page_size; negative = not a power of two
@@ -237,6 +276,8 @@ POOL = np.dtype(
         ("n_reserved", "<u4"),
         ("max_requests", "<u4"),
         ("due_capacity", "<u4"),
+        ("scrub_blocks", "<u4"),  # of a turn of the patrol; 0 = none
+        ("unused", "<u4"),
         ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block
     ]
 )
@@ -280,6 +321,15 @@ PARAMS: dict[str, np.dtype[Any]] = {
         [("guard", GUARD), ("pool", POOL), ("batch", BATCH), ("is_first_pool", "<u4"), ("unused", "<u4")]
     ),
     "StepParams": np.dtype([("guard", GUARD), ("pool", POOL), ("batch", BATCH)]),
+    "LayerParams": np.dtype(
+        [
+            ("guard", GUARD),
+            ("pool", POOL),
+            ("batch", BATCH),
+            ("n_digests", "<u4"),
+            ("digests", "<u4", (MAX_LAYER_DIGESTS,)),  # indices of the layer's
+        ]
+    ),
     "SweepParams": np.dtype(
         [
             ("guard", GUARD),
@@ -291,6 +341,38 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("n", "<i8"),
         ]
     ),
+    "LifecycleParams": np.dtype(
+        [
+            ("state", "<u8"),  # GUARD.state
+            ("blocks", "<u8"),  # BLOCK_STATE[n_blocks]
+            ("n_blocks", "<u4"),
+            ("owner", "<u4"),
+            ("ends", "<u4", (N_BLOCK_OPS,)),  # op o is done to ids[ends[o - 1]] up to ids[ends[o]]
+            ("unused", "<u4"),
+            ("ids", "<i4", (MAX_BLOCK_IDS,)),
+        ]
+    ),
+    # Lists are i32, or all of them i64 (wide); entry i of n is slot i % per_entry of slots[i / per_entry].
+    "MoveParams": np.dtype(
+        [
+            ("guard", GUARD),
+            ("pool", POOL),
+            ("slots", "<u8"),
+            ("positions", "<u8"),
+            ("tokens", "<u8"),  # negative = unknown; or null
+            ("chains", "<u8"),  # u64[n], 0 = unknown; or null
+            ("stamps", "<u8"),  # the image: STAMP[2 * n_halves, n], HEAD of each half, then TAIL; see PREV_IN_LIST
+            ("digests", "<u8"),  # u64[n_digests, n] of it
+            ("row_starts", "<u8"),  # rows of a commit: entries row_starts[r] to row_starts[r + 1]
+            ("request_slots", "<u8"),  # negative = none
+            ("prefix_lens", "<u8"),  # positions before the row's first entry
+            ("n", "<i8"),
+            ("n_rows", "<i4"),
+            ("per_entry", "<i4"),
+            ("wide", "<u4"),
+            ("drops_digests", "<u4"),  # kvc_moves_localize: the digests did not come along
+        ]
+    ),
 }
 
 _STRUCTS: dict[str, np.dtype[Any]] = {
@@ -300,6 +382,7 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     "Digest": DIGEST,
     "Row": ROW,
     "Due": DUE,
+    "BlockState": BLOCK_STATE,
     "PoolState": POOL_STATE,
     "Violation": VIOLATION,
     "Guard": GUARD,
@@ -308,7 +391,22 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     **PARAMS,
 }
 _U64_CONSTANTS = tuple(n for n in globals() if n.startswith(("MIX_", "CHAIN_", "DIGEST_")))
-_INT_PREFIXES = ("TABLE_", "WORK_", "ROW_", "STATE_", "CONTROL_", "PREV_", "N_", "MAX_RESERVED", "NO_TOKEN")
+_INT_PREFIXES = (
+    "CLAIM_",
+    "TABLE_",
+    "WORK_",
+    "ROW_",
+    "BLOCK_",
+    "OP_",
+    "STATE_",
+    "CONTROL_",
+    "PREV_",
+    "N_",
+    "MAX_RESERVED",
+    "MAX_BLOCK_IDS",
+    "MAX_LAYER_DIGESTS",
+    "NO_TOKEN",
+)
 _INT_NAMES = (
     "SHARE_RUN",
     "THREADS",

@@ -39,7 +39,8 @@ class CanaryConfig:
         real_data: which bytes of a slot are digested: "all", "partial" (the first 16 bytes of each chunk), "none".
         verify_data_every: every live byte is re-digested within this many forwards of its request (prime is best).
         full_verify_min_tokens: a row with more new tokens than this has its whole prefix digested.
-        scrub_bytes_per_step: byte budget of the in-graph patrol; 0 = off (not in this version).
+        scrub_bytes_per_step: bytes that the in-graph patrol digests a step, over all pools, at least a block of each;
+            0 = off. Needs lifecycle.
         sweep_interval: steps between sweeps over the attached resident set; 0 = off.
         stats_print_every_n_steps: steps between stats lines; 0 = off.
         health_check_every_n_steps: steps between health checks; 0 = off.
@@ -47,7 +48,8 @@ class CanaryConfig:
         health_policy: what a stalled guard does: "raise", "log", or "as-mode" (raise in mode "raise").
         ring_capacity: violation records that can wait for the host.
         on_unwritten: "adopt" takes prefix slots that were never stamped into the guard instead of reporting them.
-        lifecycle: judge block ownership (not in this version).
+        lifecycle: judge block ownership; the engine then says who owns the blocks of every pool
+            (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`).
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         black_box_path: where to write the black box; None = nowhere (not in this version).
@@ -84,6 +86,12 @@ class CanaryConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.black_box_path is not None and not isinstance(self.black_box_path, str):
             raise ConfigError(f"black_box_path={self.black_box_path!r}: give a path as a string, or None")
+        if self.scrub_bytes_per_step and not self.lifecycle:
+            raise ConfigError(
+                f"scrub_bytes_per_step={self.scrub_bytes_per_step} with lifecycle=False: the patrol must know which "
+                "blocks somebody holds; set lifecycle=True and make its calls (allocate_blocks, ...), or "
+                "scrub_bytes_per_step=0"
+            )
         _refuse_unbuilt(self)
 
     @classmethod
@@ -120,7 +128,7 @@ class CanaryConfig:
 
 def _refuse_unbuilt(config: CanaryConfig) -> None:
     """Settings whose part of the guard this version does not have are refused, so that nobody relies on them."""
-    for name, unset in (("lifecycle", False), ("scrub_bytes_per_step", 0), ("black_box_path", None)):
+    for name, unset in (("black_box_path", None),):
         if getattr(config, name) != unset:
             raise ConfigError(f"{name}={getattr(config, name)!r}: not in this version; leave it at {unset!r}")
 

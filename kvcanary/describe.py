@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from kvcanary import abi
 from kvcanary.config import CanaryConfig
 from kvcanary.layout import KvPool
+from kvcanary.patrol import Patrol, plan_patrol
 from kvcanary.state import CounterLayout
 
 
@@ -18,7 +19,8 @@ def pool_bytes(config: CanaryConfig, pool: KvPool, max_requests: int) -> int:
     tables = len(pool.planes) * abi.PLANE.itemsize + n_digests * abi.DIGEST.itemsize
     capacity = abi.due_capacity(pool.n_slots, n_digests, config.verify_data_every)
     due = (capacity + 1) * abi.DUE.itemsize if capacity else 0
-    return pool.n_slots * per_slot + max_requests * per_request + tables + due
+    blocks = pool.n_blocks * abi.BLOCK_STATE.itemsize if config.lifecycle else 0
+    return pool.n_slots * per_slot + max_requests * per_request + tables + due + blocks
 
 
 def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:
@@ -39,35 +41,41 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
         "a whole, consistent substitution of a row by another request's blocks (rows are unanchored)",
     ),
 }
-_LATER = "STALE_EPOCH, FOREIGN_WRITE (block ownership) and NONFINITE_RESERVED are not in this version"
+_OWNERSHIP = "STALE_EPOCH, FOREIGN_WRITE (lifecycle=False): use of a block after it was freed, or of another's block"
+_NO_READER = "FOREIGN_WRITE, and STALE_EPOCH by who reads (no request_ids): nobody can tell whose a row is"
+_LATER = "NONFINITE_RESERVED is not in this version"
 
 
 def describe_pools(
-    config: CanaryConfig, pools: Sequence[KvPool], max_requests: int, inputs: Collection[str] | None
+    config: CanaryConfig,
+    pools: Sequence[KvPool],
+    max_requests: int,
+    inputs: Collection[str] | None,
+    blocks: Sequence[tuple[int, int, int]] = (),
 ) -> str:
-    """What is guarded, at which cost, and what is off for lack of which input (None: no batch yet)."""
+    """What is guarded, at which cost, and what is off for lack of which input (None: no batch yet).
+
+    Args:
+        blocks: with lifecycle, (live, shared, free) of each pool.
+    """
     if config.mode == "off":
         return "kvcanary is off (mode='off'): nothing is allocated, launched or checked"
     lines = [f"kvcanary: mode {config.mode}, real data {config.real_data}, {max_requests} requests"]
-    for pool in pools:
-        memory, n_digests = pool_bytes(config, pool, max_requests), len(pool.digest_units(config.real_data))
-        kv = pool.bytes_per_slot * pool.n_slots
-        window = f", window {pool.window}" if pool.window else ""
-        data = f", and on average 1/{config.verify_data_every} of its KV bytes" if n_digests else ""
-        share = f" ({memory / kv:.2%} of the KV bytes)" if kv else ""
-        lines += [
-            f"pool {pool.name!r} ({pool.kind.name}{window}): {pool.n_slots} slots in pages of {pool.page_size}",
-            f"  guards: {pool.bytes_per_slot} KV bytes a slot in {len(pool.planes)} planes, {n_digests} digests",
-            f"  memory: {memory} bytes{share}",
-            f"  reads a forward, per prefix slot: {2 * len(pool.halves) * abi.STAMP.itemsize} bytes of stamps{data}",
-        ]
-        if not n_digests:
-            lines.append("  off: DATA (real_data='none', or no planes): damaged bytes are not seen")
+    patrols = plan_patrol(config, pools)
+    for i, pool in enumerate(pools):
+        lines += _pool_lines(config, pool, max_requests, blocks[i] if blocks else None)
+        lines += _patrol_lines(patrols[i])
     on = ["CHAIN", "POSITION", "UNWRITTEN", "OUT_OF_RANGE", "DUPLICATE_WRITE"]
     if config.check_write_position:
         on.append("WRITE_POSITION")
     else:
         lines.append("off: WRITE_POSITION (check_write_position=False): a write that strays from the block table")
+    if config.lifecycle:
+        has_ids = inputs is None or "request_ids" in inputs
+        on += ["STALE_EPOCH", "FOREIGN_WRITE"] if has_ids else ["STALE_EPOCH by the stamps' epochs alone"]
+        lines += [] if has_ids else [f"off: {_NO_READER}"]
+    else:
+        lines.append(f"off: {_OWNERSHIP}")
     if inputs is None:
         lines.append("no batch was seen yet: run a forward to see which inputs are given")
     for reason, (needs, loss) in _NEEDS.items() if inputs is not None else ():
@@ -82,3 +90,32 @@ def describe_pools(
             "judged only between slots of which one was written as the continuation of the other"
         )
     return "\n".join([*lines, f"on: {', '.join(on)}", f"off: {_LATER}"])
+
+
+def _patrol_lines(patrol: Patrol) -> list[str]:
+    if not patrol.n_blocks:
+        return []
+    pace = f"{patrol.n_blocks} blocks a step with a forward, at most {patrol.n_bytes} bytes"
+    return [f"  patrol: {pace}; a full pass every {patrol.n_turns} such steps"]
+
+
+def _pool_lines(
+    config: CanaryConfig, pool: KvPool, max_requests: int, blocks: tuple[int, int, int] | None
+) -> list[str]:
+    memory, n_digests = pool_bytes(config, pool, max_requests), len(pool.digest_units(config.real_data))
+    kv = pool.bytes_per_slot * pool.n_slots
+    window = f", window {pool.window}" if pool.window else ""
+    data = f", and on average 1/{config.verify_data_every} of its KV bytes" if n_digests else ""
+    share = f" ({memory / kv:.2%} of the KV bytes)" if kv else ""
+    lines = [
+        f"pool {pool.name!r} ({pool.kind.name}{window}): {pool.n_slots} slots in pages of {pool.page_size}",
+        f"  guards: {pool.bytes_per_slot} KV bytes a slot in {len(pool.planes)} planes, {n_digests} digests",
+        f"  memory: {memory} bytes{share}",
+        f"  reads a forward, per prefix slot: {2 * len(pool.halves) * abi.STAMP.itemsize} bytes of stamps{data}",
+    ]
+    if blocks is not None:
+        live, shared, free = blocks
+        lines.append(f"  blocks: {live} held, {shared} of them shared, {free} free or cached")
+    if not n_digests:
+        lines.append("  off: DATA (real_data='none', or no planes): damaged bytes are not seen")
+    return lines

@@ -9,7 +9,8 @@ KvCanaryError(RuntimeError)
 ├── BatchError            a batch whose arrays do not fit together, or exceed the manager's capacities
 ├── PhaseError            calls in the wrong order
 ├── CaptureError          something that must not run inside a stream capture was called there
-├── LifecycleError        misuse of block ownership
+├── BundleError           exported slots that are damaged, of another version, or of another kind of cache
+├── LifecycleError        misuse of block ownership; .blocks, .event_index
 └── BackendError          the device, its driver or the kernel compiler is missing or failed
 
 Every message gives the value, the allowed range and the next step.
@@ -70,8 +71,20 @@ class CaptureError(KvCanaryError):
     """A host-driven call that was made on a stream that is being captured."""
 
 
+class BundleError(KvCanaryError, ValueError):
+    """A bundle of exported slots that is damaged, of another version, or not for this pool."""
+
+
 class LifecycleError(KvCanaryError):
-    """Misuse of block ownership."""
+    """Misuse of block ownership; ``blocks`` are the bad ones.
+
+    ``event_index`` is the number of the bad event of `lifecycle.apply`: those before it were applied. None elsewhere.
+    """
+
+    def __init__(self, message: str, blocks: Sequence[int] = (), event_index: int | None = None) -> None:
+        super().__init__(message)
+        self.blocks = tuple(blocks)
+        self.event_index = event_index
 
 
 class BackendError(KvCanaryError):

@@ -23,7 +23,9 @@ from kvcanary.abi import (
     DIGEST_SEED,
     MAX_PLANE_BYTES,
     MIX_1,
+    MIX_1_INVERSE,
     MIX_2,
+    MIX_2_INVERSE,
 )
 
 U64: TypeAlias = npt.NDArray[np.uint64]
@@ -46,6 +48,14 @@ def mix64(x: U64) -> U64:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX_1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(MIX_2)
     return x ^ (x >> np.uint64(31))
+
+
+def unmix64(v: U64) -> U64:
+    """The x of which each element is ``mix64(x)``."""
+    v = (v ^ (v >> np.uint64(31)) ^ (v >> np.uint64(62))) * np.uint64(MIX_2_INVERSE)
+    v = (v ^ (v >> np.uint64(27)) ^ (v >> np.uint64(54))) * np.uint64(MIX_1_INVERSE)
+    x: U64 = v ^ (v >> np.uint64(30)) ^ (v >> np.uint64(60))
+    return x
 
 
 # ---- chain -----------------------------------------------------------------------------------------------------------
@@ -131,6 +141,23 @@ def digest(data: npt.NDArray[np.uint8], digest_index: int, positions: Ints) -> U
         total[start : start + at_once] += words.view("<u4").astype(np.uint64) @ constants
     d = mix64(total)
     return np.where(d == 0, np.uint64(1), d)
+
+
+def shift_digest(digests: U64, old: Ints, new: Ints) -> U64:
+    """The digests of the same bytes at other positions: u64[n], without looking at the bytes.
+
+    The sum under mix64 is linear in the position, and mix64 is a bijection. Of a stored 1 nobody knows whether it
+    stands for 0: at another position it becomes 0, no digest.
+
+    Args:
+        digests: u64[n]; 0 = none.
+        old, new: i32[n]: positions.
+    """
+    low = np.int64(0xFFFFFFFF)
+    from_, to = ((p.astype(np.int64) & low).astype(np.uint64) * np.uint64(DIGEST_C2) for p in (old, new))
+    d = mix64(unmix64(digests) + to - from_)
+    shifted = np.where(digests <= np.uint64(1), np.uint64(0), np.where(d == 0, np.uint64(1), d))
+    return np.where(old == new, digests, shifted)
 
 
 def share_of(slots: Ints, run: int, n: int) -> Ints:

@@ -18,14 +18,17 @@ from kvcanary.construct import check_capacities, choose_backend, make_backend, p
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
-from kvcanary.errors import CaptureError, ConfigError, KvCanaryError, PhaseError
+from kvcanary.errors import BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
+from kvcanary.lifecycle import BlockCounts, Lifecycle
+from kvcanary.moves import MoveCalls
 from kvcanary.observers import (
     KernelRunCounterHealthChecker,
     PeriodicCanaryStatsLogger,
     StepFacts,
     ViolationObserver,
 )
+from kvcanary.patrol import plan_patrol
 from kvcanary.phases import Phase, PhaseChecker
 from kvcanary.prove import Proof, prove_batch
 from kvcanary.state import CanaryDeviceState, StateSnapshot
@@ -44,7 +47,7 @@ class _Bound(NamedTuple):
     batches: list[BoundBatch]
 
 
-class CanaryManager:
+class CanaryManager(MoveCalls):
     """Guards the KV pools of one engine process.
 
     Args:
@@ -82,7 +85,10 @@ class CanaryManager:
         self._stream: Any = None
         self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = weakref.WeakKeyDictionary()
         self._open_forward: tuple[list[BoundCall], Any] | None = None
+        self._lifecycle: Lifecycle | None = None
+        self._layers: dict[int, set[int | None]] = {}
         if config.mode == "off":
+            self._lifecycle = Lifecycle()
             return
         check_capacities(self.pools, max_requests, max_new_tokens)
         kind = backend if callable(backend) else choose_backend(backend, self.pools)
@@ -91,7 +97,10 @@ class CanaryManager:
             pool.check(config.real_data, None if callable(kind) else device_kind)
         self._device_kind = next((p.device.split(":")[0] for p in self.pools if p.device), device_kind)
         self._backend = make_backend(kind, config, self.pools, max_requests, max_new_tokens)
+        if config.lifecycle:
+            self._lifecycle = Lifecycle(self.pools, self._backend, self._gate, self._pool_index)
         self._sweep = SweepOrchestrator(config.sweep_interval)
+        self._patrols = plan_patrol(config, self.pools)
         self._make_observers(self._backend)
 
     def _make_observers(self, backend: Backend) -> None:
@@ -192,6 +201,39 @@ class CanaryManager:
             self.abandon_forward()
             raise
 
+    def verify_layer(self, batch: StepBatch, layer: int, stream: Any = None) -> None:
+        """Digest one layer of the prefixes of the rows marked ``pending``, right before that layer reads them.
+
+        For KV that is loaded layer by layer: HEAD leaves pending rows' data out, because it is still on its way; call
+        this between `head` and `tail`, after the wait for the layer's load. May run inside a capture.
+
+        Args:
+            batch: the one that HEAD was given.
+            layer: the ``layer`` of the planes, as `kvcanary.layouts` numbers them (from 0).
+
+        Raises:
+            PhaseError: not between HEAD and TAIL of ``batch``. BatchError: ``batch`` has no ``pending``, or no pool of
+                the forward has digests of that layer.
+        """
+        if self._backend is None:
+            return
+        if self._open_forward is None or self._open_forward[1] is not batch:
+            raise PhaseError("verify_layer() must come between head() and tail() of the same StepBatch object")
+        if batch.pending is None:
+            raise BatchError("verify_layer(): the batch has no pending rows; give pending u8[rows] to StepBatch")
+        calls = [call for call in self._open_forward[0] if layer in self._layers_of(call.pool)]
+        if not calls:
+            known = {n for call in self._open_forward[0] for n in self._layers_of(call.pool) if n is not None}
+            raise BatchError(
+                f"verify_layer(): layer {layer!r} has no digests in this forward's pools; they have {sorted(known)}"
+            )
+        self._backend.verify_layer(calls, layer, stream)
+
+    def _layers_of(self, pool: int) -> set[int | None]:
+        if pool not in self._layers:
+            self._layers[pool] = {unit.layer for unit in self.pools[pool].digest_units(self.config.real_data)}
+        return self._layers[pool]
+
     def tail(self, batch: StepBatch, stream: Any = None) -> None:
         """TAIL of the forward that `head` began, after the model; may run inside a capture."""
         if self._backend is None:
@@ -244,8 +286,11 @@ class CanaryManager:
             self._sweep.step(self._step + 1, self._backend, self._stream)
         self._step += 1
         self._n_counted_steps += counted
-        step, is_odd = self._step, self._has_odd_stream()
-        due = [observer for observer in self._observers if is_odd or observer.is_due(step)]
+        step = self._step
+        due = [observer for observer in self._observers if observer.is_due(step)]
+        # An observer with a snapshot to take looks at the stream itself.
+        if all(observer is self._violations for observer in due) and self._has_odd_stream():
+            due = list(self._observers)
         if due:
             self._observe(due, self._backend)
 
@@ -299,8 +344,10 @@ class CanaryManager:
         )
 
     def _newest_snapshot(self) -> StateSnapshot | None:
-        taken = [o.latest for o in (self._health, self._stats_logger) if o.latest is not None]
-        return max(taken, key=lambda snapshot: snapshot.step, default=None)
+        ours, other = self._health.latest, self._stats_logger.latest
+        if ours is None or (other is not None and other.step > ours.step):
+            return other
+        return ours
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
@@ -331,13 +378,58 @@ class CanaryManager:
             return pool
         raise ConfigError(f"pool {pool!r}: the pools are {', '.join(names)} (0 to {len(names) - 1})")
 
+    # ---- block ownership ---------------------------------------------------------------------------------------------
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """Block ownership: `Lifecycle.apply` for batches of events, and what the ledger knows."""
+        if self._lifecycle is None:
+            raise ConfigError(
+                "lifecycle=False: block ownership is not guarded; make the CanaryConfig with lifecycle=True"
+            )
+        return self._lifecycle
+
+    def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
+
+        Needs ``lifecycle=True``; does nothing in mode "off". See `Lifecycle` for when it may be called.
+
+        Args:
+            ids: block ids: one, a sequence or an integer array on the host; none twice. Up to 1,000 are one launch.
+            owner: the request id (u32, not 0): what `StepBatch.request_ids` holds for its rows.
+            stream: where it is ordered; None = the stream of the current (or the last) step.
+
+        Raises:
+            LifecycleError: a block that is reserved, held by somebody, out of range or named twice; nothing is changed.
+            ConfigError: lifecycle is off. PhaseError, CaptureError: inside a forward, or a capture of the stream.
+        """
+        self.lifecycle.call("allocate", ids, owner, pool, stream)
+
+    def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
+
+        Arguments and errors are those of `allocate_blocks`.
+        """
+        self.lifecycle.call("share", ids, owner, pool, stream)
+
+    def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
+
+        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that it does not hold.
+        """
+        self.lifecycle.call("free", ids, owner, pool, stream)
+
+    def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
+        stream = self._stream if stream is None else stream
+        self._host_driven(call, stream)
+        return stream, self._step + (self._phases.phase is Phase.STEP)
+
     # ---- host-driven calls -------------------------------------------------------------------------------------------
-    def _host_driven(self, call: str) -> Backend:
+    def _host_driven(self, call: str, stream: Any = None) -> Backend:
+        stream = self._stream if stream is None else stream
+        if self._phases.phase is not Phase.CLOSED and self._handlers[0].is_capturing(stream):
+            raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
         self._phases.need_outside_forward(call)
-        backend = self.backend
-        if self._handlers and self._handlers[0].is_capturing(self._stream):
-            raise CaptureError(f"{call} came while the step's stream is being captured: call it outside the capture")
-        return backend
+        return self.backend
 
     def pause(self) -> None:
         """Stop judging from the next forward on, also in captured graphs; stamps and digests are still written.
@@ -414,11 +506,18 @@ class CanaryManager:
             self._violations.violations_total,
             self._violations.observations_total,
             self._newest_snapshot(),
+            self._block_counts(),
+            [patrol.n_turns for patrol in self._patrols],
         )
+
+    def _block_counts(self) -> tuple[BlockCounts, ...]:
+        return self._lifecycle.counts() if self._lifecycle is not None else ()
 
     def describe(self) -> str:
         """Per pool: bytes per slot, memory, expected cost, and which reasons are on, or off for lack of which input."""
-        return describe_pools(self.config, self.pools, self.max_requests, set(self._inputs_seen) or None)
+        return describe_pools(
+            self.config, self.pools, self.max_requests, set(self._inputs_seen) or None, self._block_counts()
+        )
 
     @staticmethod
     def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:

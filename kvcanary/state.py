@@ -20,7 +20,7 @@ class CounterLayout:
 
     @property
     def n_words(self) -> int:
-        return abi.N_STATE_WORDS + self.n_pools * (2 * N_TAGS + N_STAGES)
+        return abi.N_STATE_WORDS + self.n_pools * (2 * N_TAGS + N_STAGES + 1)
 
     def kernel_runs(self, words: Any) -> Any:
         """u64[pools, 12] view: launches that covered a tag."""
@@ -36,6 +36,11 @@ class CounterLayout:
         """u64[pools, 3] view: data launches per stage."""
         start = abi.N_STATE_WORDS + 2 * self.n_pools * N_TAGS
         return words[start : start + self.n_pools * N_STAGES].reshape(self.n_pools, N_STAGES)
+
+    def scrub_runs(self, words: Any) -> Any:
+        """u64[pools] view: turns of the patrol."""
+        start = abi.N_STATE_WORDS + self.n_pools * (2 * N_TAGS + N_STAGES)
+        return words[start : start + self.n_pools]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,11 @@ class CanaryDeviceState:
         """u64[pools, 3]: data launches per stage."""
         return self.layout.data_runs(self.words)
 
+    @property
+    def scrub_run_counters(self) -> Any:
+        """u64[pools]: turns of the patrol."""
+        return self.layout.scrub_runs(self.words)
+
 
 @dataclass(frozen=True)
 class StateSnapshot:
@@ -93,6 +103,11 @@ class StateSnapshot:
     @property
     def data_run_counters(self) -> npt.NDArray[np.uint64]:
         counters: npt.NDArray[np.uint64] = self.layout.data_runs(self.words)
+        return counters
+
+    @property
+    def scrub_run_counters(self) -> npt.NDArray[np.uint64]:
+        counters: npt.NDArray[np.uint64] = self.layout.scrub_runs(self.words)
         return counters
 
     def word(self, index: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kvcanary import abi
 from kvcanary.state import StateSnapshot
@@ -24,7 +25,15 @@ class CanaryStats:
         unjudged_slots: prefix slots that were passed over because their forward never reached TAIL.
         unanchored_rows: rows whose chain nobody outside the cache knew.
         adopted_slots: slots adopted by on_unwritten="adopt".
+        skipped_moves: entries of moves that named no slot, or one that could not be refreshed.
         dropped: violations that found the ring full.
+        unowned_writes: new tokens written to blocks that nobody owned (lifecycle).
+        scrub_slots: written slots that the patrol has checked; ``scrub_orphans`` it passed over, because nobody holds
+            their block (each counts once per visit).
+        scrub_passes: full passes of the patrol so far, over the pool that is furthest behind; a pass takes
+            ``scrub_steps_per_pass`` steps with a forward. 0 without scrub_bytes_per_step.
+        live_blocks: blocks that somebody holds, ``shared_blocks`` of them shared, and ``free_blocks`` that nobody
+            holds: of all pools, by the ledger, now; all 0 without lifecycle.
     """
 
     step: int = 0
@@ -38,19 +47,44 @@ class CanaryStats:
     unjudged_slots: int = 0
     unanchored_rows: int = 0
     adopted_slots: int = 0
+    skipped_moves: int = 0
     dropped: int = 0
+    unowned_writes: int = 0
+    scrub_slots: int = 0
+    scrub_orphans: int = 0
+    scrub_passes: int = 0
+    scrub_steps_per_pass: int = 0
+    live_blocks: int = 0
+    shared_blocks: int = 0
+    free_blocks: int = 0
 
     @classmethod
     def of(
-        cls, step: int, sweep_passes: int, violations: int, observations: int, snapshot: StateSnapshot | None
+        cls,
+        step: int,
+        sweep_passes: int,
+        violations: int,
+        observations: int,
+        snapshot: StateSnapshot | None,
+        blocks: Sequence[tuple[int, int, int]] = (),
+        scrub_turns: Sequence[int] = (),
     ) -> CanaryStats:
-        if snapshot is None:
-            return cls(step, sweep_passes, violations, observations)
-        return cls(
+        """``blocks``: (live, shared, free) of each pool; ``scrub_turns``: turns of a full pass of each, 0 = none."""
+        live, shared, free = (sum(counts) for counts in zip(*blocks, strict=True)) if blocks else (0, 0, 0)
+        stats = cls(
             step,
             sweep_passes,
             violations,
             observations,
+            live_blocks=live,
+            shared_blocks=shared,
+            free_blocks=free,
+            scrub_steps_per_pass=max(scrub_turns, default=0),
+        )
+        if snapshot is None:
+            return stats
+        return replace(
+            stats,
             snapshot_step=snapshot.step,
             forwards=snapshot.word(abi.STATE_FORWARD),
             protected_tokens=snapshot.protected_tokens,
@@ -58,5 +92,14 @@ class CanaryStats:
             unjudged_slots=snapshot.word(abi.STATE_UNJUDGED_SLOTS),
             unanchored_rows=snapshot.word(abi.STATE_UNANCHORED_ROWS),
             adopted_slots=snapshot.word(abi.STATE_ADOPTED_SLOTS),
+            skipped_moves=snapshot.word(abi.STATE_SKIPPED_MOVES),
             dropped=snapshot.word(abi.STATE_DROPPED),
+            unowned_writes=snapshot.word(abi.STATE_UNOWNED_WRITES),
+            scrub_slots=snapshot.word(abi.STATE_SCRUB_SLOTS),
+            scrub_orphans=snapshot.word(abi.STATE_SCRUB_ORPHANS),
+            scrub_passes=min(
+                (int(run) // n for run, n in zip(snapshot.scrub_run_counters, scrub_turns, strict=True) if n), default=0
+            )
+            if scrub_turns
+            else 0,
         )

@@ -68,7 +68,8 @@ class CanaryLaunchTag(IntEnum):
 class Reason(IntFlag):
     """Why a slot, a write or a row was reported.
 
-    STALE_EPOCH, FOREIGN_WRITE and NONFINITE_RESERVED belong to parts of the guard that this version does not have.
+    STALE_EPOCH and FOREIGN_WRITE need ``lifecycle=True``; NONFINITE_RESERVED belongs to a part of the guard that this
+    version does not have.
     """
 
     CHAIN = 1
@@ -99,3 +100,9 @@ class Detail(IntEnum):
     QUERY_START_LOC = 4  #: the row's token range is not inside the batch; `slot` holds its end
     REQUEST_SLOT = 5  #: request slot >= max_requests; `slot` holds it
     UNFINISHED = 6  #: UNWRITTEN at TAIL: HEAD and TAIL stamps are of different, completed forwards
+    SCRUB = 7  #: a slot of the pool, which the patrol has looked at, for no row
+
+    @property
+    def is_slot(self) -> bool:
+        """Whether `slot` is a slot of the pool, if it is not negative."""
+        return self in (Detail.SLOT, Detail.UNFINISHED, Detail.SCRUB)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kvcanary import abi
 from kvcanary.hashing import mix64_int
+from kvcanary.ledger import owner_name
 from kvcanary.tags import CanaryLaunchTag, Detail, Reason, Stage
 
 # What a reason says, and what is usually behind it; in the order of telling, since the first says most about the cause.
@@ -77,6 +78,10 @@ _NOT_ARRIVED = (
     "this forward's write did not arrive in the slot that the block table gives for it",
     "a slot mapping of another step or graph, or a table that changed while the forward ran",
 )
+_OUTLIVED = (
+    "no KV was written here since the block was allocated anew; what is in it is older",
+    "a prefix hit before the prefix was computed, a transfer that did not arrive, or a write that was lost",
+)
 _BAD_ROWS: dict[Detail, tuple[str, str]] = {
     Detail.SEQ_LEN: (
         "the row is longer than its table row",
@@ -100,6 +105,7 @@ _PLACES: dict[Detail, tuple[str, str]] = {
     Detail.QUERY_START_LOC: ("query_end", "the end {} of the row's token range (outside the batch)"),
     Detail.REQUEST_SLOT: ("bad_request_slot", "the request slot {} (at or above max_requests)"),
     Detail.UNFINISHED: ("slot", "slot {}"),
+    Detail.SCRUB: ("slot", "slot {}"),
 }
 
 
@@ -131,7 +137,10 @@ class Violation:
         stored_chain: chain in the stamp, None when not known; see `decode` for the mask; ``expected_chain`` likewise.
         stored_digest: digest at write time, ``found_digest`` now; None when not compared.
         stored_position: position in the stamp; ``prev_slot`` that of the stamp it continues, negative = none.
-        stamp_owner: request that wrote the stamp, 0 unknown; in forward ``stamp_step``, 0 never; under ``stamp_epoch``.
+        stamp_owner: request that wrote the stamp, 0 unknown; in forward ``stamp_step``, 0 never; under ``stamp_epoch``,
+            0 of a foreign write.
+        block_owner: primary owner of the slot's block, 0 none, since the end of forward ``block_since``; in its
+            ``block_epoch``-th allocation; with ``block_flags`` (``abi.BLOCK_*``). All 0 without lifecycle.
         detail: what ``slot`` holds, or which kind of UNWRITTEN it is.
         flags: ``abi.ROW_*`` bits of the row.
         is_redacted: whether token ids were withheld and chains masked.
@@ -163,6 +172,10 @@ class Violation:
     stamp_owner: int
     stamp_step: int
     stamp_epoch: int
+    block_owner: int
+    block_epoch: int
+    block_since: int
+    block_flags: int
     detail: Detail
     flags: int
     is_redacted: bool
@@ -170,7 +183,7 @@ class Violation:
     @property
     def is_in_pool(self) -> bool:
         """Whether ``slot`` is a slot of the pool (else it is a raw value that the engine handed in)."""
-        return self.detail in (Detail.SLOT, Detail.UNFINISHED) and self.slot >= 0
+        return self.detail.is_slot and self.slot >= 0
 
     def summary(self) -> str:
         """One line: the facts as key=value, then what they mean."""
@@ -186,6 +199,7 @@ class Violation:
             f"  request   {request} (flags 0x{self.flags:x}), position {self.position}",
             f"  place     pool {self.pool} '{self.pool_name}', {self._place()}{self._plane()}",
             f"  stamp     {self._stamp()}; epoch {self.stamp_epoch}, predecessor in slot {self.prev_slot}",
+            *([f"  block     {self._block()}; epoch {self.block_epoch}"] if self._block() else []),
             f"  token     {'withheld (log_tokens=False)' if self.is_redacted else tokens}",
             f"  chain     {chains}{' (masked)' if self.is_redacted else ''}",
             f"  digest    {_pair(self.stored_digest, self.found_digest, hex, ('at write time', 'now'))}",
@@ -211,9 +225,10 @@ class Violation:
         """What happened, who is in the slot, and what is usually behind it."""
         reasons = self._in_order()
         what = " and ".join(self._reading(reason)[0] for reason in reasons) or "no reason is set in the record"
-        parts = [f"{_request(self.request_id)} at position {self.position}, {self._place()}{self._plane()}: {what}"]
+        who = "the patrol" if self.detail == Detail.SCRUB else _request(self.request_id)
+        parts = [f"{who} at position {self.position}, {self._place()}{self._plane()}: {what}"]
         if self.is_in_pool:
-            parts.append(self._stamp())
+            parts += [text for text in (self._stamp(), self._block()) if text]
         known = self.expected_token, self.stored_token
         if None not in known and (Reason.TOKEN | Reason.WRITE_TOKEN) & self.reasons:
             parts.append(f"expected token {known[0]}, found {known[1]}")
@@ -227,8 +242,10 @@ class Violation:
                 return _HALF_WRITTEN
             if self.detail == Detail.TABLE_ENTRY:
                 return _NO_BLOCK
-            if self.tag.stage == Stage.TAIL:
+            if self.tag.stage == Stage.TAIL and not self.reasons & Reason.STALE_EPOCH:
                 return _NOT_ARRIVED
+            if self.reasons & Reason.STALE_EPOCH and self.stamp_step:
+                return _OUTLIVED
         if reason == Reason.OUT_OF_RANGE and self.detail in _BAD_ROWS:
             return _BAD_ROWS[self.detail]
         return READINGS[reason]
@@ -256,7 +273,7 @@ class Violation:
         """Who the slot says is in it; of a write, where the block table says that it belongs."""
         if not self.is_in_pool:
             return "none was read: this is not about a slot of the pool"
-        if self.reasons & (Reason.WRITE_POSITION | Reason.WRITE_TOKEN):
+        if self.reasons & (Reason.WRITE_POSITION | Reason.WRITE_TOKEN | Reason.FOREIGN_WRITE):
             block, offset = divmod(self.prev_slot, self.page_size)
             where = f"slot {self.prev_slot} (block {block}, offset {offset})" if self.prev_slot >= 0 else "none"
             return f"the slot of this position by the block table is {where}"
@@ -267,6 +284,19 @@ class Violation:
             whose = " (the same request)" if self.stamp_owner == self.request_id else " (ANOTHER request)"
         who = f"its stamp says that {_request(self.stamp_owner)}{whose} wrote it in forward {self.stamp_step}"
         return f"{who} as position {self.stored_position}"
+
+    def _block(self) -> str:
+        """Whose the slot's block is; "" where that is not known."""
+        if not (self.block_epoch or self.block_flags):
+            return ""
+        block, since = self.slot // self.page_size, f"after forward {self.block_since}"
+        if self.block_owner:
+            same = " (the same request)" if self.block_owner == self.request_id else ""
+            shared = ", and is shared" if self.block_flags & abi.BLOCK_SHARED else ""
+            return f"block {block} was given to {owner_name(self.block_owner)}{same} {since}{shared}"
+        if self.block_flags & abi.BLOCK_SHARED:
+            return f"block {block} is shared, and nobody's own since its owner let go {since}"
+        return f"block {block} was freed {since}"
 
 
 def fold_runs(violations: Sequence[Violation], shortest: int = 4) -> list[tuple[Violation, Violation]]:
@@ -352,8 +382,9 @@ def _decode(r: dict[str, int], pools: Sequence[PoolNames], secret: int, log_toke
 
     same = ("step", "forward", "pool", "slot", "position", "row", "request_id", "request_slot", "stored_position")
     stamp = ("prev_slot", "stamp_owner", "stamp_step", "stamp_epoch", "flags")
+    block = ("block_owner", "block_epoch", "block_since", "block_flags")
     return Violation(
-        **{field: r[field] for field in same + stamp},
+        **{field: r[field] for field in same + stamp + block},
         tag=CanaryLaunchTag(r["tag"]),
         reasons=Reason(r["reasons"]),
         detail=Detail(r["detail"]),

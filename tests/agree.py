@@ -18,14 +18,16 @@ from simt.build import build
 from simt.driver import simt_backend
 from simt.runner import SimtLibrary
 
-from kvcanary import CanaryConfig, CanaryManager, KvPool, StepBatch, abi
+from kvcanary import CanaryConfig, CanaryManager, KvPool, LifecycleError, StepBatch, abi
+from kvcanary.arrays import view_of
 from kvcanary.backends import Resident
+from kvcanary.backends.moves import Move, MoveOp
 from kvcanary.prove import Proof
 from kvcanary.tags import CanaryLaunchTag, Stage
 
 KERNELS_DIR = Path(__file__).resolve().parents[1] / "kernels"
 RING_CAPACITY = 1 << 14
-_DTYPES = {"head": abi.STAMP, "tail": abi.STAMP, "registers": abi.REGISTER}
+_DTYPES = {"head": abi.STAMP, "tail": abi.STAMP, "registers": abi.REGISTER, "blocks": abi.BLOCK_STATE}
 Arrays = dict[str, Any]  # keywords of a StepBatch: NumPy arrays, lists of them (one per pool), plain values
 Array = NDArray[Any]
 
@@ -73,7 +75,7 @@ class Side:
 
     # ---- the guard's own arrays ----
     def guard_array(self, pool: int, name: str) -> Any:
-        """head0, head1, tail0, tail1, claims, digests, registers or register_claims, where it lies."""
+        """head0, head1, tail0, tail1, claims, digests, registers, register_claims or blocks, where it lies."""
         arrays: Any = self.manager.backend._pools[pool]  # type: ignore[attr-defined]
         if name[:4] in ("head", "tail"):
             return getattr(arrays, name[:4])[int(name[4])]
@@ -87,7 +89,7 @@ class Side:
         return rows
 
     def read_guard(self, pool: int, name: str) -> Array:
-        """A host copy of a guard array: STAMP[n_slots], REGISTER[max_requests], u64[...]."""
+        """A host copy of a guard array: STAMP[n_slots], REGISTER[max_requests], BLOCK_STATE[n_blocks], u64[...]."""
         found = np.ascontiguousarray(self.to_host(self.guard_array(pool, name)))
         dtype = _DTYPES.get(name.rstrip("01"))
         return found if dtype is None else found.reshape(-1).view(np.uint8).view(dtype)
@@ -98,6 +100,10 @@ class Side:
         change(values)
         shape = self.to_host(array)
         self.write(array, values.view(shape.dtype).reshape(shape.shape))
+
+    def to_list(self, array: Array) -> Any:
+        """A list on the device, as a `Move` takes it."""
+        return array
 
     def new_records(self, is_acknowledged: bool) -> Array:
         """The violation records since the last call, in no order of meaning: VIOLATION[n]."""
@@ -115,6 +121,9 @@ class Side:
 
 class DeviceSide(Side):
     """A side over `kvcanary.backends.device.DeviceBackend`."""
+
+    def to_list(self, array: Array) -> Any:
+        return view_of(self.to_device(array))
 
     def guard_array(self, pool: int, name: str) -> Any:
         return self.manager.backend._arrays[pool][name]  # type: ignore[attr-defined]
@@ -279,6 +288,57 @@ class Twins:
         self._check("SWEEP")
         return self.records
 
+    def verify_layer(self, batches: Sequence[StepBatch], layer: int) -> Array:
+        """Between HEAD and TAIL: from the ``model`` of `forward`, which was given ``batches``."""
+        self.publish()
+        for side, batch in zip(self.sides, batches, strict=True):
+            side.manager.verify_layer(batch, layer)
+        for pool, kv in enumerate(self.pools):
+            units = kv.digest_units(self.config.real_data)
+            self._data_runs[pool, Stage.HEAD] += not self.is_paused and any(unit.layer == layer for unit in units)
+        self._check(f"layer {layer}")
+        return self.records
+
+    def lifecycle(self, events: Sequence[Any]) -> LifecycleError | None:
+        """Say who owns which blocks; returns the error that every side raises alike, None if none does."""
+        errors: list[LifecycleError | None] = []
+        for side in self.sides:
+            try:
+                side.manager.lifecycle.apply(events)
+                errors.append(None)
+            except LifecycleError as error:
+                errors.append(error)
+        texts = {(str(error), error.event_index) if error else None for error in errors}
+        assert len(texts) == 1, texts
+        self._check("lifecycle")
+        return errors[0]
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A call of `kvcanary.moves.MoveCalls` on every manager; the answer, which must be one."""
+        self.publish()
+        answers = [getattr(side.manager, name)(*args, **kwargs) for side in self.sides]
+        assert all(answer == answers[0] for answer in answers), f"{name}() answers differently"
+        self._check_moved(name, is_stamping=name not in ("export_slots", "refresh_digests"))
+        return answers[0]
+
+    def move(self, op: MoveOp, pool: int, slots: Array, is_wide: bool = False, **lists: Any) -> None:
+        """A move whose lists lie on each side's device, so that nobody has checked them."""
+        self.publish()
+        n = len(slots) * lists.get("per_entry", 1)
+        for side in self.sides:
+            given = {**lists, "slots": slots}
+            for name, values in given.items():
+                if isinstance(values, np.ndarray):
+                    width = "u8" if name == "chains" else "i8" if is_wide else "i4"
+                    given[name] = side.to_list(values.astype(width))
+            side.manager.backend.move(Move(op=op, pool=pool, n=n, is_wide=is_wide, **given), None)
+        self._check_moved(op.name, is_stamping=op not in (MoveOp.EXPORT, MoveOp.REFRESH))
+
+    def _check_moved(self, call: str, is_stamping: bool) -> None:
+        if is_stamping and self.words[abi.STATE_FORWARD]:  # before the first forward, a move takes its number
+            self._words["forward"] = max(1, self._words["forward"])
+        self._check(call)
+
     def set_paused(self, is_paused: bool) -> None:
         self.is_paused = is_paused
         for side in self.sides:
@@ -358,6 +418,7 @@ class Twins:
         for i, pool in enumerate(self.pools):
             names = [f"{plane}{h}" for plane in ("head", "tail") for h in range(len(pool.halves))]
             names += ["claims", "registers", "register_claims", *(["digests"] if self._has_digests(i) else [])]
+            names += ["blocks"] if self.config.lifecycle else []
             for name in names:
                 array = side.to_host(side.guard_array(i, name))
                 facts[f"{name} of pool {i}"] = np.ascontiguousarray(array).reshape(-1).view("u4")

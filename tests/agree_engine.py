@@ -1,8 +1,8 @@
 """A random engine with plausible state: what it hands to the guard is what a healthy engine could.
 
 It shares prefixes (also with rows of the same forward), prefills in chunks, drafts and rolls back, preempts, reuses
-blocks and request slots, evicts what leaves a window, imports KV that was never stamped, pads, and retries forwards
-that raised.
+blocks and request slots, evicts what leaves a window, imports KV that was never stamped, moves blocks, pads, and
+retries forwards that raised.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 from agree import Side, Twins
 from agree_batches import Batches
 from agree_faults import Faults
+from agree_moves import load, random_moves
 from agree_pools import random_pools
-from agree_state import Book, Forward, Habits, Plan, Request, Row, random_habits
+from agree_state import Book, Forward, Habits, Load, Plan, Request, Row, random_habits
 from numpy.typing import NDArray
 
-from kvcanary import KvPool
+from kvcanary import PREFIX_CACHE, KvPool, LifecycleEvent
 
 N_TOKENS = 50  # vocabulary: small, so that different texts have tokens in common
 SALTS = (0, 1, (1 << 64) - 3)
@@ -116,6 +117,7 @@ class Engine:
         if self.is_static:
             for i in self.tables:
                 request.blocks[i], request.shown[i] = [request.slot], [request.slot]
+                self.books[i].calls.append(("allocate", request.slot, request.id))
             return
         if self.habits.shares:
             self._hit(plan, request)
@@ -142,7 +144,7 @@ class Engine:
             blocks = [b if n >= first else -1 for n, b in enumerate(blocks)]
             for b in blocks:
                 if b >= 0:
-                    self.books[i].share(b)
+                    self.books[i].share(b, request.id)
             request.blocks[i], request.shown[i] = blocks, list(blocks)
         request.computed = len(units) * self.unit
         keys = {self._key(request, (n + 1) * self.unit) for n in range(len(units))}
@@ -175,9 +177,11 @@ class Engine:
             return
         for i in self.tables:
             page = self.pools[i].page_size
-            blocks = [self.books[i].take_virgin() for _ in range(n * self.unit // page)]
+            blocks = [self.books[i].take_virgin(request.id) for _ in range(n * self.unit // page)]
             request.blocks[i], request.shown[i] = blocks, list(blocks)
-            plan.imported.setdefault(i, []).extend(b * page + o for b in blocks for o in range(page))
+            slots = [b * page + o for b in blocks for o in range(page)]
+            shift = int(i in self.draft_pools)
+            plan.loads.append(Load(i, slots, request.tokens[shift : shift + len(slots)], request.salt))
         request.computed = n * self.unit
         self.did["imports"] += 1
         if self.habits.shares_early:
@@ -223,7 +227,7 @@ class Engine:
             else:
                 return False
         for i in self.tables:
-            blocks = [self.books[i].take() for _ in range(missing[i])]
+            blocks = [self.books[i].take(request.id) for _ in range(missing[i])]
             request.blocks[i] += blocks
             request.shown[i] += blocks
         for i, lut in enumerate(self.luts):
@@ -250,7 +254,7 @@ class Engine:
     def _map(self, i: int, request: Request, p: int) -> None:
         page, lut = self.pools[0].page_size, self.luts[i]
         assert lut is not None
-        lut[request.blocks[0][p // page] * page + p % page] = self.books[i].take()
+        lut[request.blocks[0][p // page] * page + p % page] = self.books[i].take(request.id)
 
     def _lut_slot(self, i: int, request: Request, p: int) -> int:
         page, lut = self.pools[0].page_size, self.luts[i]
@@ -315,6 +319,25 @@ class Engine:
         for key in list(self.cache):
             self._evict_unit(key)
 
+    def renamed(self, i: int, old: int, new: int) -> None:
+        """A block of pool i (a slot, behind a LUT) lies elsewhere now: all that names it names its new place."""
+        book, lut, page = self.books[i], self.luts[i], self.pools[0].page_size
+        book.refs[new] = book.refs.pop(old)
+        book.free.insert(0, old)
+        if lut is not None:
+            lut[lut == old] = new
+            return
+        for request in self.running:
+            for n, block in enumerate(request.blocks[i]):
+                if block == old:
+                    request.blocks[i][n] = request.shown[i][n] = new
+        for unit in self.cache.values():
+            unit[i] = [new if block == old else block for block in unit[i]]
+        for other in self.luts if i == 0 else ():  # what the tables of the first pool place
+            if other is not None:
+                other[new * page : (new + 1) * page] = other[old * page : (old + 1) * page]
+                other[old * page : (old + 1) * page] = -1
+
     def resident(self, i: int) -> tuple[NDArray[np.int32], ...]:
         """Slots, positions, predecessors and tokens of the cached prefixes in pool i; () for none."""
         if self.habits.imports:  # what was imported may not have been seen by the guard yet
@@ -344,17 +367,17 @@ class Engine:
                 unit[i] = request.blocks[i][n * per : (n + 1) * per]
                 for b in unit[i]:
                     if b >= 0:
-                        self.books[i].share(b)
+                        self.books[i].share(b, PREFIX_CACHE)
             self.cache[key] = unit
             plan.published.append(key)
 
     def _evict_unit(self, key: tuple[Any, ...]) -> None:
         for i, blocks in enumerate(self.cache.pop(key, [])):
             for b in blocks:
-                self._drop(i, b)
+                self._drop(i, b, PREFIX_CACHE)
 
-    def _drop(self, i: int, block: int) -> None:
-        if block < 0 or not self.books[i].drop(block) or i:
+    def _drop(self, i: int, block: int, owner: int) -> None:
+        if block < 0 or not self.books[i].drop(block, owner) or i:
             return
         page = self.pools[0].page_size
         for j, lut in enumerate(self.luts):  # whatever the tables of the first pool place
@@ -366,13 +389,16 @@ class Engine:
         assert lut is not None
         if int(lut[full_slot]) in self.books[j].refs:
             self.did["slots unmapped"] += 1
-            self.books[j].drop(int(lut[full_slot]))
+            self.books[j].drop(int(lut[full_slot]), 0)
         lut[full_slot] = self.rng.choice((-1, *(b * self.pools[j].page_size for b in self.pools[j].reserved_blocks)))
 
     def _release(self, request: Request) -> None:
-        for i in self.tables if not self.is_static else ():
+        for i in self.tables:
             for b in request.blocks[i]:
-                self._drop(i, b)
+                if self.is_static:
+                    self.books[i].calls.append(("free", b, request.id))
+                else:
+                    self._drop(i, b, request.id)
         request.blocks, request.shown = [], []
         self.running.remove(request)
         self.free_slots.append(request.slot)
@@ -392,10 +418,39 @@ class Engine:
             for n in range(min(first // page, len(request.blocks[i]))):
                 if request.blocks[i][n] >= 0:
                     self.did["blocks behind a window"] += 1
-                    self._drop(i, request.blocks[i][n])
+                    self._drop(i, request.blocks[i][n], request.id)
                     request.blocks[i][n] = -1
                     if not self.habits.keeps_stale_ids:
                         request.shown[i][n] = -1
+
+    def lifecycle_events(self) -> list[Any]:
+        """What the guard is to be told of who owns which blocks since the last time, in any of the forms it takes.
+
+        Calls of one owner that follow each other go together, now and then.
+        """
+        events: list[LifecycleEvent] = []
+        for i in self.tables:
+            for kind, block, owner in self.books[i].calls:
+                last = events[-1] if events else None
+                if (
+                    last
+                    and last[0::2] == (kind, owner)
+                    and last.pool == i
+                    and block not in last.ids
+                    and self.rng.random() < 0.9
+                ):
+                    last.ids.append(block)
+                else:
+                    events.append(LifecycleEvent(kind, [block], owner, i))
+            self.books[i].calls.clear()
+        return [self._as_given(event) for event in events]
+
+    def _as_given(self, event: LifecycleEvent) -> Any:
+        ids = self.rng.choice((event.ids, tuple(event.ids), np.array(event.ids, self.rng.choice((np.int32, np.int64)))))
+        if len(event.ids) == 1 and self.rng.random() < 0.3:
+            ids = event.ids[0]
+        event = event._replace(ids=ids, pool=self.rng.choice((event.pool, self.pools[int(event.pool)].name)))
+        return self.rng.choice((event, tuple(event), event._asdict()))
 
     def _evict_lut(self, i: int, request: Request, first: int) -> None:
         """Unmap what no request needs any more (a block may be shared with one that is not so far yet)."""
@@ -432,8 +487,13 @@ def random_scenario(
         "full_verify_min_tokens": rng.choice((0, 4, 16)),
         "on_unwritten": "adopt" if habits.imports else "violation",
         "check_write_position": rng.random() < 0.8,
+        # Behind a LUT, slots are placed one by one: blocks that many requests share without saying so.
+        "lifecycle": rng.random() < 0.6 and not any("lut" in spec.buffers for spec in specs),
     }
-    twins = Twins(specs, sides, max_requests, max_new_tokens, **{**chosen, **config})
+    chosen |= config
+    if chosen["lifecycle"]:
+        chosen.setdefault("scrub_bytes_per_step", rng.choice((0, 1, 4096, 1 << 20)))
+    twins = Twins(specs, sides, max_requests, max_new_tokens, **chosen)
     luts = [buffers.get("lut") for buffers in twins.buffers]
     engine = Engine(twins.pools, luts, habits, rng.getrandbits(32), max_requests, max_new_tokens, max_len)
     return twins, engine
@@ -446,8 +506,10 @@ def drive(
     bytes_of = np.random.default_rng(rng.getrandbits(32))
     for _ in range(n_steps):
         plan = engine.plan()
-        for i, slots in plan.imported.items():
-            twins.write_kv(i, np.array(slots, np.int64), bytes_of)
+        tell_owners(twins, engine, faults)
+        for loaded in plan.loads:
+            twins.write_kv(loaded.pool, np.array(loaded.slots, np.int64), bytes_of)
+        load(twins, engine, plan.loads, rng)
         while not run(twins, plan, bytes_of, rng, after, faults):
             if rng.random() < 0.5:
                 engine.abort(plan)
@@ -455,8 +517,20 @@ def drive(
             engine.did["retried steps"] += 1
         else:
             engine.commit(plan)
+        if rng.random() < 0.5:
+            tell_owners(twins, engine, faults)
         host_driven(twins, engine, rng, after)
         faults.at_rest(twins)
+
+
+def tell_owners(twins: Twins, engine: Engine, faults: Faults) -> None:
+    """Tell the guards who owns which blocks now; a call that they refuse is not made, those behind it are."""
+    events = faults.in_events(engine.lifecycle_events())
+    while twins.config.lifecycle and events:
+        engine.did["ownership calls"] += len(events)
+        error = twins.lifecycle(events)
+        assert error is None or faults.has_struck("ownership"), error
+        events = [] if error is None or error.event_index is None else events[error.event_index + 1 :]
 
 
 def run(
@@ -501,6 +575,8 @@ def host_driven(twins: Twins, engine: Engine, rng: random.Random, after: Callabl
                 twins.sweep(i, *lists, rng.choice((None, tokens)))
                 engine.did["sweeps"] += 1
                 after("sweep")
+    if engine.habits.moves and not engine.is_static and rng.random() < 0.4:
+        random_moves(twins, engine, rng)
     if rng.random() < 0.05:
         engine.did["pauses"] += 1
         twins.set_paused(not twins.is_paused)

@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 EXTREMES = (-(1 << 31), -2, -1, 0, 1, (1 << 31) - 1)
 WIDE_EXTREMES = (-(1 << 40), (1 << 31) + 5, (1 << 32) + 5, (1 << 63) - 1)
-KINDS = ("bytes", "guard", "lut", "table", "rows", "slots", "lengths", "noise", "late")
+KINDS = ("bytes", "guard", "lut", "table", "rows", "slots", "lengths", "noise", "late", "ownership")
 _TABLES = ("block_table", "kv_indices")
 _LENGTHS = ("seq_lens", "kv_last_page_len", "query_start_loc", "kv_indptr", "request_slots")
 
@@ -23,15 +23,23 @@ class Faults:
     """Injects faults of some kinds, each with a probability; none by default.
 
     Kinds: "bytes" of the KV cache, bits of the "guard"'s own arrays, entries of a "lut" or a "table", "rows" of a table
-    exchanged, "slots" (write targets), "lengths" off by a little, "noise" in place of a whole array, and metadata that
-    change between HEAD and TAIL ("late").
+    exchanged, "slots" (write targets), "lengths" off by a little, "noise" in place of an array, metadata that change
+    between HEAD and TAIL ("late"), and calls about the "ownership" of blocks that are not true.
     """
 
     def __init__(self, rng: random.Random, kinds: tuple[str, ...] = (), probability: float = 0.3) -> None:
         self._rng, self._kinds, self._probability = rng, kinds, probability
+        self._struck: set[str] = set()
 
     def _strikes(self, kind: str) -> bool:
-        return kind in self._kinds and self._rng.random() < self._probability
+        strikes = kind in self._kinds and self._rng.random() < self._probability
+        if strikes:
+            self._struck.add(kind)
+        return strikes
+
+    def has_struck(self, kind: str) -> bool:
+        """Whether anything of this kind went wrong so far."""
+        return kind in self._struck
 
     def at_rest(self, twins: Twins) -> None:
         """Damage to memory between two steps."""
@@ -53,7 +61,10 @@ class Faults:
         halves = range(len(twins.pools[pool].halves))
         stamps = [f"{plane}{h}" for plane in ("head", "tail") for h in halves]
         has_digests = bool(twins.pools[pool].digest_units(twins.config.real_data))
-        name = self._rng.choice([*stamps, *stamps, "claims", "registers", *(["digests"] if has_digests else [])])
+        owners = ["blocks", "blocks"] if twins.config.lifecycle else []
+        name = self._rng.choice(
+            [*stamps, *stamps, "claims", "registers", *(["digests"] if has_digests else []), *owners]
+        )
         array = twins.sides[0].read_guard(pool, name)
         if not array.size:
             return
@@ -61,6 +72,22 @@ class Faults:
         used = np.flatnonzero(array.reshape(-1).view(np.uint8))
         byte = self._rng.choice(used.tolist()) if len(used) else self._rng.randrange(array.nbytes)
         twins.flip(pool, name, byte, 1 << self._rng.randrange(8))
+
+    def in_events(self, events: list[Any]) -> list[Any]:
+        """What the guard is told of who owns which blocks."""
+        if not events or not self._strikes("ownership"):
+            return events
+        rng, told = self._rng, list(events)
+        at = rng.randrange(len(told))
+        kind, ids, owner, pool = told[at].values() if isinstance(told[at], dict) else told[at]
+        odd = (
+            (rng.choice(("allocate", "share", "free", "lend")), ids, owner, pool),
+            (kind, ids, rng.choice((0, -1, owner + 1, 1 << 32)), pool),
+            (kind, rng.choice((-1, 0, 1, 1 << 20, [2, 2], [])), owner, pool),
+            (kind, ids, owner, rng.choice((-1, 0, 9, "nowhere"))),
+        )
+        told[at : at + 1] = rng.choice(([], [told[at]] * 2, [rng.choice(odd)], [rng.choice(odd), told[at]]))
+        return told
 
     def in_arrays(self, arrays: Arrays) -> Arrays:
         """The arrays of a forward as the device finds them."""

@@ -95,6 +95,7 @@ class Script:
 
     Args:
         leave_out: arrays that this engine does not hand in.
+        spec: another pool than that of `pool_spec`.
     """
 
     def __init__(
@@ -104,9 +105,12 @@ class Script:
         leave_out: Collection[str] = (),
         has_v: bool = False,
         window: int | None = None,
+        spec: PoolSpec | None = None,
         **config: Any,
     ) -> None:
-        self.twins = Twins([pool_spec(has_v, window)], sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
+        specs = [spec or pool_spec(has_v, window)]
+        self.twins = Twins(specs, sides, MAX_REQUESTS, **{"verify_data_every": 1, **config})
+        self.planes = [(layer, half) for half in ("kv" if has_v else "k") for layer in range(N_LAYERS)]
         self.leave_out = set(leave_out)
         self.records = self.twins.records
         self._bytes_of = np.random.default_rng(0)
@@ -131,17 +135,28 @@ class Script:
         """u8[slots, bytes] of a layer, to be read and written."""
         return self.twins.buffers[0][f"{half}{layer}"].reshape(PAGE * N_BLOCKS, -1).view(np.uint8)
 
+    def own(self, kind: str, ids: Sequence[int], owner: int) -> None:
+        """An honest call about who owns blocks: "allocate", "share" or "free"."""
+        error = self.twins.lifecycle([(kind, ids, owner)])
+        assert error is None, error
+
     def copy(
         self, source: Sequence[int], target: Sequence[int], *, bytes_too: bool = True, stamps_too: bool = True
     ) -> None:
-        """A transfer between slots: the KV bytes, and, if they ride along, the stamps and digests."""
+        """A transfer between slots: the KV bytes, and, if they ride along, the stamps and digests.
+
+        What of a stamp is local is made new: its predecessor, and its block's epoch.
+        """
         source, target = list(source), list(target)
-        for layer in range(N_LAYERS) if bytes_too else ():
-            self.kv(layer)[target] = self.kv(layer)[source]
+        for layer, half in self.planes if bytes_too else ():
+            self.kv(layer, half)[target] = self.kv(layer, half)[source]
 
         def stamps(array: NDArray[Any]) -> None:
             array[target] = array[source]
             array["prev_slot"][target] = abi.PREV_NONE
+            if self.twins.config.lifecycle:
+                blocks = self.twins.sides[0].read_guard(0, "blocks")
+                array["epoch"][target] = blocks["epoch"][np.array(target) // PAGE]
 
         def digests(array: NDArray[Any]) -> None:
             array[:, target] = array[:, source]

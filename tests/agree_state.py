@@ -33,6 +33,7 @@ class Habits:
     keeps_stale_ids: bool = False  # of blocks that have left the window
     imports: bool = False
     max_chunk: int = 40
+    moves: bool = False  # blocks, between two steps
 
 
 def random_habits(rng: random.Random) -> Habits:
@@ -58,6 +59,7 @@ def random_habits(rng: random.Random) -> Habits:
         keeps_stale_ids=maybe(),
         imports=maybe(0.3),
         max_chunk=rng.choice((1, 9, 40, 40)),
+        moves=maybe(),
     )
 
 
@@ -92,46 +94,69 @@ class Forward:
     written: dict[int, NDArray[np.int64]]  # slots by pool
 
 
+class Load(NamedTuple):
+    """A prefix that comes from elsewhere: its slots in a pool, from position 0 on, and the tokens in them."""
+
+    pool: int
+    slots: list[int]
+    tokens: list[int]
+    salt: int
+
+
 @dataclass
 class Plan:
     """One step: its rows, its forwards, and the slots that are loaded from elsewhere before it."""
 
     rows: list[Row]
     forwards: list[Forward] = field(default_factory=list)
-    imported: dict[int, list[int]] = field(default_factory=dict)
+    loads: list[Load] = field(default_factory=list)
     published: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 class Book:
-    """The free list of a pool's blocks (of its slots, where a LUT places them one by one)."""
+    """The free list of a pool's blocks (of its slots, where a LUT places them one by one), and who took which.
+
+    Attributes:
+        calls: (kind, block, owner) since they were last collected, as the guard is to be told.
+    """
 
     def __init__(self, n: int, reserved: set[int], rng: random.Random) -> None:
+        self.calls: list[tuple[str, int, int]] = []
         self.free = [b for b in range(n) if b not in reserved]
         rng.shuffle(self.free)
         self.refs: dict[int, int] = {}
         self.virgin = set(self.free)
 
-    def take(self) -> int:
+    def take(self, owner: int) -> int:
         block = self.free.pop()
         self.refs[block] = 1
         self.virgin.discard(block)
+        self.calls.append(("allocate", block, owner))
         return block
 
-    def take_virgin(self) -> int:
+    def take_untold(self) -> int:
+        """For what is moved there: whoever moves it tells."""
+        block = self.free.pop()
+        self.virgin.discard(block)
+        return block
+
+    def take_virgin(self, owner: int) -> int:
         block = next(b for b in self.free if b in self.virgin)
         self.free.remove(block)
         self.free.append(block)
-        return self.take()
+        return self.take(owner)
 
     @property
     def n_virgin(self) -> int:
         return sum(b in self.virgin for b in self.free)
 
-    def share(self, block: int) -> None:
+    def share(self, block: int, owner: int) -> None:
         self.refs[block] += 1
+        self.calls.append(("share", block, owner))
 
-    def drop(self, block: int) -> bool:
+    def drop(self, block: int, owner: int) -> bool:
         """Whether that was the last owner."""
+        self.calls.append(("free", block, owner))
         self.refs[block] -= 1
         if self.refs[block]:
             return False

@@ -23,14 +23,18 @@ SIZES = {
     "Digest": 24,
     "Row": 56,
     "Due": 16,
-    "PoolState": 248,
-    "Violation": 128,
-    "Guard": 72,
-    "Pool": 208,
+    "BlockState": 16,
+    "PoolState": 256,
+    "Violation": 144,
+    "Guard": 80,
+    "Pool": 224,
     "Batch": 192,
-    "BeginParams": 480,
-    "StepParams": 472,
-    "SweepParams": 320,
+    "BeginParams": 504,
+    "StepParams": 496,
+    "LayerParams": 560,
+    "SweepParams": 344,
+    "LifecycleParams": 4048,
+    "MoveParams": 400,
 }
 DTYPES: dict[str, np.dtype[Any]] = {
     "Stamp": abi.STAMP,
@@ -39,6 +43,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "Digest": abi.DIGEST,
     "Row": abi.ROW,
     "Due": abi.DUE,
+    "BlockState": abi.BLOCK_STATE,
     "PoolState": abi.POOL_STATE,
     "Violation": abi.VIOLATION,
     "Guard": abi.GUARD,
@@ -77,8 +82,9 @@ def test_every_structure_of_the_header_is_listed_here() -> None:
     assert re.findall(r"^struct (?:alignas\(32\) )?(\w+) \{", abi.c_header(), re.MULTILINE) == list(DTYPES)
 
 
-def test_a_stamp_is_one_sector_and_a_record_a_cache_line() -> None:
-    assert 32 % abi.STAMP.itemsize == 0 and abi.VIOLATION.itemsize == 128
+def test_a_stamp_is_one_sector_and_parameters_fit_every_driver() -> None:
+    assert 32 % abi.STAMP.itemsize == 0
+    assert max(p.itemsize for p in abi.PARAMS.values()) <= 4096
     assert "struct alignas(32) Stamp" in abi.c_header()
 
 

@@ -40,6 +40,8 @@ KVC_KERNEL(64) kvc_toy_collectives(KVC_PARAM Toy p) {
 KVC_KERNEL(64) kvc_toy_memory(KVC_PARAM Toy p) {
     kvc_u128 wide = kvc_load_once_u128(p.words);
     wide.x += kvc_load_u128_if(p.words, kvc_load_u32_if(p.small, wide.y > 7) > 3).x;
+    kvc_prefetch(p.words);
+    wide.y += (uint32_t)kvc_load_u64_if(p.words, wide.x > 7);
     uint64_t v = kvc_load_once_u64(p.words + 2) + kvc_load_once_u32(p.small) + kvc_load_once_u16(p.small + 1);
     v += kvc_load_once_u8(p.small + 2) + kvc_load_volatile_u64(p.words + 3) + kvc_load_volatile_u32(p.small + 3);
     kvc_store_u128(p.words + 4, wide);

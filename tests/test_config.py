@@ -31,7 +31,7 @@ OTHER: dict[str, tuple[Any, str]] = {
     "log_tokens": (True, "TRUE"),
     "black_box_path": ("/Tmp/Box", "/Tmp/Box"),
 }
-UNBUILT = ("lifecycle", "scrub_bytes_per_step", "black_box_path")  # refused until their part of the guard exists
+UNBUILT = ("scrub_bytes_per_step", "black_box_path")  # refused until their part of the guard exists
 BUILT = [name for name in OTHER if name not in UNBUILT]
 
 

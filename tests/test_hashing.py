@@ -25,6 +25,31 @@ TOKENS = st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 200_000)
 N_BYTES = st.integers(1, 64) | st.integers(1, 4096) | st.integers(1, abi.MAX_PLANE_BYTES)
 
 
+@given(st.lists(U64, min_size=1, max_size=9))
+@example([0, 1, 2**64 - 1])
+def test_unmix64_undoes_mix64_and_mix64_it(values: list[int]) -> None:
+    x = np.array(values, np.uint64)
+    assert np.array_equal(hashing.unmix64(hashing.mix64(x)), x)
+    assert np.array_equal(hashing.mix64(hashing.unmix64(x)), x)
+
+
+@given(st.binary(min_size=4, max_size=64), st.integers(0, 99), POSITIONS, POSITIONS)
+def test_a_shifted_digest_is_that_of_the_same_bytes_at_the_other_position(
+    data: bytes, plane: int, old: int, new: int
+) -> None:
+    row = np.frombuffer(data, np.uint8)[None]
+    there, here = (hashing.digest(row, plane, np.array([p])) for p in (old, new))
+    assert hashing.shift_digest(there, np.array([old]), np.array([new])) == here
+
+
+def test_digests_that_cannot_be_shifted() -> None:
+    """0 is no digest; 1 may stand for 0, and stays only where nothing is to be done. What becomes 0 is stored as 1."""
+    becomes_zero = hashing.mix64(np.array([(5 - 6) * abi.DIGEST_C2 % 2**64], np.uint64))
+    digests = np.array([0, 0, 1, 1, becomes_zero[0]], np.uint64)
+    shifted = hashing.shift_digest(digests, np.array([3, 3, 3, 3, 5]), np.array([3, 4, 3, 4, 6]))
+    assert shifted.tolist() == [0, 0, 1, 0, 1]
+
+
 # ---- the third oracle: plain integers, nothing of the package, another way of writing each formula -------------------
 def mix(x: int) -> int:
     for shift, factor in ((30, 13787848793156543929), (27, 10723151780598845931), (31, 1)):

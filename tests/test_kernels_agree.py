@@ -103,8 +103,7 @@ def test_the_faults_are_met(library: SimtLibrary) -> None:
             reasons |= Reason(int(np.bitwise_or.reduce(twins.records["reasons"], initial=0)))
 
         drive(twins, engine, rng, 8, after, Faults(rng, KINDS))
-    later = Reason.STALE_EPOCH | Reason.FOREIGN_WRITE | Reason.NONFINITE_RESERVED
-    assert reasons == ~later
+    assert reasons == ~Reason.NONFINITE_RESERVED, "a part that this version does not have"
 
 
 # ---- what random engines seldom do -----------------------------------------------------------------------------------

@@ -63,5 +63,5 @@ def test_the_engine_does_all_that_it_claims() -> None:
     did: Counter[str] = sum((run(seed, [Side()]) for seed in range(60)), Counter())
     assert did["forwards"] > did["steps"], "inner forwards"
     rare = {name: n for name, n in did.items() if n < 5}
-    assert len(did) == 18
+    assert len(did) == 22
     assert not rare

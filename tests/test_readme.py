@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcanary import CanaryConfig, KvPool, Reason, StepBatch
+from kvcanary import CanaryConfig, CanaryManager, KvPool, Reason, SlotBundle, StepBatch
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
     pytest.skip("README.md is not beside the tests", allow_module_level=True)
 TEXT = README.read_text()
-LOOP, CAPTURE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+LOOP, CAPTURE, MOVES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 PAGE, ROWS, MAX_LEN = 16, 2, 64
 
 
@@ -77,6 +77,18 @@ def test_the_ten_lines_see_swapped_tables() -> None:
     assert Reason.TOKEN in {r for v in found for r in Reason if r in v.reasons}
 
 
+def test_the_moves_carry_what_is_known() -> None:
+    manager = run(tamper_at=None)
+    slots, copies, new = (list(range(start, start + 16)) for start in (16, 112, 128))
+    lists = {"src": slots, "dst": copies, "slots": copies, "new_slots": new}
+    exec(MOVES, {"manager": manager, "SlotBundle": SlotBundle, **lists})
+    was, *found = (manager.export_slots(s) for s in (slots, copies, new))
+    assert was.stamps["position"][0].tolist() == list(range(16))
+    assert all(bundle == was for bundle in found)
+    for name in re.findall(r"`(\w+_(?:slots|digests|arrays))\(", TEXT):
+        assert hasattr(CanaryManager, name), name
+
+
 def test_the_loop_is_about_ten_lines_and_gives_the_history() -> None:
     lines = [line for line in LOOP.splitlines() if line.strip()]
     assert len(lines) <= 12
@@ -86,7 +98,7 @@ def test_the_loop_is_about_ten_lines_and_gives_the_history() -> None:
 def test_every_setting_and_reason_named_in_the_text_exists() -> None:
     settings = {f.name for owner in (CanaryConfig, KvPool) for f in fields(owner)}
     inputs = {f.name for f in fields(StepBatch)}
-    for name in re.findall(r"`([a-z_]+)=[^`]*`", TEXT):
+    for name in set(re.findall(r"`([a-z_]+)=[^`]*`", TEXT)) - {"blocks"}:
         assert name in settings, name
     for name in ("salts", "expected_tokens", "prefix_chain", "pending", "verify_all"):
         assert name in inputs

@@ -386,6 +386,8 @@ class MarkingGuard:
     def step(self) -> AbstractContextManager[object]:
         return nullcontext()
 
+    def blocks(self, calls: Any) -> None: ...
+
     @contextmanager
     def forward(self, arrays: Any) -> Iterator[None]:
         self.n_forwards += 1

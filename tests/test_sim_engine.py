@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kvcanary.ledger import BlockLedger
 from kvcanary.sim.engine import Guard, SimEngine, StepInfo, power_of_two_buckets
+from kvcanary.sim.habits import Habits
 from kvcanary.sim.model import ModelConfig, NumpyModel
+from kvcanary.sim.scheduler import BlockCall
 from kvcanary.sim.step_arrays import StepArrays
 from kvcanary.sim.texts import load_texts
 
@@ -65,6 +68,7 @@ class RecordingGuard:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.calls: list[BlockCall] = []
 
     @contextmanager
     def _scope(self, name: str) -> Iterator[None]:
@@ -74,6 +78,10 @@ class RecordingGuard:
 
     def step(self) -> AbstractContextManager[object]:
         return self._scope("step")
+
+    def blocks(self, calls: Sequence[BlockCall]) -> None:
+        self.log.append("blocks")
+        self.calls += calls
 
     def forward(self, arrays: StepArrays) -> AbstractContextManager[object]:
         return self._scope("forward")
@@ -225,8 +233,34 @@ def test_hooks_and_guard_in_order() -> None:
     engine.before_forward.append(lambda arrays: guard.log.append(f"before {arrays.n_rows}"))
     engine.after_step.append(lambda info: guard.log.append(f"after {info.step} {len(info.finished)}"))
     engine.run([b"abc"], 2, guard=guarded, on_step=lambda info: guard.log.append("on_step"))
-    inner = ["step in", "forward in", "forward out", "step out"]
+    inner = ["step in", "blocks", "forward in", "forward out", "step out"]
     assert guard.log == ["before 1", *inner, "after 1 0", "on_step", "before 1", *inner, "after 2 1", "on_step"]
+
+
+class LedgerGuard(RecordingGuard):
+    """Keeps a ledger of what it is told, which must be what the allocator knows."""
+
+    def __init__(self, engine: SimEngine) -> None:
+        super().__init__()
+        self.allocator = engine.allocator
+        self.ledger = BlockLedger(self.allocator.n_blocks, (0,))
+
+    def blocks(self, calls: Sequence[BlockCall]) -> None:
+        super().blocks(calls)
+        for kind, blocks, owner in calls:
+            getattr(self.ledger, kind)(blocks, owner)
+        references = [self.ledger.n_references(block) for block in range(self.allocator.n_blocks)]
+        assert references == self.allocator.ref_counts.tolist()
+
+
+@pytest.mark.parametrize("habits", [Habits(), Habits(overcommit=True), Habits(overcommit=True, shares_early=True)])
+def test_the_guard_is_told_who_owns_which_blocks(habits: Habits) -> None:
+    engine = SimEngine(EchoModel(14, 4), max_len=40, max_requests=3, max_new_tokens=16, habits=habits)
+    guard = LedgerGuard(engine)
+    engine.run([b"a shared beginning " + end for end in (b"1", b"22", b"three", b"1", b"22 or more", b"1")], 8, guard)
+    assert {call.kind for call in guard.calls} == {"allocate", "share", "free"}
+    engine.step(guard)
+    assert guard.ledger.n_live == 0, "all requests have ended"
 
 
 def test_execute_replaces_the_eager_forward() -> None:

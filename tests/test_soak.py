@@ -14,6 +14,8 @@ from kvcanary.sim.soak import LEAVE_OUT, SeenText, random_habits, random_inputs,
 @pytest.mark.parametrize("seed", range(8))
 def test_an_honest_engine_is_never_reported(seed: int) -> None:
     result = soak(seed, 250)
+    lifecycle = random_inputs(np.random.default_rng([seed, 1]))[2]
+    assert (result.owned_blocks > 0) == lifecycle
     assert result.steps == 250 and result.requests > 5
     assert result.protected_tokens > 10_000
 
@@ -27,7 +29,9 @@ def test_each_habit_is_drawn_and_left_out() -> None:
         drawn = {getattr(random_habits(np.random.default_rng(seed), 9), name) for seed in range(8)}
         assert len(drawn) > 1, name
     inputs = [random_inputs(np.random.default_rng([seed, 1])) for seed in range(8)]  # of the seeds above
-    assert {leave_out for leave_out, _ in inputs} == set(LEAVE_OUT) and {n > 0 for _, n in inputs} == {True, False}
+    assert {leave_out for leave_out, _, _ in inputs} == set(LEAVE_OUT)
+    assert {n > 0 for _, n, _ in inputs} == {lifecycle for _, _, lifecycle in inputs} == {True, False}
+    assert any(lifecycle and not leave_out for leave_out, _, lifecycle in inputs), "readers are judged by their ids"
     windows = [random_window(np.random.default_rng(seed), 4) for seed in range(40)]
     assert None in windows and {window for window in windows if window is not None} >= {1, 2, 8, 16}
 

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
+from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.deferred import Staging
+from kvcanary.ledger import BlockChanges
 from kvcanary.state import CanaryDeviceState
 
 
@@ -71,8 +73,23 @@ class Backend(Protocol):
     def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
         """Verify TAIL stamps of the prefix, write those of the new tokens, digest the new tokens' bytes."""
 
+    def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
+        """Between `head` and `tail`: verify the data of one layer of the prefixes of pending rows; may be captured."""
+
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         """Check resident slots; False if the last sweep's lists are still being copied, so that nothing was done."""
+
+    def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
+        """Change who owns some blocks, from here on ``stream`` on; neither allocates nor waits."""
+
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        """Carry, make or take stamps and digests, see `MoveOp`; never skipped, so it may wait for its own buffers.
+
+        Returns the image of an EXPORT, for which it waits for the device.
+        """
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        """The guard's own arrays of a pool, in place: u8[n_slots, 32] per stamp plane, u64[n_slots] per digest."""
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         """Stop or resume judging, from the next forward on ``stream`` on."""
@@ -95,6 +112,9 @@ class Backend(Protocol):
     @property
     def memory_bytes(self) -> int:
         """Device and pinned memory that the guard holds, in bytes."""
+
+    def read_blocks(self, pool: int) -> npt.NDArray[Any]:
+        """A copy of the words of all blocks of a pool: BLOCK_STATE[n_blocks]; waits for the device."""
 
     # Primitives of `prove`; they may wait and allocate.
     def read_stamps(self, pool: int, slots: npt.NDArray[Any]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:

@@ -17,6 +17,7 @@ from kvcanary import abi
 from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
+from kvcanary.backends.lending import Lender
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging, Words
 from kvcanary.errors import BackendError, BatchError
@@ -93,6 +94,7 @@ class CudaDriver:
         self._modules: dict[str, Any] = {}
         self._streams: dict[int, Any] = {}
         self._lists: _ListUploader | None = None
+        self._lender: Lender | None = None
 
     @contextlib.contextmanager
     def current(self) -> Any:
@@ -194,6 +196,23 @@ class CudaDriver:
             self._lists = _ListUploader(self, len(lists))
         return self._lists.upload(lists, capacity, stream)
 
+    def lend(
+        self, arrays: Sequence[Any], n_scratch: int, stream: Any
+    ) -> contextlib.AbstractContextManager[tuple[list[int], int]]:
+        if self._lender is None:
+            self._lender = Lender(self)
+        return self._lender.lend(arrays, n_scratch, stream)
+
+    @property
+    def lent_bytes(self) -> int:
+        return 0 if self._lender is None else self._lender.n_bytes
+
+    def stream_object(self, pointer: int) -> Any:
+        """A stream of the engine's as cuda.core takes it, to record events on."""
+        return (
+            self._core.LEGACY_DEFAULT_STREAM if pointer in _LEGACY_STREAMS else self._core.Stream.from_handle(pointer)
+        )
+
     def synchronize(self) -> None:
         with self.current():
             self._runtime.deviceSynchronize()
@@ -201,7 +220,7 @@ class CudaDriver:
     def close(self) -> None:
         self._streams.clear()
         self._modules.clear()
-        self._lists = None
+        self._lists = self._lender = None
 
 
 class CudaStaging:

@@ -7,7 +7,8 @@ has the real one; a test has one that runs the same kernels on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,17 +16,33 @@ import numpy.typing as npt
 
 from kvcanary import abi
 from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends.device_moves import DeviceMoves
+from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging
 from kvcanary.layout import KvPool
+from kvcanary.ledger import BlockChanges
+from kvcanary.patrol import plan_patrol
 from kvcanary.state import CanaryDeviceState, CounterLayout
 
 KERNELS = {
+    "lifecycle": ("kvc_blocks_update",),
     "begin": ("kvc_begin",),
     "stamps": ("kvc_stamps_write",),
     "verify": ("kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
-    "digests": ("kvc_digests_verify", "kvc_digests_write", "kvc_digests_adopt", "kvc_digests_sweep"),
+    "digests": (
+        "kvc_digests_verify",
+        "kvc_digests_layer",
+        "kvc_digests_write",
+        "kvc_digests_adopt",
+        "kvc_digests_sweep",
+    ),
+    "scrub": ("kvc_scrub",),
+    "moves": (
+        *("kvc_moves_gather", "kvc_moves_scatter", "kvc_moves_commit"),
+        *("kvc_moves_localize", "kvc_moves_adopt", "kvc_moves_digest"),
+    ),
 }
 MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
 MAX_GRID_Y = 1024  # the same for new tokens, whose slots are found at no cost
@@ -85,6 +102,17 @@ class Driver(Protocol):
         Host lists go through pinned buffers of ``capacity`` entries and are copied on the stream without waiting.
         """
 
+    def lend(self, arrays: Sequence[Any], n_scratch: int, stream: Any) -> AbstractContextManager[tuple[list[int], int]]:
+        """Device addresses of arrays (0 for None, `ArrayView`s where they lie) and of ``n_scratch`` bytes.
+
+        They hold for what is launched on the stream until the with-block ends, and nothing is reused before that is
+        done, on whichever stream. NumPy arrays are copied through pinned memory; waits only for its own buffers.
+        """
+
+    @property
+    def lent_bytes(self) -> int:
+        """Memory that is kept for `lend`, in bytes."""
+
     def synchronize(self) -> None:
         """Wait for the device."""
 
@@ -115,6 +143,30 @@ class BoundForward:
     head: tuple[BoundKernel, ...]
     tail: tuple[BoundKernel, ...]
     bound: BoundBatch
+    layers: dict[int, list[BoundKernel]] = field(default_factory=dict)
+
+
+class BlockUpdate:
+    """The parameters of kvc_blocks_update for one pool, with the fields that change as views into them."""
+
+    def __init__(self, state: int, blocks: int, n_blocks: int) -> None:
+        record = abi.zeros_of(abi.PARAMS["LifecycleParams"])
+        record["state"], record["blocks"], record["n_blocks"] = state, blocks, n_blocks
+        dtype = record.dtype
+        assert dtype.fields is not None
+        words = record.reshape(1).view(np.int32)
+        owner, ends, ids = (dtype.fields[name][1] // 4 for name in ("owner", "ends", "ids"))
+        self._owner = words[owner : owner + 1].view(np.uint32)
+        self._ends, self._ids = words[ends : ends + abi.N_BLOCK_OPS], words[ids:]
+        self._params = record[()]  # of the same memory: a launch reads what is in it then
+
+    def pack(self, changes: BlockChanges, first: int, n: int) -> Any:
+        """By-value parameters for ``n`` ids from ``first`` on."""
+        self._owner[0] = changes.owner
+        self._ids[:n] = changes.ids[first : first + n]
+        is_whole = len(changes.ids) == n
+        self._ends[:] = changes.ends if is_whole else np.clip(changes.ends, first, first + n) - first
+        return self._params
 
 
 class DeviceBackend:
@@ -138,7 +190,12 @@ class DeviceBackend:
         self._resident = {name: driver.resident_blocks(kernel) for name, kernel in self._kernels.items()}
         self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
         self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
-        self._pools = [self._pool_record(i) for i in range(len(pools))]
+        patrols = plan_patrol(config, pools)
+        self._pools = [self._pool_record(i, patrol.n_blocks) for i, patrol in enumerate(patrols)]
+        self._updates = [
+            BlockUpdate(int(self._guard["state"]), int(p["blocks"]), int(p["n_blocks"])) for p in self._pools
+        ]
+        self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
     # ---- memory ------------------------------------------------------------------------------------------------------
@@ -154,6 +211,8 @@ class DeviceBackend:
             "rows": driver.zeros(self._max_requests, abi.ROW),
             "work": driver.zeros((abi.N_WORK, self._max_requests + 1), np.int64),
         }
+        if self._config.lifecycle:
+            arrays["blocks"] = driver.zeros(pool.n_blocks, abi.BLOCK_STATE)
         capacity = abi.due_capacity(n, len(digests), self._config.verify_data_every)
         if capacity:
             arrays["due"] = driver.zeros(capacity + 1, abi.DUE)
@@ -173,17 +232,18 @@ class DeviceBackend:
         state = CanaryDeviceState(layout, words, taint, ring, control)
         guard = abi.zeros_of(abi.GUARD)
         guard["state"], guard["taint"] = driver.pointer(words), driver.pointer(taint)
-        for field, view in (
+        for name, view in (
             ("kernel_runs", state.kernel_run_counters),
             ("slot_runs", state.slot_run_counters),
             ("data_runs", state.data_run_counters),
+            ("scrub_runs", state.scrub_run_counters),
         ):
-            guard[field] = driver.pointer(view)
+            guard[name] = driver.pointer(view)
         guard["control"], guard["ring"], guard["ring_capacity"] = control_address, ring_address, ring_capacity
         guard["pool_states"] = driver.pointer(pool_states)
         return state, guard, pool_states
 
-    def _pool_record(self, index: int) -> Array:
+    def _pool_record(self, index: int, scrub_blocks: int) -> Array:
         pool, arrays = self._kv_pools[index], self._arrays[index]
         record = abi.zeros_of(abi.POOL)
         for half in range(len(pool.halves)):
@@ -192,6 +252,8 @@ class DeviceBackend:
         names = ("claims", "digests", "planes", "digest_units", "registers", "register_claims", "rows", "work")
         for name in names:
             record[name] = self._driver.pointer(arrays[name])
+        if "blocks" in arrays:
+            record["blocks"] = self._driver.pointer(arrays["blocks"])
         if "due" in arrays:
             record["due"], record["due_capacity"] = self._driver.pointer(arrays["due"]), len(arrays["due"]) - 1
         if pool.lut_view is not None:
@@ -199,6 +261,7 @@ class DeviceBackend:
         record["n_slots"], record["page_size"], record["n_blocks"] = pool.n_slots, pool.page_size, pool.n_blocks
         record["page_shift"] = abi.log2_or_negative(pool.page_size)
         record["window"], record["token_offset"] = pool.window or 0, pool.token_offset
+        record["scrub_blocks"] = scrub_blocks
         record["kind"], record["index"], record["n_halves"] = int(pool.kind), index, len(pool.halves)
         record["n_digests"] = len(pool.digest_units(self._config.real_data))
         record["n_reserved"], record["max_requests"] = len(pool.reserved_blocks), self._max_requests
@@ -209,7 +272,7 @@ class DeviceBackend:
     def memory_bytes(self) -> int:
         arrays = [a for pool in self._arrays for a in pool.values()]
         state = (self.state.words, self.state.taint, self._pool_states, self.state.violation_log, self.state.control)
-        return sum(int(a.nbytes) for a in (*arrays, *state))
+        return sum(int(a.nbytes) for a in (*arrays, *state)) + self._driver.lent_bytes
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:
@@ -230,6 +293,8 @@ class DeviceBackend:
             tail.append("kvc_digests_write")
         if config.on_unwritten == "adopt":
             head.append("kvc_digests_adopt")
+        if self._pools[pool]["scrub_blocks"] and is_first_forward:
+            head.append("kvc_scrub")
 
         def kernel(name: str, packed: Any) -> BoundKernel:
             return BoundKernel(self._driver, self._kernels[name], grids[name], packed)
@@ -259,6 +324,29 @@ class DeviceBackend:
             for bound in call.batch.tail:
                 bound.launch(stream)
 
+    def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
+        for call in calls:
+            for bound in self._layer_kernels(call, layer):
+                bound.launch(stream)
+
+    def _layer_kernels(self, call: BoundCall, layer: int) -> list[BoundKernel]:
+        """The launches of a layer, packed at its first use: mostly one."""
+        known: dict[int, list[BoundKernel]] = call.batch.layers
+        if layer not in known:
+            units = self._kv_pools[call.pool].digest_units(self._config.real_data)
+            digests = [d for d, unit in enumerate(units) if unit.layer == layer]
+            verify = call.batch.head[1]  # kvc_stamps_verify: its grid fits the same units
+            known[layer] = []
+            for first in range(0, len(digests), abi.MAX_LAYER_DIGESTS):
+                chosen = digests[first : first + abi.MAX_LAYER_DIGESTS]
+                params = abi.zeros_of(abi.PARAMS["LayerParams"])
+                for name in ("guard", "pool", "batch"):
+                    params[name] = verify.params[name]
+                params["n_digests"], params["digests"][: len(chosen)] = len(chosen), chosen
+                kernel = self._kernels["kvc_digests_layer"]
+                known[layer].append(BoundKernel(self._driver, kernel, verify.grid, params[()]))
+        return known[layer]
+
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         params, n = abi.zeros_of(abi.PARAMS["SweepParams"]), len(resident.slots)
@@ -279,6 +367,23 @@ class DeviceBackend:
         for name, grid in grids.items():
             self._driver.launch(self._kernels[name], grid, params[()], stream)
         return True
+
+    def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
+        kernel, update, n_ids = self._kernels["kvc_blocks_update"], self._updates[pool], len(changes.ids)
+        for first in range(0, n_ids, abi.MAX_BLOCK_IDS):
+            n = min(n_ids - first, abi.MAX_BLOCK_IDS)
+            grid = (-(-n // abi.THREADS), 1)
+            self._driver.launch(kernel, grid, update.pack(changes, first, n), stream)
+
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        return self._moves.run(move, stream)
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        arrays, kv = self._arrays[pool], self._kv_pools[pool]
+        stages = [(half, stage) for half in kv.halves for stage in ("head", "tail")]
+        shadow = {f"{stage.upper()}_{half.name}": _as_bytes(arrays[f"{stage}{int(half)}"]) for half, stage in stages}
+        n_digests = int(self._pools[pool]["n_digests"])
+        return shadow | {f"DIGEST_{d}": arrays["digests"][d] for d in range(n_digests)}
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self._driver.set_word(self.state.words, abi.STATE_PAUSE, int(is_paused), stream)
@@ -303,6 +408,10 @@ class DeviceBackend:
         self._driver.synchronize()
         self._arrays.clear()
         self._driver.close()
+
+    def read_blocks(self, pool: int) -> Array:
+        blocks: Array = self._driver.download(self._arrays[pool]["blocks"]).reshape(-1).view(abi.BLOCK_STATE)
+        return blocks
 
     # ---- prove -------------------------------------------------------------------------------------------------------
     def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:
@@ -350,6 +459,11 @@ class DeviceBackend:
         return records
 
 
+def _as_bytes(stamps: Any) -> Any:
+    """Stamps as u8[n, 32] in place; a device array of them is so already."""
+    return stamps.view(np.uint8).reshape(len(stamps), -1) if isinstance(stamps, np.ndarray) else stamps
+
+
 def _grids(
     n_multiprocessors: int, resident: dict[str, int], pool: Array, bound: BoundBatch
 ) -> dict[str, tuple[int, int]]:
@@ -366,6 +480,7 @@ def _grids(
     if pool["window"]:
         positions = min(positions, rows * int(pool["window"]))
     split = max(1, min(int(pool["n_digests"]), MAX_DIGEST_SPLIT))
+    scrub_slots = int(pool["scrub_blocks"]) * int(pool["page_size"])
 
     def blocks(kernel: str, units: int, n_y: int = 1) -> int:
         return max(1, min(units, n_multiprocessors * resident[kernel] // n_y))
@@ -391,4 +506,5 @@ def _grids(
         "kvc_digests_verify": (blocks("kvc_digests_verify", data_units, split), split),
         "kvc_digests_write": (blocks("kvc_digests_write", write_blocks, write_split), write_split),
         "kvc_digests_adopt": (blocks("kvc_digests_adopt", -(-verify_units // abi.WARPS)), 1),
+        "kvc_scrub": (blocks("kvc_scrub", -(-scrub_slots // (8 * abi.WARPS)), split), split),
     }

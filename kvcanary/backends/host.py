@@ -6,18 +6,24 @@ It runs everything at the call, in the order in which `backends/device.py` launc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from kvcanary import abi, hashing
-from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends import BoundCall, ProbeTarget, Resident, ownership
 from kvcanary.backends import reference as ref
+from kvcanary.backends import reference_moves as ref_moves
+from kvcanary.backends import reference_patrol as patrol
+from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
 from kvcanary.layout import KvPool
+from kvcanary.ledger import BlockChanges
+from kvcanary.patrol import plan_patrol
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
 
@@ -36,9 +42,10 @@ def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> 
 class Recorder:
     """Counts and reports into one guard state, as kernels/report.cuh does."""
 
-    def __init__(self, state: CanaryDeviceState) -> None:
+    def __init__(self, state: CanaryDeviceState, pools: Sequence[PoolArrays]) -> None:
         self.state = state
         self.words = state.words
+        self._pools = pools
 
     def count_launch(self, pool: PoolArrays, stage: Stage) -> None:
         for half in range(len(pool.head)):
@@ -60,6 +67,7 @@ class Recorder:
             return
         words, ring, control = self.words, self.state.violation_log, self.state.control
         records["step"], records["forward"] = words[abi.STATE_STEP], words[abi.STATE_FORWARD]
+        self._put_blocks(records)
         in_batch = (records["row"] >= 0) & (records["row"] < len(self.state.taint))
         np.bitwise_or.at(self.state.taint, records["row"][in_batch], records["reasons"][in_batch])
         capacity, claimed = len(ring) - 1, int(words[abi.STATE_CLAIMED])
@@ -73,6 +81,17 @@ class Recorder:
         if n:
             control[abi.CONTROL_ALARM] = claimed + n
 
+    def _put_blocks(self, records: Array) -> None:
+        """Whose the slots' blocks are, in records of one pool that are about slots of it."""
+        pool = self._pools[int(records["pool"][0])]
+        if pool.blocks is None:
+            return
+        is_slot = np.isin(records["detail"], [d for d in Detail if d.is_slot])
+        is_slot &= (records["slot"] >= 0) & (records["slot"] < pool.n_slots)
+        states = pool.block_states(np.where(is_slot, records["slot"], 0))
+        for name in ("owner", "epoch", "since", "flags"):
+            records[f"block_{name}"] = np.where(is_slot, states[name], 0)
+
 
 class HostBackend:
     """NumPy implementation of `kvcanary.backends.Backend`."""
@@ -82,10 +101,11 @@ class HostBackend:
     def __init__(self, config: CanaryConfig, pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:
         self._config = config
         self._kv_pools = tuple(pools)
-        self._pools = [_pool_arrays(i, p, config, max_requests) for i, p in enumerate(pools)]
+        plans = plan_patrol(config, pools)
+        self._pools = [_pool_arrays(i, p, config, max_requests, plans[i].n_blocks) for i, p in enumerate(pools)]
         self._units = [p.digest_units(config.real_data) for p in pools]
         self.state = make_state(CounterLayout(len(pools)), max_requests, config.ring_capacity)
-        self._recorder = Recorder(self.state)
+        self._recorder = Recorder(self.state, self._pools)
         self._rows: list[Array] = [np.zeros(0, abi.ROW) for _ in pools]
 
     # ---- a forward ---------------------------------------------------------------------------------------------------
@@ -105,6 +125,8 @@ class HostBackend:
                 self._verify_data(pool, batch, entries)
             if batch.adopt:
                 self._adopt(pool, ref.entries_of(pool, batch, self._rows[call.pool]))
+            if batch.is_first_forward and pool.scrub_blocks and self._is_judging:
+                self._scrub(pool)
 
     def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for call in calls:
@@ -119,12 +141,27 @@ class HostBackend:
                 self._verify(pool, batch, ref.entries_of(pool, batch, rows), Stage.TAIL)
                 for records in ref.judge_new_tokens(pool, batch, rows, new, target, won, self._forward):
                     self._recorder.report(records)
+                if pool.state["n_fresh"]:
+                    ref.settle_fresh(pool, rows, ref.entries_of(pool, batch, rows))
             for half in range(len(pool.head)):
                 pool.tail[half][target.slot[won]] = pool.head[half][target.slot[won]]
             self._recorder.count_entries(pool, Stage.TAIL, int(won.sum()))
             if self._units[call.pool]:
                 self._recorder.count_data_launch(pool, Stage.TAIL)
                 self._write_digests(pool, target.slot[won], pool.head[0]["position"][target.slot[won]])
+
+    def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
+        for call in calls if self._is_judging else ():
+            pool, rows = self._pools[call.pool], self._rows[call.pool]
+            digests = [d for d, unit in enumerate(self._units[call.pool]) if unit.layer == layer]
+            if not digests:
+                continue
+            self._recorder.count_data_launch(pool, Stage.HEAD)
+            entries = ref.entries_of(pool, call.batch, rows)
+            chosen = (rows["flags"][entries.row] & abi.ROW_PENDING != 0) & (entries.at.status == OK)
+            about = ref.row_records(int(chosen.sum()), pool, pool.tag(Stage.HEAD), rows, entries.row[chosen])
+            about["position"] = entries.position[chosen]
+            self._compare_digests(self._recorder, pool, entries.at.slot[chosen], about, self._forward, digests)
 
     @property
     def _forward(self) -> int:
@@ -150,6 +187,8 @@ class HostBackend:
             pool.state["aborted"][place] = pool.state["head_forward"]
             pool.state["n_aborted"] += 1
         pool.state["head_forward"] = self._forward
+        if pool.scrub_blocks and batch.is_first_forward and not words[abi.STATE_PAUSE]:
+            pool.state["scrub_turn"] += 1
         self._rows[call.pool] = ref.find_rows(pool, batch, self._forward)
 
     def _won(self, pool: PoolArrays, new: ref.NewTokens, target: ref.Slots) -> Array:
@@ -176,6 +215,11 @@ class HostBackend:
         stamps["chain"], stamps["token"], stamps["position"] = chain, token, new.position
         stamps["prev_slot"] = self._previous_slots(pool, batch, starts, new)
         stamps["step"], stamps["owner"] = self._forward, rows["request_id"][new.row]
+        if pool.blocks is not None:
+            block = pool.block_states(target.slot)
+            stamps["epoch"] = ownership.epochs_of_writes(block, batch.request_ids is not None, stamps["owner"])
+            n_unowned = (ownership.is_unowned(block) & (target.status == OK)).sum()
+            self._recorder.add(abi.STATE_UNOWNED_WRITES, int(n_unowned) * self._is_judging)
         won = self._won(pool, new, target)
         for half in range(len(pool.head)):
             pool.head[half][target.slot[won]] = stamps[won]
@@ -234,8 +278,18 @@ class HostBackend:
         about["position"] = entries.position[due]
         self._compare_digests(self._recorder, pool, entries.at.slot[due], about, self._forward)
 
-    def _compare_digests(self, recorder: Recorder, pool: PoolArrays, slots: Array, about: Array, forward: int) -> None:
-        for d, unit in enumerate(self._units[pool.index]):
+    def _compare_digests(
+        self,
+        recorder: Recorder,
+        pool: PoolArrays,
+        slots: Array,
+        about: Array,
+        forward: int,
+        digests: Sequence[int] | None = None,
+    ) -> None:
+        units = self._units[pool.index]
+        for d in range(len(units)) if digests is None else digests:
+            unit = units[d]
             stored = pool.digests[d, slots]
             known = np.flatnonzero(stored)
             recorder.add(abi.STATE_DATA_SLOTS, len(known))
@@ -275,9 +329,23 @@ class HostBackend:
         stamps = np.zeros(len(slots), abi.STAMP)
         stamps["token"], stamps["position"], stamps["prev_slot"] = abi.NO_TOKEN, positions, abi.PREV_NONE
         stamps["step"] = self._forward
+        stamps["epoch"] = ref.block_epochs(pool, slots)
         for plane in (*pool.head, *pool.tail):
             plane[slots] = stamps
         self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(is_new[mine][first].sum()))
+
+    def _scrub(self, pool: PoolArrays) -> None:
+        """The patrol's turn: digests and links of the written slots of the next blocks that somebody holds."""
+        recorder = self._recorder
+        self.state.scrub_run_counters[pool.index] += np.uint64(1)
+        slots, n_orphans = patrol.patrolled_slots(pool, self._forward)
+        recorder.add(abi.STATE_SCRUB_SLOTS, len(slots))
+        recorder.add(abi.STATE_SCRUB_ORPHANS, n_orphans)
+        about = ref.new_records(len(slots), pool, pool.tag(Stage.HEAD))
+        about["detail"], about["position"] = Detail.SCRUB, pool.head[0]["position"][slots]
+        self._compare_digests(recorder, pool, slots, about, self._forward)
+        for half in range(len(pool.head)):
+            recorder.report(patrol.judge_links(pool, half, slots))
 
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
@@ -299,6 +367,61 @@ class HostBackend:
             about["position"] = np.asarray(resident.positions)[inside]
             self._compare_digests(recorder, pool, slots[inside], about, forward=0)
         return True
+
+    def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
+        blocks, now = self._pools[pool].blocks, self._forward
+        assert blocks is not None
+        for op, (first, last) in enumerate(pairwise((0, *changes.ends))):
+            if last > first:
+                ownership.change_blocks(blocks, op, changes.ids[first:last], changes.owner, now)
+
+    def move(self, move: Move, stream: Any) -> SlotImage | None:
+        pool, halves = self._pools[move.pool], [unit.half for unit in self._units[move.pool]]
+        slots = ref_moves.listed_slots(pool, move.slots, move.per_entry)
+        n_skipped, image, inside = int((slots < 0).sum()), move.image, slots >= 0
+        if move.op in (MoveOp.COPY, MoveOp.COMMIT):
+            sources = ref_moves.listed_slots(pool, move.sources, move.per_entry)
+            n_skipped += int((sources < 0).sum())
+            image = ref_moves.gather(pool, sources)
+        if move.op is MoveOp.EXPORT:
+            image = ref_moves.gather(pool, slots)
+        elif move.op is MoveOp.REFRESH:
+            inside &= ref_moves.is_whole(pool, np.maximum(slots, 0))
+            n_skipped = int((~inside).sum())
+            self._write_digests(pool, slots[inside], pool.head[0]["position"][slots[inside]])
+        elif move.op is MoveOp.LOCALIZE:
+            ref_moves.localize(pool, slots[inside], self._move_step(), move.drops_digests)
+        elif move.op is MoveOp.ADOPT:
+            n_skipped = self._adopt_listed(pool, move, slots)
+        else:
+            assert image is not None
+            if move.op is MoveOp.COMMIT:
+                n_skipped += ref_moves.commit(pool, image, move.row_starts, move.request_slots, move.prefix_lens)
+            ref_moves.scatter(pool, image, slots, self._move_step(), halves)
+        self._recorder.add(abi.STATE_SKIPPED_MOVES, n_skipped)
+        return image if move.op is MoveOp.EXPORT else None
+
+    def _adopt_listed(self, pool: PoolArrays, move: Move, slots: Array) -> int:
+        positions = np.asarray(move.positions).astype(np.int64)
+        good = (slots >= 0) & (positions >= 0) & (positions <= ref.MAX_POSITIONS)
+        tokens = np.full(move.n, -1) if move.tokens is None else np.asarray(move.tokens).astype(np.int64)
+        chains = np.zeros(move.n, np.uint64) if move.chains is None else move.chains
+        ref_moves.adopt(pool, slots[good], positions[good], tokens[good], chains[good], self._move_step())
+        self._write_digests(pool, slots[good], positions[good])
+        return int((~good).sum())
+
+    def _move_step(self) -> int:
+        """The forward last begun; a move before the first one takes its number, as 0 would mean never written."""
+        words = self.state.words
+        if not words[abi.STATE_FORWARD]:
+            words[abi.STATE_FORWARD] = words[abi.STATE_FORWARD_DONE] = 1
+        return self._forward
+
+    def shadow_arrays(self, pool: int) -> dict[str, Any]:
+        arrays, halves = self._pools[pool], self._kv_pools[pool].halves
+        found = {f"{stage}_{h.name}": getattr(arrays, stage.lower())[h] for h in halves for stage in ("HEAD", "TAIL")}
+        shadow: dict[str, Any] = {name: a.view(np.uint8).reshape(len(a), -1) for name, a in found.items()}
+        return shadow | {f"DIGEST_{d}": digests for d, digests in enumerate(arrays.digests)}
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self.state.words[abi.STATE_PAUSE] = is_paused
@@ -325,7 +448,13 @@ class HostBackend:
     def memory_bytes(self) -> int:
         lists = [(*p.head, *p.tail, p.claims, p.digests, p.registers, p.register_claims) for p in self._pools]
         state = (self.state.words, self.state.taint, self.state.violation_log, self.state.control)
-        return sum(a.nbytes for arrays in (*lists, state) for a in arrays)
+        blocks = [p.blocks for p in self._pools if p.blocks is not None]
+        return sum(a.nbytes for arrays in (*lists, state, blocks) for a in arrays)
+
+    def read_blocks(self, pool: int) -> Array:
+        blocks = self._pools[pool].blocks
+        assert blocks is not None
+        return blocks.copy()
 
     # ---- prove -------------------------------------------------------------------------------------------------------
     def read_stamps(self, pool: int, slots: Array) -> list[tuple[Array, Array]]:
@@ -345,7 +474,7 @@ class HostBackend:
         """Compare all digests of one (row, position) into a state of its own; returns the records."""
         pool, batch = self._pools[call.pool], call.batch
         state = make_state(self.state.layout, len(self.state.taint), max(1, len(self._units[call.pool])))
-        recorder = Recorder(state)
+        recorder = Recorder(state, self._pools)
         rows = np.zeros(batch.rows, abi.ROW)
         rows[target.row] = target.as_row()
         entries = ref.entries_of(pool, batch, rows)
@@ -356,7 +485,7 @@ class HostBackend:
         return state.violation_log[: int(state.words[abi.STATE_CLAIMED])]
 
 
-def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: int) -> PoolArrays:
+def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: int, scrub_blocks: int) -> PoolArrays:
     n, halves = pool.n_slots, len(pool.halves)
     lut = pool.lut_view
     return PoolArrays(
@@ -376,6 +505,8 @@ def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: i
         register_claims=np.zeros(max_requests, np.uint64),
         state=abi.zeros_of(abi.POOL_STATE),
         max_requests=max_requests,
+        blocks=np.zeros(pool.n_blocks, abi.BLOCK_STATE) if config.lifecycle else None,
+        scrub_blocks=scrub_blocks,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi, hashing
+from kvcanary.backends import ownership
 from kvcanary.tags import Detail, Reason, Stage
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -32,6 +33,8 @@ class PoolArrays:
         register_claims: u64[max_requests].
         state: one POOL_STATE.
         slot_lut: i64[n] or None.
+        blocks: BLOCK_STATE[n_blocks] or None: block ownership is not judged.
+        scrub_blocks: blocks of a turn of the patrol; 0 = none.
     """
 
     index: int
@@ -50,9 +53,17 @@ class PoolArrays:
     register_claims: Array
     state: Array
     max_requests: int
+    blocks: Array | None = None
+    scrub_blocks: int = 0
 
     def tag(self, stage: Stage, half: int = 0) -> int:
         return stage * 4 + self.kind * 2 + half
+
+    def block_states(self, slots: Array) -> Array:
+        """The words of the slots' blocks: BLOCK_STATE[n]; of any block where a slot is negative."""
+        assert self.blocks is not None
+        states: Array = self.blocks[np.maximum(slots, 0) // self.page_size]
+        return states
 
 
 @dataclass
@@ -205,6 +216,8 @@ def claim_slots(pool: PoolArrays, batch: BatchArrays, tokens: Array, forward: in
     target = write_slots(pool, batch, tokens)
     ok = target.status == OK
     claim = np.uint64(forward << 32) | (tokens[ok] + 1).astype(np.uint64)
+    if pool.state["n_fresh"]:  # a slot that is written is not fresh any more
+        pool.state["n_fresh"] -= np.uint32(is_fresh(pool, np.unique(target.slot[ok])).sum())
     np.maximum.at(pool.claims, target.slot[ok], claim)
     return bool((target.status != EMPTY).any())
 
@@ -280,6 +293,25 @@ def continued_slots(stamps: Array) -> Array:
     """The slot of the stamp that each one continues, or negative: i32[n]."""
     prev = stamps["prev_slot"]
     return np.where(prev <= abi.PREV_RELATIVE_BASE, abi.PREV_RELATIVE_BASE - prev, prev)
+
+
+def block_epochs(pool: PoolArrays, slots: Array) -> Array:
+    """The epoch that a stamp made now for each slot gets: u32[n]; of any block where a slot is negative."""
+    if pool.blocks is None:
+        return np.zeros(len(slots), np.uint32)
+    epochs: Array = pool.block_states(slots)["epoch"]
+    return epochs
+
+
+def is_earlier(previous: Array, stamps: Array) -> Array:
+    """Whether each predecessor was surely not written after the stamp: bool[n].
+
+    A move takes the number of the forward before it: of one and the same number, only a request's own stamps are known
+    to be of one time.
+    """
+    earlier: Array = previous["step"] < stamps["step"]
+    same = (previous["step"] == stamps["step"]) & (stamps["owner"] != 0) & (previous["owner"] == stamps["owner"])
+    return earlier | same
 
 
 class Starts(NamedTuple):
@@ -383,7 +415,7 @@ def _expand(counts: Array) -> tuple[Array, Array]:
 def judge_writes(
     pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewTokens, target: Slots, forward: int
 ) -> Array:
-    """WRITE_TOKEN, WRITE_POSITION and OUT_OF_RANGE of the new tokens: VIOLATION[n]."""
+    """WRITE_TOKEN, WRITE_POSITION, FOREIGN_WRITE and OUT_OF_RANGE of the new tokens: VIOLATION[n]."""
     home = table_slots(pool, batch, new.row, new.position)
     token = batch.input_ids[new.token].astype(np.int64).astype(np.int32)
     v = row_records(len(new.row), pool, pool.tag(Stage.HEAD), rows, new.row)
@@ -402,6 +434,11 @@ def judge_writes(
     v["position"], v["stored_token"] = new.position, token
     v["stamp_owner"], v["stamp_step"] = np.where(out, 0, v["request_id"]), np.where(out, 0, forward)
     v["prev_slot"] = np.where(home.status == OK, home.slot, -1)
+    if pool.blocks is not None:
+        block, ok = pool.block_states(target.slot), target.status == OK
+        foreign = ok & ownership.may_not_write(block, batch.request_ids is not None, v["request_id"])
+        v["reasons"] |= np.where(foreign, Reason.FOREIGN_WRITE, 0).astype(np.uint32)
+        v["stamp_epoch"] = np.where(ok & ~foreign, block["epoch"], 0)
     bad: Array = v[(v["reasons"] != 0) & (target.status != EMPTY)]
     return bad
 
@@ -447,9 +484,7 @@ def entries_of(pool: PoolArrays, batch: BatchArrays, rows: Array) -> Entries:
     live = rows["flags"] & abi.ROW_LIVE != 0
     row, index = _expand(np.where(live, rows["verify_end"] - rows["verify_start"], 0))
     position = rows["verify_start"][row].astype(np.int64) + index
-    return Entries(
-        row, position, table_slots(pool, batch, row, position), table_slots(pool, batch, row, position - 1)
-    )
+    return Entries(row, position, table_slots(pool, batch, row, position), table_slots(pool, batch, row, position - 1))
 
 
 class Seen(NamedTuple):
@@ -489,7 +524,7 @@ def is_aborted(pool: PoolArrays, forwards: Array) -> Array:
 def judge_stamps(
     pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entries, stage: Stage, half: int, forward: int
 ) -> Array:
-    """UNWRITTEN, POSITION, TOKEN and CHAIN of the prefix stamps of one half: VIOLATION[n]."""
+    """UNWRITTEN, STALE_EPOCH, POSITION, TOKEN and CHAIN of the prefix stamps of one half: VIOLATION[n]."""
     row, position, at, before = entries
     seen, previous = (see_stamps(pool, stage, half, s, forward) for s in (at, before))
     stamp, anchor = seen.stamp, rows["anchor"][row]
@@ -509,8 +544,10 @@ def judge_stamps(
     follows = (continued_slots(stamp) == before.slot) & (before.status == OK) & (prev_step <= stamp["step"])
     prev_step = np.where(np.where(relative, follows, ~is_relative(prev)), prev_step, 0)
     salts = batch.salts[row].astype(np.uint64) if batch.salts is not None else np.zeros(len(row), np.uint64)
-    starts = known & (position == 0)
-    may_link = (position > rows["verify_start"][row]) | ((prev_step <= stamp["step"]) & (prev_step < forward))
+    starts = known & (position == 0) & ~is_relative(stamp)
+    # Before a window, only a predecessor that was surely not written later; a moved stamp may have left its own behind.
+    is_later = is_earlier(prev, stamp) & (prev_step < forward) & (stamp["prev_slot"] != abi.PREV_NONE)
+    may_link = (position > rows["verify_start"][row]) | is_later
     links = known & (position > 0) & may_link & (prev_step != 0)
     chain = np.where(
         starts,
@@ -525,6 +562,13 @@ def judge_stamps(
     unanchored = ends & by_chain & (stamp["chain"] != anchor)
     unanchored |= ends & by_token & (mix != rows["last_mix"][row])
     reasons |= np.where(broken | unanchored, Reason.CHAIN, 0)
+
+    if pool.blocks is not None:
+        block = pool.block_states(at.slot)
+        foreign = ownership.may_not_read(block, batch.request_ids is not None, rows["request_id"][row])
+        stale = np.where((seen.judged | seen.unfinished) & foreign, Reason.STALE_EPOCH, 0)
+        stale |= np.where(written, ownership.epoch_reasons(block, stamp), 0)
+        reasons |= np.where(stamp["step"] != forward, stale, 0)
 
     v["reasons"], v["position"], v["slot"] = reasons, position, at.slot
     v["detail"] = np.where(seen.unfinished, Detail.UNFINISHED, Detail.SLOT)
@@ -562,9 +606,15 @@ def history_tokens(pool: PoolArrays, batch: BatchArrays, rows: Array, row: Array
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 def judgeable(pool: PoolArrays, half: int, slots: Array, forward: int) -> Array:
-    """Whether the data of each slot may be judged: HEAD and TAIL stamps are of one earlier forward: bool[n]."""
+    """Whether the data of each slot may be judged: HEAD and TAIL stamps are of one earlier forward: bool[n].
+
+    Nor are bytes of an epoch that is over: nobody's any more, they may be overwritten at any time.
+    """
     step = pool.head[half]["step"][slots]
     may: Array = (step != 0) & (step != forward) & (pool.tail[half]["step"][slots] == step)
+    if pool.blocks is not None:
+        epoch = pool.head[half]["epoch"][slots]
+        may &= (epoch == 0) | (epoch == pool.block_states(slots)["epoch"])
     return may
 
 
@@ -573,15 +623,34 @@ def due_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entrie
     flags = rows["flags"][entries.row]
     share = hashing.share_of(np.maximum(entries.at.slot, 0), abi.SHARE_RUN, batch.verify_data_every)
     due: Array = (flags & abi.ROW_FULL_DATA != 0) | (share == rows["share"][entries.row])
+    if pool.state["n_fresh"]:
+        due |= is_fresh(pool, np.maximum(entries.at.slot, 0))
     due &= (entries.at.status == OK) & (flags & abi.ROW_PENDING == 0)
     return due
 
 
+def is_fresh(pool: PoolArrays, slots: Array) -> Array:
+    """Whether each slot was moved or adopted, and its bytes were not verified since: bool[n]."""
+    fresh: Array = pool.claims[slots] & np.uint64(0xFFFFFFFF) == abi.CLAIM_FRESH
+    return fresh
+
+
+def settle_fresh(pool: PoolArrays, rows: Array, entries: Entries) -> None:
+    """After HEAD has verified their bytes, the fresh slots of the prefixes are so no more."""
+    verified = (entries.at.status == OK) & (rows["flags"][entries.row] & abi.ROW_PENDING == 0)
+    slots = np.unique(entries.at.slot[verified])
+    slots = slots[is_fresh(pool, slots)]
+    pool.claims[slots] &= ~np.uint64(0xFFFFFFFF)
+    pool.state["n_fresh"] -= np.uint32(len(slots))
 
 
 # ---- sweep -----------------------------------------------------------------------------------------------------------
 def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) -> Array:
-    """UNWRITTEN, POSITION, TOKEN and CHAIN of resident slots (those ``inside`` the pool) of one half: VIOLATION[n]."""
+    """UNWRITTEN, STALE_EPOCH, POSITION, TOKEN and CHAIN of resident slots of one half: VIOLATION[n].
+
+    Args:
+        inside: bool[n], those that lie inside the pool.
+    """
     slots, positions, before = (np.asarray(a)[inside].astype(np.int64) for a in resident[:3])
     expected = np.full(len(slots), abi.NO_TOKEN) if resident.tokens is None else np.asarray(resident.tokens)[inside]
     stamp, tail_step = pool.head[half][slots], pool.tail[half]["step"][slots]
@@ -601,6 +670,8 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     reasons |= np.where(broken, Reason.CHAIN, 0)
     unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"])
     reasons |= np.where(unfinished, Reason.UNWRITTEN, 0)
+    if pool.blocks is not None:
+        reasons |= np.where(written, ownership.epoch_reasons(pool.block_states(slots), stamp), 0)
     v = new_records(len(slots), pool, pool.tag(Stage.SWEEP, half))
     v["reasons"], v["slot"], v["position"] = reasons, slots, positions
     v["detail"] = np.where(unfinished, Detail.UNFINISHED, Detail.SLOT)

@@ -97,6 +97,16 @@ class Script:
             slots[9], slots[10] = slots[10], slots[9]
         return Resident(*(a.astype(np.int32) for a in (slots, positions, before, tokens)))
 
+    def slots(self, row: int) -> Array:
+        """The slots of a row's tokens so far: i64[n]."""
+        found: Array = self._slot(row, np.arange(self._lengths[row]))
+        return found
+
+    def unused_slots(self) -> Array:
+        """The slots of blocks that no row has: i64[n]."""
+        blocks = np.setdiff1d(np.arange(1, N_BLOCKS), self._table)
+        return (blocks[:, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(-1)
+
     def _slot(self, row: Any, position: Any) -> Any:
         return self._table[row, position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
 

@@ -18,6 +18,7 @@ from kvcanary import abi
 from kvcanary.backends import Backend, Resident
 from kvcanary.backends.device import KERNELS, DeviceBackend
 from kvcanary.backends.host import HostBackend
+from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.batch import StepBatch
 from kvcanary.cli.script import N_ROWS, N_TOKENS, Script, pools_over
 from kvcanary.config import CanaryConfig
@@ -161,6 +162,46 @@ class Side:
             "kvc_digests_sweep": {"data launches": data[:, Stage.SWEEP], "DATA violations": about(Stage.SWEEP, True)},
         }
 
+    def moved(self, script: Script) -> Facts:
+        """What the kernels of moves left behind, each in slots of its own of the first pool."""
+        unused, second, third = script.unused_slots(), script.slots(1), script.slots(2)
+        copied, imported, adopted = unused[:12], unused[12:21], unused[24:32]
+        self._move(MoveOp.COPY, copied, sources=script.slots(0)[:12])
+        image = self._move(MoveOp.EXPORT, third[:9])
+        assert image is not None
+        self._move(MoveOp.IMPORT, imported, image=image)
+        n = len(second)  # as if the last three were a tree, and the last of them had been accepted after the first
+        self._move(
+            *(MoveOp.COMMIT, second[[n - 3, n - 2]]),
+            sources=second[[n - 3, n - 1]],
+            row_starts=np.array([0, 2]),
+            prefix_lens=np.array([n - 3]),
+            request_slots=script.arrays["request_slots"][1:2],
+        )
+        self._move(MoveOp.LOCALIZE, script.slots(3)[:5])
+        self._move(MoveOp.ADOPT, adopted, positions=np.arange(8), tokens=np.arange(70, 78))
+        self._move(MoveOp.REFRESH, third[:9])
+        self.backend.synchronize()
+        return {
+            "kvc_moves_gather": {"image": np.concatenate([a.reshape(-1).view(np.uint8) for a in image])},
+            "kvc_moves_scatter": {"stamps": self.stamps_at(copied, imported), "fresh slots": self.arrays("claims")},
+            "kvc_moves_commit": {"stamps": self.stamps_at(second), "registers": self.arrays("registers")},
+            "kvc_moves_localize": {"stamps": self.stamps_at(script.slots(3))},
+            "kvc_moves_adopt": {"stamps": self.stamps_at(adopted)},
+            "kvc_moves_digest": {"digests": self.arrays("digests")},
+        }
+
+    def _move(self, op: MoveOp, slots: Array, image: SlotImage | None = None, **lists: Any) -> SlotImage | None:
+        given: dict[str, Any] = {name: values.astype(np.int32) for name, values in {**lists, "slots": slots}.items()}
+        move = Move(op=op, pool=0, n=len(slots), image=image, **given)
+        return self.backend.move(move, None)
+
+    def stamps_at(self, *slots: Array) -> Array:
+        """All stamps of some slots of the first pool, as bytes."""
+        names = [f"{stage}{half}" for stage in ("head", "tail") for half in range(self.n_halves[0])]
+        found = [np.ascontiguousarray(self.array(0, name)).reshape(-1).view(abi.STAMP) for name in names]
+        return np.concatenate([stamps[at].view(np.uint8) for stamps in found for at in slots])
+
     def adopted(self) -> Facts:
         """What the adopting launch left behind."""
         n = self.backend.snapshot_words()[abi.STATE_ADOPTED_SLOTS : abi.STATE_ADOPTED_SLOTS + 1]
@@ -193,13 +234,16 @@ def self_test(make_backend: MakeBackend, devices: Mapping[str, Device]) -> list[
 def _both_facts(make_backend: MakeBackend, device: Device) -> list[tuple[Facts, Facts]]:
     """(found, wanted) of the damaged script, once reporting and once adopting slots that were never written."""
     pairs = []
-    for on_unwritten, facts_of in (("violation", Side.facts), ("adopt", Side.adopted)):
+    for on_unwritten in ("violation", "adopt"):
         script = Script(is_damaged=True)
         config = _config(on_unwritten)
         sides = [Side(make_backend, device, script, config), Side(HostBackend, HOST, script, config)]
         play(script, sides)
-        found, wanted = (facts_of(side) for side in sides)
-        pairs.append((found, wanted))
+        if on_unwritten == "adopt":
+            pairs.append((sides[0].adopted(), sides[1].adopted()))
+        else:
+            pairs.append((sides[0].facts(), sides[1].facts()))
+            pairs.append((sides[0].moved(script), sides[1].moved(script)))
         for side in sides:
             side.backend.close()
     return pairs

@@ -27,7 +27,7 @@ class PeriodicCanaryStatsLogger:
     active tags that have ever run, over all of them. All numbers are those of the step in the line, also when it is
     printed later.
 
-    One snapshot is ``8 * (16 + 27 * pools)`` bytes: 344 with one pool, 560 with two.
+    One snapshot is ``8 * (24 + 28 * pools)`` bytes: 416 with one pool, 640 with two.
 
     Args:
         config: how often.

@@ -195,9 +195,9 @@ class ViolationObserver:
 def _findings(records: npt.NDArray[Any]) -> list[tuple[int, ...]]:
     """What makes each record the same finding as another."""
     names = ["detail", "pool", "slot", "plane", "reasons", "stamp_step", "request_id", "row"]
-    in_pool = (int(Detail.SLOT), int(Detail.UNFINISHED))
+    in_pool = {int(d): int(Detail.SLOT if d == Detail.SCRUB else d) for d in Detail if d.is_slot}
     return [
-        # An unnamed request (id 0) is told apart by its row.
-        key[:6] if key[0] in in_pool else (*key[:6], key[6], 0 if key[6] else key[7])
+        # An unnamed request (id 0) is told apart by its row. What the patrol has seen, a reader sees as the same.
+        (in_pool[key[0]], *key[1:6]) if key[0] in in_pool else (*key[:6], key[6], 0 if key[6] else key[7])
         for key in records[names].tolist()
     ]

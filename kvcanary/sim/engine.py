@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvcanary.sim.blocks import BlockAllocator
 from kvcanary.sim.habits import Habits
-from kvcanary.sim.scheduler import Request, Scheduler, Share
+from kvcanary.sim.scheduler import BlockCall, Request, Scheduler, Share
 from kvcanary.sim.step_arrays import StepArrays
 
 
@@ -34,10 +34,16 @@ class VerifyingModel(Model, Protocol):
 
 
 class Guard(Protocol):
-    """What the engine asks of a guard: one context around the step, one around each forward inside it."""
+    """What the engine asks of a guard: one context around the step, one around each forward inside it.
+
+    Before the forward it is told who owns which blocks.
+    """
 
     def step(self) -> AbstractContextManager[object]:
         """The host phases of one outer step."""
+
+    def blocks(self, calls: Sequence[BlockCall]) -> None:
+        """Blocks that were taken and given back since the last step, in order."""
 
     def forward(self, arrays: StepArrays) -> AbstractContextManager[object]:
         """HEAD on entry, TAIL on exit, for the batch in `arrays`."""
@@ -49,6 +55,9 @@ class NoGuard:
     def step(self) -> AbstractContextManager[object]:
         """Nothing around the step."""
         return nullcontext()
+
+    def blocks(self, calls: Sequence[BlockCall]) -> None:
+        """Nothing to know."""
 
     def forward(self, arrays: StepArrays) -> AbstractContextManager[object]:
         """Nothing around the forward."""
@@ -167,6 +176,7 @@ class SimEngine:
         for hook in self.before_forward:
             hook(arrays)
         with guard.step():
+            guard.blocks(self.scheduler.take_block_calls())
             sampled = self._execute(arrays, guard)
         self.n_steps += 1
         for row, share in enumerate(shares):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -51,6 +51,11 @@ class CanaryGuard:
     def step(self) -> AbstractContextManager[None]:
         """The host phases of one outer step."""
         return self.manager.step(self._stream)
+
+    def blocks(self, calls: Sequence[tuple[str, Sequence[int], int]]) -> None:
+        """Say who took and who gave back which blocks, if the manager wants to know."""
+        if self.manager.config.lifecycle:
+            self.manager.lifecycle.apply(calls, self._stream)
 
     def forward(self, arrays: Any) -> AbstractContextManager[None]:
         """HEAD on entry, TAIL on exit."""

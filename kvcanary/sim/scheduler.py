@@ -72,6 +72,14 @@ class Share(NamedTuple):
     drafts: tuple[int, ...] = ()  # proposed for the positions behind the known tokens
 
 
+class BlockCall(NamedTuple):
+    """What a guard is to be told of who owns which blocks; a cached block is revived by a share."""
+
+    kind: str  # "allocate", "share" or "free"
+    blocks: list[int]
+    owner: int  # a request's id
+
+
 class Scheduler:
     """Continuous batching: decodes first, then running prefills, then admissions in order of arrival.
 
@@ -102,6 +110,7 @@ class Scheduler:
         self._free_slots = list(range(max_requests))  # a heap: the lowest goes first
         self._planned: list[Share] = []  # not completed yet
         self._admitted: list[Request] = []  # by that plan
+        self._block_calls: list[BlockCall] = []  # since they were last taken
 
     # ---- a step ------------------------------------------------------------------------------------------------------
     def n_blocks_needed(self, request: Request) -> int:
@@ -151,6 +160,15 @@ class Scheduler:
             self._release(request)
         return request.n_known - n_known
 
+    def take_block_calls(self) -> list[BlockCall]:
+        """Who took and gave back which blocks since the last time, in order."""
+        calls, self._block_calls = self._block_calls, []
+        return calls
+
+    def _note(self, kind: str, blocks: Sequence[int], request: Request) -> None:
+        if blocks:
+            self._block_calls.append(BlockCall(kind, list(blocks), request.id))
+
     def _budget(self, shares: Sequence[Share]) -> int:
         return self.max_new_tokens - sum(share.n_new for share in shares)
 
@@ -177,7 +195,9 @@ class Scheduler:
             shares[:] = [share for share in shares if share.request is not victim]
             if victim is request:
                 return False
-        request.blocks += self.allocator.allocate(max(n_missing, 0))
+        blocks = self.allocator.allocate(max(n_missing, 0))
+        self._note("allocate", blocks, request)
+        request.blocks += blocks
         return True
 
     def _n_blocks(self, n_tokens: int) -> int:
@@ -187,6 +207,7 @@ class Scheduler:
         if self.habits.frees_window:
             passed = slice(request.n_passed, max(request.n_passed, self._n_outside(request)))
             self.allocator.free(request.blocks[passed])
+            self._note("free", request.blocks[passed], request)
             request.n_passed = passed.stop
             if not self.habits.keeps_stale_ids:
                 request.blocks[passed] = [0] * (passed.stop - passed.start)
@@ -211,6 +232,7 @@ class Scheduler:
             return False
         request.n_passed = len(hits) - len(found)
         self.allocator.share(found)
+        self._note("share", found, request)
         request.blocks = hits
         request.n_published = len(hits)
         request.n_computed = request.n_shared_tokens = n_shared
@@ -230,6 +252,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.running.remove(request)
         self.allocator.free(request.blocks[request.n_passed :])
+        self._note("free", request.blocks[request.n_passed :], request)
         request.blocks = []
         request.n_passed = 0
         heapq.heappush(self._free_slots, request.slot)

@@ -365,7 +365,7 @@ TestCounterDeltaMachine.settings = settings(max_examples=100, stateful_step_coun
 
 
 def test_bytes_and_time_of_one_snapshot(capsys: pytest.CaptureFixture[str]) -> None:
-    for n_pools, n_bytes in ((1, 344), (2, 560)):
+    for n_pools, n_bytes in ((1, 416), (2, 640)):
         rig = Rig(dict.fromkeys(range(n_pools), frozenset({T.HEAD_K_FULL})), n_pools, health_check_every_n_steps=1)
         assert rig.state.words.nbytes == CounterLayout(n_pools).n_words * 8 == n_bytes == 8 * (16 + 27 * n_pools)
         for pool in range(n_pools):

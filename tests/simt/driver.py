@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from kvcanary import abi
-from kvcanary.arrays import host_array
+from kvcanary.arrays import ArrayView, host_array
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
@@ -22,6 +23,7 @@ class SimtDriver:
 
     def __init__(self, library: SimtLibrary, seed: int = 0, n_multiprocessors: int = 1) -> None:
         self.n_multiprocessors = n_multiprocessors
+        self.lent_bytes = 0
         self.launches: list[tuple[str, tuple[int, int]]] = []
         self._library = library
         self._seed = seed
@@ -72,6 +74,19 @@ class SimtDriver:
     def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
         self._lists = [None if a is None else np.ascontiguousarray(a, np.int32) for a in lists]
         return [0 if a is None else int(a.ctypes.data) for a in self._lists]
+
+    @contextlib.contextmanager
+    def lend(self, arrays: Sequence[Any], n_scratch: int, stream: Any) -> Iterator[tuple[list[int], int]]:
+        held = [np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a for a in arrays]
+        memory = np.full(n_scratch + 32, 0xA5, np.uint8)  # whoever reads it before writing it finds no zeros
+        addresses = [a.pointer if isinstance(a, ArrayView) else 0 if a is None else int(a.ctypes.data) for a in held]
+        aligned = {}  # stamps are aligned to 32 bytes
+        for i, array in enumerate(held):
+            if isinstance(array, np.ndarray) and array.dtype == abi.STAMP:
+                aligned[i] = np.zeros(array.nbytes + 32, np.uint8)
+                addresses[i] = (int(aligned[i].ctypes.data) + 31) // 32 * 32
+                host_array(addresses[i], (array.nbytes,), (1,), np.uint8)[:] = array.reshape(-1).view(np.uint8)
+        yield addresses, (int(memory.ctypes.data) + 31) // 32 * 32
 
     def synchronize(self) -> None:
         pass

@@ -118,6 +118,9 @@ KVC_DEVICE uint64_t kvc_load_once_u64(const void* p) { return kvc_simt::load<uin
 KVC_DEVICE kvc_u128 kvc_load_u128_if(const void* p, bool predicate) {
     return predicate ? kvc_simt::load<kvc_u128>(p) : kvc_u128{0, 0, 0, 0};
 }
+KVC_DEVICE uint64_t kvc_load_u64_if(const void* p, bool predicate) {
+    return predicate ? kvc_simt::load<uint64_t>(p) : 0;
+}
 KVC_DEVICE uint32_t kvc_load_u32_if(const void* p, bool predicate) {
     return predicate ? kvc_simt::load<uint32_t>(p) : 0;
 }
@@ -125,6 +128,7 @@ KVC_DEVICE kvc_u128 kvc_load_once_u128(const void* p) { return kvc_simt::load<kv
 KVC_DEVICE uint32_t kvc_load_once_u32(const void* p) { return kvc_simt::load<uint32_t>(p); }
 KVC_DEVICE uint32_t kvc_load_once_u16(const void* p) { return kvc_simt::load<uint16_t>(p); }
 KVC_DEVICE uint32_t kvc_load_once_u8(const void* p) { return kvc_simt::load<uint8_t>(p); }
+KVC_DEVICE void kvc_prefetch(const void* p) { (void)*(const volatile char*)p; }  // a sanitizer sees a bad address
 KVC_DEVICE uint64_t kvc_load_volatile_u64(const uint64_t* p) {
     return __atomic_load_n(kvc_simt::shared_word(p), __ATOMIC_RELAXED);
 }

@@ -1,0 +1,43 @@
+// blocks.cuh: who owns a block, and what that makes of a read or a write of one of its slots.
+//
+// The ledger on the host (kvcanary/ledger.py) decides; the words here are changed by lifecycle.cu alone, in stream order, so they
+// hold for the whole of any other launch. Without lifecycle there are none (pool.blocks is null), and nothing here is judged.
+#pragma once
+#include "slots.cuh"
+
+// The word of a slot's block; `slot` lies inside the pool, which has such words.
+KVC_DEVICE BlockState kvc_block_state(const Pool& pool, int64_t slot) {
+    const uint32_t block = kvc_divide((uint32_t)slot, pool.page_size, pool.page_shift);
+    return kvc_pointer<BlockState>(pool.blocks)[block];
+}
+
+// The epoch that a stamp made now for a slot of the pool gets.
+KVC_DEVICE uint32_t kvc_block_epoch(const Pool& pool, int64_t slot) { return pool.blocks ? kvc_block_state(pool, slot).epoch : 0; }
+
+// A block that neither belongs to the reader nor is shared. Nobody can tell in a batch without request ids; a row without one is
+// somebody else everywhere.
+KVC_DEVICE bool kvc_may_not_read(const BlockState& block, bool has_ids, uint32_t request_id) {
+    return has_ids && !(block.flags & KVC_BLOCK_SHARED) && (block.owner == 0 || block.owner != request_id);
+}
+// Only its primary owner may write a block, also while it is shared; a block that nobody holds may be written by anybody.
+KVC_DEVICE bool kvc_may_not_write(const BlockState& block, bool has_ids, uint32_t request_id) {
+    return has_ids && (block.owner ? block.owner != request_id : (block.flags & KVC_BLOCK_SHARED) != 0);
+}
+KVC_DEVICE bool kvc_is_unowned(const BlockState& block) { return block.owner == 0 && !(block.flags & KVC_BLOCK_SHARED); }
+
+// The epoch that a stamp gets: 0, which is no block's, of a write that is none of the writer's business.
+KVC_DEVICE uint32_t kvc_epoch_of_write(const BlockState& block, bool has_ids, uint32_t request_id) {
+    return kvc_may_not_write(block, has_ids, request_id) ? 0 : block.epoch;
+}
+
+// STALE_EPOCH, and UNWRITTEN of a slot that was last written before its block was allocated: what a written stamp of another epoch
+// is reported for.
+KVC_DEVICE uint32_t kvc_epoch_reasons(const BlockState& block, const Stamp& stamp) {
+    if (stamp.epoch == block.epoch) return 0;
+    return KVC_REASON_STALE_EPOCH | (stamp.epoch ? KVC_REASON_UNWRITTEN : 0);
+}
+
+// Whether the bytes under a stamp are still somebody's: those of an epoch that is over may be overwritten at any time.
+KVC_DEVICE bool kvc_has_living_bytes(const Pool& pool, int64_t slot, const Stamp& stamp) {
+    return pool.blocks == 0 || stamp.epoch == 0 || stamp.epoch == kvc_block_state(pool, slot).epoch;
+}

@@ -1,0 +1,51 @@
+"""The patrol, in NumPy: what kernels/scrub.cu does, in the same order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcanary import abi, hashing
+from kvcanary.backends import reference as ref
+from kvcanary.backends.reference import Array, PoolArrays
+from kvcanary.tags import Detail, Reason, Stage
+
+
+def patrolled_slots(pool: PoolArrays, forward: int) -> tuple[Array, int]:
+    """The slots that the turn at hand checks, i64[n], and how many written ones it passes over as orphans.
+
+    Checked are slots whose stamps are whole, of an earlier forward and of their block's epoch, in blocks that somebody
+    holds. Orphans lie in blocks that nobody holds.
+    """
+    assert pool.blocks is not None
+    n_blocks, each = len(pool.blocks), pool.scrub_blocks
+    first = (int(pool.state["scrub_turn"]) - 1) % -(-n_blocks // each) * each
+    slots = np.arange(first * pool.page_size, min(first + each, n_blocks) * pool.page_size)
+    slots = slots[~np.isin(slots // pool.page_size, pool.reserved)]
+    head, tail_step = pool.head[0][slots], pool.tail[0]["step"][slots]
+    whole = (head["step"] != 0) & (head["step"] != forward) & (head["step"] == tail_step)
+    held = pool.block_states(slots)["flags"] & abi.BLOCK_LIVE != 0
+    return slots[whole & held & ref.judgeable(pool, 0, slots, forward)], int((whole & ~held).sum())
+
+
+def judge_links(pool: PoolArrays, half: int, slots: Array) -> Array:
+    """CHAIN of slots whose stamp does not continue the one that it says it continued: VIOLATION[n]."""
+    assert pool.blocks is not None
+    stamp = pool.head[half][slots]
+    before = ref.continued_slots(stamp)
+    inside = (before >= 0) & (before < pool.n_slots)
+    previous = pool.head[half][np.where(inside, before, 0)]
+    block = pool.block_states(np.where(inside, before, 0))
+    links = inside & (stamp["token"] != abi.NO_TOKEN) & (previous["token"] != abi.NO_TOKEN)
+    links &= (previous["step"] != 0) & ref.is_earlier(previous, stamp)
+    links &= ref.is_relative(stamp) | ~ref.is_relative(previous)
+    # Not in a block that was given away since; one that its owner has left to those who share it cannot be written.
+    links &= (block["flags"] & abi.BLOCK_LIVE != 0) & (previous["epoch"] == block["epoch"])
+    links &= (block["owner"] == 0) | (block["since"] < stamp["step"])
+    chain = hashing.link(previous["chain"], stamp["token"], stamp["position"])
+    broken = np.flatnonzero(links & (stamp["chain"] != chain))
+    v = ref.new_records(len(broken), pool, pool.tag(Stage.HEAD, half))
+    v["detail"], v["reasons"] = Detail.SCRUB, Reason.CHAIN
+    v["slot"], v["position"] = slots[broken], stamp["position"][broken]
+    ref.put_stamps(v, stamp[broken])
+    v["expected_chain"] = chain[broken]
+    return v

@@ -1,0 +1,377 @@
+"""The calls for KV that changes its place, or comes from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary import hashing
+from kvcanary.arrays import ArrayView, view_of
+from kvcanary.backends import Backend
+from kvcanary.backends.moves import Move, MoveOp
+from kvcanary.bundle import Geometry, SlotBundle
+from kvcanary.config import CanaryConfig
+from kvcanary.deferred import DelayedDeviceHostHandler
+from kvcanary.errors import BatchError, BundleError, CaptureError
+from kvcanary.layout import KvPool
+
+Array = npt.NDArray[Any]
+_MAX_POSITION = (1 << 31) - 1
+
+
+class MoveCalls:
+    """`CanaryManager`'s part for moves.
+
+    All of these are host-driven: between forwards, never on a stream that is captured; with mode "off" they do nothing.
+    They are ordered on ``stream`` (None: that of the current step) and, but for `export_slots`, do not wait for the
+    device, except for buffers of their own: when four calls before are still under way, or when a call is larger than
+    any before it. Lists of slots are sequences of integers, NumPy arrays, or i32[n] or i64[n] on the guard's device,
+    which only the device reads. A slot is one of the pool itself: a ``slot_lut`` is not applied.
+
+    In lists that the host can read, a slot outside the pool, in a reserved block, or given twice as a destination is a
+    `BatchError`, and nothing is done. In lists on the device, an entry whose destination is no such slot is skipped,
+    one whose source is none leaves its destination never written; both are counted (`CanaryStats.skipped_moves`), and
+    of two sources for one destination any may win.
+    """
+
+    config: CanaryConfig
+    pools: tuple[KvPool, ...]
+    max_requests: int
+    _backend: Backend | None
+    _handlers: list[DelayedDeviceHostHandler]
+    _stream: Any
+
+    def _host_driven(self, call: str) -> Backend:
+        raise NotImplementedError
+
+    def _pool_index(self, pool: str | int) -> int:
+        raise NotImplementedError
+
+    # ---- within a pool -----------------------------------------------------------------------------------------------
+    def copy_slots(self, src: Any, dst: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None) -> None:
+        """Carry stamps and digests of slots whose KV bytes the engine copies: copy-on-write, forks, defragmentation.
+
+        Call it beside the engine's own copy, before or after it on the same stream. What was known of the source is
+        then known of the destination, whose bytes are verified by the next forward that reads it: a copy that lost or
+        changed bytes is reported, and so is whatever was wrong with the source. A source that was never written leaves
+        the destination so; one of a forward that never ended stays unfinished. All sources are read before any
+        destination is written, so the lists may overlap: see to it that the copy of the bytes does the same.
+
+        Args:
+            src, dst: slots; a source may go to several destinations.
+            blocks: the lists are of blocks, and all slots of each are carried.
+
+        Raises:
+            BatchError: lists of different lengths, or with entries that cannot be.
+        """
+        if self._backend is None:
+            return
+        lists = _Lists("copy_slots()", self.pools[self._pool_index(pool)], blocks)
+        sources, slots = lists.slots("src", src), lists.slots("dst", dst, is_target=True)
+        lists.check_lengths(src=sources, dst=slots)
+        self._move(lists, MoveOp.COPY, pool, stream, slots=slots, sources=sources)
+
+    def commit_slots(
+        self,
+        src: Any,
+        dst: Any,
+        row_starts: Any,
+        prefix_lens: Any,
+        *,
+        request_slots: Any = None,
+        pool: str | int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Re-stamp the accepted paths of draft trees.
+
+        To the guard, a tree is a row whose nodes are its new tokens in any order, the root first: it stamps them in the
+        slots that the block table gives for the positions behind the prefix, one after the other, and
+        ``token_history`` is negative there. After the forward the engine copies the KV of the accepted nodes to their
+        home slots; call this beside that copy, in place of `copy_slots`, before the row's next forward. Tokens are
+        those that were stamped (wrong ones still differ from the history), chains and positions are those of the path,
+        and the digests are taken to the new position by arithmetic, not from the bytes: a copy that went wrong is
+        reported by the next forward. The nodes that were rejected stay where they are, to be rewritten.
+
+        The chain goes on from the register of the request. A tree of more than 15 nodes has pushed the prefix out of
+        it: then the chain comes from the stamp of the root, which must be the first of the path, and the register
+        holds what follows.
+
+        Args:
+            src, dst: the accepted nodes' slots and their home slots, row after row, each row from the root on.
+            row_starts: [rows + 1]: row r has the entries row_starts[r] to row_starts[r + 1].
+            prefix_lens: [rows]: tokens of each row before its first entry: its position.
+            request_slots: [rows]; negative = none. Without them the registers are left as the tree wrote them, so that
+                the rows' next forwards are reported.
+        """
+        if self._backend is None:
+            return
+        lists = _Lists("commit_slots()", self.pools[self._pool_index(pool)], False)
+        sources, slots = lists.slots("src", src), lists.slots("dst", dst, is_target=True)
+        lists.check_lengths(src=sources, dst=slots)
+        starts = lists.numbers("row_starts", row_starts, 0, _length(slots))
+        prefixes = lists.numbers("prefix_lens", prefix_lens, 0, _MAX_POSITION)
+        registers = lists.numbers("request_slots", request_slots, -(1 << 31), self.max_requests - 1)
+        lists.check_rows(starts, prefixes, registers, _length(slots))
+        self._move(
+            *(lists, MoveOp.COMMIT, pool, stream),
+            slots=slots, sources=sources, row_starts=starts, prefix_lens=prefixes, request_slots=registers,
+        )  # fmt: skip
+
+    # ---- out and in --------------------------------------------------------------------------------------------------
+    def export_slots(self, slots: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None) -> SlotBundle:
+        """What is known of slots whose KV leaves the pool: offload, prefix stores, transfers to another engine.
+
+        Waits for the device. Send the bundle (`SlotBundle.to_bytes`) with the KV and give it to `import_slots` where
+        the KV arrives; it holds token ids, which are user content. An engine that copies arrays layer by layer may take
+        `shadow_arrays` along instead, without waiting. With mode "off" the bundle is empty.
+        """
+        if self._backend is None:
+            return SlotBundle.of_nothing()
+        kv = self.pools[self._pool_index(pool)]
+        lists = _Lists("export_slots()", kv, blocks)
+        image = self._move(lists, MoveOp.EXPORT, pool, stream, slots=lists.slots("slots", slots))
+        return SlotBundle.from_image(Geometry.of(kv, self.config.real_data), image)
+
+    def import_slots(
+        self, bundle: SlotBundle, slots: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None
+    ) -> None:
+        """Take over what an exporter knew of KV that arrives in ``slots``, one per entry of the bundle.
+
+        Digests are those of the bytes that were written at the source: what was lost or changed on the way is reported
+        by the first forward that reads it. Entries that were not whole leave their slots never written. It does not
+        matter whether the bytes arrive before or after this call, but they must be there before a forward reads them.
+
+        Raises:
+            BundleError: the bundle comes from another kind of cache. BatchError: slots that cannot be, or not one per
+                entry.
+        """
+        if self._backend is None:
+            return
+        kv = self.pools[self._pool_index(pool)]
+        lists = _Lists("import_slots()", kv, blocks)
+        if not bundle.geometry.halves:
+            raise BundleError("the bundle was exported with mode='off' and is empty: stamp with adopt_slots() instead")
+        if text := bundle.geometry.difference(Geometry.of(kv, self.config.real_data)):
+            raise BundleError(
+                f"the bundle does not fit pool {kv.name!r}: {text}; both sides need the same layers and real_data"
+            )
+        taken = lists.slots("slots", slots, is_target=True)
+        n = _length(taken) * lists.per_entry
+        if n != len(bundle):
+            raise BatchError(f"import_slots(): {n} slots for a bundle of {len(bundle)}: give one per entry")
+        self._move(lists, MoveOp.IMPORT, pool, stream, slots=taken, image=bundle.to_image())
+
+    # ---- in place ----------------------------------------------------------------------------------------------------
+    def refresh_digests(self, slots: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None) -> None:
+        """Digest anew what lies in slots whose bytes were changed on purpose (re-quantised, rotated, zero-filled).
+
+        Whatever else is wrong with the bytes is accepted with it. Stamps stay; a slot whose stamps are not whole keeps
+        its digests and is counted (`CanaryStats.skipped_moves`).
+        """
+        if self._backend is not None:
+            lists = _Lists("refresh_digests()", self.pools[self._pool_index(pool)], blocks)
+            self._move(lists, MoveOp.REFRESH, pool, stream, slots=lists.slots("slots", slots, is_target=True))
+
+    def adopt_slots(
+        self,
+        slots: Any,
+        positions: Any,
+        *,
+        tokens: Any = None,
+        salt: int = 0,
+        pool: str | int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Stamp and digest the KV that lies in ``slots``, of which nobody knows anything: loaded without a bundle.
+
+        From here on it is guarded; what was wrong before is not seen. The bytes must be there (on ``stream``).
+
+        Args:
+            positions: of each slot, in the KV sequence.
+            tokens: of each slot; negative = unknown: then only the position is judged. Neighbouring entries with the
+                positions 0, 1, 2 ... whose tokens are all known also get their chain; any other known token is
+                judged, but not what it continues.
+            salt: of the request, for the chain.
+        """
+        if self._backend is None:
+            return
+        lists = _Lists("adopt_slots()", self.pools[self._pool_index(pool)], False)
+        taken = lists.slots("slots", slots, is_target=True)
+        at = lists.numbers("positions", positions, 0, _MAX_POSITION)
+        known = lists.numbers("tokens", tokens, -(1 << 31), _MAX_POSITION)
+        lists.check_lengths(slots=taken, positions=at, tokens=known)
+        chains = None
+        if isinstance(at, np.ndarray) and isinstance(known, np.ndarray):
+            chains = _chains_from_zero(at, known, salt)
+        self._move(lists, MoveOp.ADOPT, pool, stream, slots=taken, positions=at, tokens=known, chains=chains)
+
+    def localize_slots(
+        self,
+        slots: Any,
+        *,
+        has_digests: bool = True,
+        blocks: bool = False,
+        pool: str | int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Make stamps this guard's own that the engine has copied into `shadow_arrays` as if they were layers.
+
+        Call it once they have all arrived, before a forward reads the slots. Stamps of which a part did not arrive are
+        unfinished, and reported as such.
+
+        Args:
+            has_digests: whether the DIGEST arrays were copied as well. If not, the digests that the slots had before
+                are dropped: nothing is known of the bytes then (`refresh_digests` would accept them as they are).
+        """
+        if self._backend is not None:
+            lists = _Lists("localize_slots()", self.pools[self._pool_index(pool)], blocks)
+            taken = lists.slots("slots", slots, is_target=True)
+            self._move(lists, MoveOp.LOCALIZE, pool, stream, slots=taken, drops_digests=not has_digests)
+
+    def shadow_arrays(self, pool: str | int = 0) -> dict[str, Any]:
+        """The guard's own arrays of a pool, for an engine to copy or send as if they were layers; {} with mode "off".
+
+        Never a copy: NumPy arrays of the host backend, CuPy arrays on a GPU. HEAD_K, TAIL_K and, with a V half, HEAD_V
+        and TAIL_V are u8[n_slots, 32]; DIGEST_0, DIGEST_1 ... (a row each, which only together with the stamps make
+        sense) are u64[n_slots]. Copy them to slots of a pool of the same geometry, after `forward` has exited, then
+        call `localize_slots`. Stamps hold token ids, which are user content.
+        """
+        return {} if self._backend is None else self._backend.shadow_arrays(self._pool_index(pool))
+
+    # ---- common ------------------------------------------------------------------------------------------------------
+    def _move(self, lists: _Lists, op: MoveOp, pool: str | int, stream: Any, **values: Any) -> Any:
+        backend = self._host_driven(lists.call)
+        stream = self._stream if stream is None else stream
+        if self._handlers and self._handlers[0].is_capturing(stream):
+            raise CaptureError(f"{lists.call} came with a stream that is being captured: call it outside the capture")
+        n = _length(values["slots"]) * lists.per_entry
+        if not n and op is not MoveOp.EXPORT:
+            return None
+        is_wide = lists.is_wide
+        given = {k: _as_width(v, is_wide) if k != "chains" else v for k, v in values.items()}
+        index = self._pool_index(pool)
+        return backend.move(Move(op=op, pool=index, n=n, per_entry=lists.per_entry, is_wide=is_wide, **given), stream)
+
+
+class _Lists:
+    """The lists of one call, each as i64 NumPy array (checked) or as a view of device memory."""
+
+    def __init__(self, call: str, pool: KvPool, blocks: bool) -> None:
+        self.call, self.pool, self.blocks = call, pool, blocks
+        self.per_entry = pool.page_size if blocks else 1
+        self.widths: set[int] = set()
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the lists on the device are i64."""
+        if len(self.widths) > 1:
+            raise BatchError(f"{self.call}: some lists on the device are int32 and some int64: give one type")
+        return 8 in self.widths
+
+    def slots(self, name: str, values: Any, *, is_target: bool = False) -> Array | ArrayView:
+        """Slots or blocks; ``is_target``: each once."""
+        pool = self.pool
+        kind, n = ("blocks", pool.n_blocks) if self.blocks else ("slots", pool.n_slots)
+        found = self.numbers(name, values, 0, n - 1, f"the {kind} of pool {pool.name!r}")
+        if isinstance(found, ArrayView):
+            return found
+        assert isinstance(found, np.ndarray)
+        blocks = found if self.blocks else found // pool.page_size
+        reserved = np.flatnonzero(np.isin(blocks, pool.reserved_blocks))
+        if len(reserved):
+            i = reserved[0]
+            raise BatchError(
+                f"{self.call}: {name}[{i}]={found[i]} is in block {blocks[i]}, which pool {pool.name!r} reserves: "
+                "leave padding out"
+            )
+        if is_target and len(np.unique(found)) < len(found):
+            values_, first, counts = np.unique(found, return_index=True, return_counts=True)
+            twice = int(values_[counts > 1][np.argmin(first[counts > 1])])
+            raise BatchError(f"{self.call}: {name} has {twice} {int((found == twice).sum())} times: give each once")
+        return found
+
+    def numbers(self, name: str, values: Any, low: int, high: int, what: str = "") -> Any:
+        """Integers in [low, high]; None stays None."""
+        if values is None:
+            return None
+        found = self._resolve(name, values)
+        if isinstance(found, np.ndarray) and len(found):
+            bad = np.flatnonzero((found < low) | (found > high))
+            if len(bad):
+                of = f"{what} are" if what else "give"
+                raise BatchError(f"{self.call}: {name}[{bad[0]}]={found[bad[0]]}: {of} {low} to {high}")
+        return found
+
+    def _resolve(self, name: str, values: Any) -> Array | ArrayView:
+        is_raw = isinstance(values, tuple) and len(values) in (4, 5) and isinstance(values[1], (tuple, list))
+        if isinstance(values, (Sequence, range)) and not is_raw:
+            values = np.array(values) if len(values) else np.zeros(0, np.int64)
+        view = view_of(values, f"{self.call}: {name}", BatchError)
+        if len(view.shape) != 1:
+            raise BatchError(f"{self.call}: {name} has shape {view.shape}: give a flat list")
+        if view.is_host and view.host is not None:
+            host = view.host
+            if host.dtype.kind == "V":
+                host = host.view(f"i{view.itemsize}")
+            if host.dtype.kind not in "iu":
+                raise BatchError(f"{self.call}: {name} is {host.dtype}: give integers")
+            return host.astype(np.int64)
+        device = self.pool.device
+        if device is not None and view.device != device:
+            raise BatchError(
+                f"{self.call}: {name} is on {view.device}, the pool on {device}: give it there or as a list"
+            )
+        if view.dtype not in ("", "int32", "int64") or view.itemsize not in (4, 8) or not view.is_contiguous:
+            given = view.dtype or f"{view.itemsize} bytes wide"
+            raise BatchError(f"{self.call}: {name} is {given}, strides {view.strides}: give contiguous int32 or int64")
+        self.widths.add(view.itemsize)
+        return view
+
+    def check_lengths(self, **lists: Any) -> None:
+        """All of one length."""
+        lengths = {name: _length(values) for name, values in lists.items() if values is not None}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+            raise BatchError(f"{self.call}: {told} entries: give lists of one length")
+
+    def check_rows(self, starts: Any, prefixes: Any, registers: Any, n: int) -> None:
+        """Rows that cover the entries, in ascending order."""
+        if starts is None or prefixes is None:
+            raise BatchError(f"{self.call}: row_starts and prefix_lens are needed: give [rows + 1] and [rows]")
+        rows = _length(prefixes)
+        if _length(starts) != rows + 1:
+            raise BatchError(f"{self.call}: row_starts has {_length(starts)} entries, {rows} rows need {rows + 1}")
+        if registers is not None and _length(registers) != rows:
+            raise BatchError(f"{self.call}: request_slots has {_length(registers)} entries, prefix_lens {rows}")
+        is_covering = not isinstance(starts, np.ndarray) or (
+            starts[0] == 0 and starts[-1] == n and bool((np.diff(starts) >= 0).all())
+        )
+        if not is_covering:
+            raise BatchError(f"{self.call}: row_starts={starts.tolist()}: give ascending numbers from 0 to {n}")
+        if isinstance(registers, np.ndarray):
+            used = registers[registers >= 0]
+            if len(np.unique(used)) < len(used):
+                raise BatchError(f"{self.call}: request_slots={registers.tolist()}: give each once")
+
+
+def _length(values: Array | ArrayView) -> int:
+    return int(values.shape[0])
+
+
+def _as_width(values: Any, is_wide: bool) -> Any:
+    if not isinstance(values, np.ndarray):
+        return values
+    return values.astype(np.int64 if is_wide else np.int32)
+
+
+def _chains_from_zero(positions: Array, tokens: Array, salt: int) -> Array:
+    """chain of each entry, where a run of neighbours begins at position 0 and all tokens are known; else 0."""
+    chains = np.zeros(len(positions), np.uint64)
+    breaks = np.flatnonzero((np.diff(positions) != 1) | (tokens[1:] < 0)) + 1
+    for start, end in zip([0, *breaks], [*breaks, len(positions)], strict=True):
+        if start < end and positions[start] == 0 and tokens[start] >= 0:
+            chains[start:end] = hashing.chain_scan(hashing.prefix_chain([], salt), tokens[start:end], 0)
+    return chains
