@@ -1,0 +1,295 @@
+"""The rules of `kvcanary.causes`: what each kind of finding says about its cause.
+
+A rule takes all records of a fault and yields (class, confidence, evidence); it reasons from what is physically there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvcanary.cause_rules_bytes import Found, data_rule
+from kvcanary.evidence import Records, Run, positions_of, slots_of
+from kvcanary.tags import Detail, Reason, Stage
+
+
+# ---- what the engine handed in ---------------------------------------------------------------------------------------
+def _bad_entries(records: Records) -> Found:
+    for v in records.all:
+        if v.is_in_pool:
+            continue
+        what = f"request {v.request_id} at position {v.position}"
+        if v.detail == Detail.SLOT_MAPPING:
+            yield (
+                "C12",
+                0.9,
+                f"slot_mapping sends {what} to {v.slot}, which is no slot of this pool: other units, or overflow",
+            )
+        elif v.detail == Detail.SEQ_LEN or (v.detail == Detail.TABLE_ENTRY and v.slot == v.position):
+            yield "C07", 0.9, f"{what} lies beyond the end of its block table row"
+        elif v.detail == Detail.TABLE_ENTRY and Reason.OUT_OF_RANGE in v.reasons:
+            yield "C07", 0.85, f"the table entry for {what} is {v.slot}: memory that nobody filled"
+        elif v.detail == Detail.TABLE_ENTRY and records.is_window(v):
+            yield "C19", 0.85, f"the window's mapping has no slot for {what}, which is inside the window"
+        elif v.detail == Detail.TABLE_ENTRY:
+            yield (
+                "C07",
+                0.75,
+                f"the table entry for {what} is {v.slot}, which names no block, though the row is read there",
+            )
+            yield "C08", 0.4, "or the row was cleared while the forward read it"
+        else:
+            yield "C08", 0.7, f"the row of {what} cannot be: {v.detail.name} is {v.slot}"
+
+
+def _duplicates(records: Records) -> Found:
+    for run in records.runs(records.duplicates):
+        first = run.records[0]
+        who = f"requests {first.request_id} and {first.stamp_owner} both wrote {run.words} in forward {first.forward}"
+        if first.stamp_owner == first.request_id:
+            yield "C12", 0.7, f"request {first.request_id} wrote {run.words} twice in forward {first.forward}"
+        elif run.starts_block and len(run.slots) > 1:
+            yield "C03", 0.9, f"{who}: a block that both were given"
+        else:
+            yield "C21", 0.9, f"{who}: the tail of a block whose beginning they share"
+
+
+def _writes(records: Records) -> Found:
+    for (request, forward), writes in records.writes_by_row.items():
+        slots = slots_of(writes)
+        where = f"slots {slots}" if len(slots) > 1 else f"slot {slots[0]}"
+        if request == 0:
+            yield "C10", 0.95, f"a row that is no request's wrote {where} in forward {forward}"
+            continue
+        homes = sorted({v.prev_slot for v in writes if Reason.WRITE_POSITION in v.reasons})
+        if not homes:
+            continue
+        what = f"request {request} wrote {where} in forward {forward}, its table says {homes}"
+        lost = [
+            v for v in records.holes if v.request_id == request and v.tag.stage == Stage.HEAD and v.forward > forward
+        ]
+        own = [v for v in records.reads if v.request_id == request and v.slot in slots]
+        others = [v for v in records.reads if v.request_id not in (0, request) and v.slot in slots]
+        if lost:
+            gone = positions_of(lost)
+            yield (
+                "C12",
+                0.9,
+                f"{what}, and its positions {gone} went nowhere: the place of every token was computed wrongly",
+            )
+        elif others and len(slots) > 1:
+            yield (
+                "C20",
+                0.85,
+                f"{what}: tokens ahead of its length, in a block that request {others[0].request_id} reads too",
+            )
+        elif own and records.is_window(own[0]):
+            yield "C19", 0.85, f"{what}, where a token of its own window was"
+        elif own:
+            yield "C09", 0.85, f"{what}, where its own position {own[0].position} was: the place of an earlier step"
+            yield "C20", 0.4, "or drafts that were written without room for them"
+        elif others:
+            yield "C08", 0.6, f"{what}; request {others[0].request_id} reads there"
+            yield "C12", 0.55, "or the mapping was computed from another table"
+        else:
+            yield "C12", 0.7, f"{what}; nobody reads there: a slot mapping of another table"
+            yield "C09", 0.5, "or of another step"
+
+
+# ---- what was not there ----------------------------------------------------------------------------------------------
+def _holes(records: Records) -> Found:
+    for run in records.runs(records.holes):
+        v = run.records[0]
+        if records.wrote_elsewhere(v):
+            continue
+        what = f"{run.reader} reads {run.words} (position {run.positions[0]}), where nothing was written for it"
+        if v.detail == Detail.UNFINISHED:
+            yield "C16", 0.7, f"{run.words} is half written: its HEAD and TAIL stamps are of different forwards"
+        elif v.tag.stage == Stage.TAIL:
+            yield "C08", 0.9, f"{what}: when its forward ended, the table named another slot than when it began"
+        elif v.tag.stage == Stage.SWEEP:
+            yield "C16", 0.75, f"{what}: it was loaded, and the load did not come"
+            yield "C06", 0.6, "or announced before it was computed"
+        else:
+            yield from _missing(records, run, what)
+
+
+def _missing(records: Records, run: Run, what: str) -> Found:
+    """A row reads what was never written."""
+    v = run.records[0]
+    if records.was_substituted(v.request_id, before=v.forward):
+        yield "C08", 0.95, f"{what}, after it had read, and written, through another request's table row"
+    elif records.is_window(v):
+        yield "C19", 0.85, f"{what}, inside its window"
+    elif (over := records.overwrote_own(v)) is not None:
+        yield "C14", 0.85, f"{what}: that token was written over its position {over} instead"
+    elif not run.starts_block and len(run.slots) == 1:
+        yield "C20", 0.8, f"{what}, right behind what was written: a position that was counted, but never computed"
+    elif run.starts_block and not run.ends_block and len(run.slots) < run.page:
+        yield "C21", 0.8, f"{what}: the first {len(run.slots)} of a block, a tail that should have been copied"
+        yield "C20", 0.5, "or a position that was counted before its token was computed"
+    else:
+        yield from _missing_block(records, run, what)
+
+
+def _missing_block(records: Records, run: Run, what: str) -> Found:
+    v = run.records[0]
+    owner = records.block_owner(v)
+    if owner and owner != v.request_id:
+        yield "C06", 0.9, f"{what}; the block is request {owner}'s, which has not written it yet"
+        return
+    if owner:
+        yield "C16", 0.9, f"{what} since it was given the block: what should have been loaded there did not come"
+        return
+    is_first = run.positions[0] == 0
+    yield "C06", 0.7 if is_first else 0.6, f"{what}: a prefix hit before the prefix was computed"
+    yield (
+        "C16",
+        0.6 if is_first else 0.7,
+        "or a load that never came" + ("" if is_first else ", though the blocks before did"),
+    )
+
+
+# ---- what was another's ----------------------------------------------------------------------------------------------
+def _reads(records: Records) -> Found:
+    for run in records.read_runs():
+        v = run.records[0]
+        if all(r.reasons == Reason.CHAIN for r in run.records) and not run.is_registered and not run.is_moved:
+            text = f"{run.reader} finds its own tokens in {run.words}, under another root"
+            yield "C05", 0.9, f"{text}: another adapter, tenant or image wrote them, and the key does not say so"
+        elif run.is_moved:
+            yield from _moved(run)
+        elif run.owner == v.request_id:
+            yield from _own(records, run)
+        elif records.is_window(v):
+            yield "C19", 0.85, f"{run.story}, and it is inside the window of request {v.request_id}"
+        elif run.is_registered:
+            yield from _overwritten(records, run)
+        else:
+            yield from _wrong_hit(records, run)
+
+
+def _moved(run: Run) -> Found:
+    v = run.records[0]
+    what = f"{run.words} came by a copy or load in forward {v.stamp_step}"
+    if any(Reason.POSITION in r.reasons for r in run.records):
+        yield "C14", 0.95, f"{what}: position {v.stored_position} landed where position {v.position} is read"
+    elif run.is_registered:
+        yield "C02", 0.9, f"{what}, onto request {v.request_id}, which was running: the transfer was another's"
+    else:
+        yield (
+            "C02",
+            0.85,
+            f"{what}, with other tokens than the key promises: they were overwritten before they were saved",
+        )
+        yield "C04", 0.5, "or saved under a stale key"
+
+
+def _own(records: Records, run: Run) -> Found:
+    v = run.records[0]
+    what = f"other tokens of request {v.request_id} itself are in {run.words}, written in forward {v.stamp_step}"
+    if any(Reason.POSITION in r.reasons for r in run.records):
+        where = f"{run.words}, where position {v.position} was, hold position {v.stored_position} of the same request"
+        yield "C03", 0.85, f"{where}, by its own table: the table names one block twice"
+    elif run.is_shifted:
+        yield "C22", 0.9, f"{what}: each is the token of the position before"
+    elif hole := records.hole_behind(v):
+        yield "C14", 0.8, f"{what}, and its position {hole} is missing: the position counter was set back"
+    else:
+        yield "C20", 0.85, f"{what}: a draft that was not accepted, or not the token that was chosen"
+
+
+def _overwritten(records: Records, run: Run) -> Found:
+    """A running request finds another's stamps in its slots."""
+    v = run.records[0]
+    owner, reader = run.owner, v.request_id
+    is_back = records.was_substituted(owner, at=v.stamp_step)
+    if not owner:
+        yield "C10", 0.8, f"{run.story}: an unnamed row"
+    elif records.is_duplicate(run):
+        yield "C21", 0.6, f"{run.story}, in the forward in which both wrote it"
+    elif is_back and records.has_hole(owner, run.positions, after=v.stamp_step):
+        yield "C08", 0.9, f"{run.story}, while request {owner} read through request {reader}'s row, and misses it since"
+    elif is_back:
+        yield "C01", 0.9, f"{run.story}, after {records.handover(v)}: a write by a request that had ended"
+    elif any(r.stored_position != r.position for r in run.records):
+        yield from _other_index(records, run)
+    elif records.has_hole_after_read(reader, v.forward):
+        yield (
+            "C08",
+            0.9,
+            f"{run.story}; request {reader} reads its own blocks again later, and its token is missing there",
+        )
+    elif records.block_owner(v) == owner and records.gave_up(v, reader):
+        yield from _given_away(records, run)
+    elif len(run.blocks) > 1 or (len(run.slots) == 1 and not run.starts_block):
+        yield "C01", 0.7, f"{run.story}: all that request {reader} had there, as after its end"
+        yield "C03", 0.5, "or blocks that both were given"
+        yield "C08", 0.4, "or a table row of another request"
+    else:
+        yield "C03", 0.8, f"{run.story}, while request {reader} was running: both were given block {run.blocks[0]}"
+        yield "C01", 0.5, "or request " + f"{reader} had ended, and its last step came late"
+
+
+def _other_index(records: Records, run: Run) -> Found:
+    """Foreign stamps of other positions: the writer has the block at another place of its table."""
+    v = run.records[0]
+    owner, reader = run.owner, v.request_id
+    what = f"{run.story} as its position {v.stored_position}"
+    if run.is_padding:
+        yield "C07", 0.85, f"{what}, one and the same token in each: padding, through the tail of its table row"
+    if records.block_owner(v) == owner:
+        yield "C07", 0.8, f"{what}; the block was given to request {owner}: the row of {reader} still names it"
+    elif run.reaches_end_of(owner, records):
+        yield "C07", 0.6, f"{what}: an entry behind the writer's own blocks"
+    yield "C03", 0.7, f"{what}: both tables name block {run.blocks[0]}, at different places"
+    yield "C07", 0.65, f"{what}: or a stale entry in the tail of request {owner}'s row"
+
+
+def _given_away(records: Records, run: Run) -> Found:
+    v = run.records[0]
+    what = f"{run.story}; {records.handover(v)}"
+    if records.is_whole_prefix(run):
+        yield "C01", 0.8, f"{what}: request {v.request_id} had ended when its step ran"
+        yield "C08", 0.5, "or its row was overwritten by the other's"
+    else:
+        yield "C07", 0.8, f"{what}, but the row of request {v.request_id} still names it"
+        yield "C01", 0.5, "or a step that was dispatched before the block was freed"
+
+
+def _wrong_hit(records: Records, run: Run) -> Found:
+    """A request's first forward finds another's stamps in its prefix."""
+    v = run.records[0]
+    owner = records.block_owner(v)
+    if not run.starts_block:
+        yield "C05", 0.85, f"{run.story}; the beginning of the block is right: a key that does not hold the whole text"
+        yield "C04", 0.4, "or a block that was rewritten in part"
+    elif records.is_older_epoch(run) and owner == v.request_id:
+        yield "C16", 0.85, f"{run.story}, before request {owner} was given the block: its load did not come"
+    elif records.is_older_epoch(run):
+        yield "C06", 0.85, f"{run.story}, before the block was given away: its new owner has not written it"
+    else:
+        yield (
+            "C04",
+            0.8,
+            f"{run.story}; what {run.reader} expects there is older: an index that was not told",
+        )
+        yield "C06", 0.5, "or the prefix was announced before it was computed"
+        yield "C16", 0.4, "or loaded, and the load did not come"
+
+
+def _stale(records: Records) -> Found:
+    """Slots that are still right, in blocks that are no longer the reader's."""
+    for run in records.runs(records.stale_only):
+        v = run.records[0]
+        what = f"{run.reader} reads {run.words}; {records.handover(v)}"
+        is_whole = records.is_whole_prefix(run)
+        if run.is_own and not v.stamp_epoch and records.block_owner(v):
+            yield "C03", 0.85, f"{what}, yet it wrote there in forward {v.stamp_step}, as if it had been given to both"
+            continue
+        yield "C01", 0.85 if is_whole else 0.6, f"{what}: nothing is overwritten there yet"
+        yield "C07", 0.5 if is_whole else 0.7, "or its table row still names a block that it gave back"
+
+
+RULES: tuple[Callable[[Records], Found], ...] = (
+    *(_bad_entries, _duplicates, _writes, _holes, _reads, _stale, data_rule),
+)

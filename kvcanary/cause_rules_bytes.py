@@ -1,0 +1,103 @@
+"""The rule of `kvcanary.causes` for bytes that changed under right stamps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kvcanary import abi, hashing
+from kvcanary.evidence import Records, Run
+from kvcanary.violations import Violation
+
+Found = Iterator[tuple[str, float, str]]
+
+
+def data_rule(records: Records) -> Found:
+    for run in records.runs(records.data):
+        v = run.records[0]
+        planes = {r.plane_name or "" for r in run.records}
+        where = f"{run.words} on layers {run.layers} ({', '.join(sorted(planes))})"
+        right = f"the stamps of {where} are right, the bytes are not"
+        if len(run.slots) == len(run.records) == 1:
+            yield "C24", 0.9, f"{right}: one slot of one plane: no engine writes so little"
+        elif run.is_pending:
+            yield "C15", 0.95, f"{right}, at the moment of the read: the load of layers {run.layers} has not arrived"
+        elif all("scale" in name for name in planes):
+            yield "C18", 0.9, f"{right}: only scales differ, what they scale is intact"
+        elif len(run.records) > 1 and all(is_at_rest_zero(r) for r in run.records):
+            yield "C17", 0.9, f"{right}: every byte is zero: a memset after the write of forward {v.stamp_step}"
+        elif pairs := displaced(run.records):
+            yield from _displaced(pairs, right)
+        elif run.is_moved and run.positions[0] == 0:
+            yield "C13", 0.8, f"{right}, from the first position on, since they were loaded: another layout"
+            yield "C14", 0.5, "or other slots than the stamps"
+        elif run.is_moved:
+            yield "C16", 0.8, f"{right}, since they were loaded; what lies before position {run.positions[0]} is intact"
+        else:
+            yield from _stray_bytes(run, right)
+
+
+def _displaced(pairs: Sequence[tuple[Violation, Violation]], right: str) -> Found:
+    """The bytes are there, but elsewhere."""
+    here, there = pairs[0]
+    if here.slot == there.slot:
+        what = f"{here.plane_name} of layer {here.layer} holds what was written to {there.plane_name} of {there.layer}"
+        yield "C13", 0.95, f"{right}: {what}: the axes of the layout were taken for others"
+    else:
+        yield "C14", 0.9, f"{right}: slot {here.slot} holds the bytes that were written for slot {there.slot}"
+
+
+def _stray_bytes(run: Run, right: str) -> Found:
+    """Bytes of a request's own tokens that somebody else wrote: how much, and where it begins, tells who."""
+    if len(run.layers) == 1:
+        yield "C15", 0.5, f"{right}: one layer alone"
+        yield "C24", 0.5, "or memory that is failing"
+    elif run.starts_block and (run.ends_block or len(run.slots) >= run.page):
+        yield "C02", 0.8, f"{right}: whole blocks, in all layers: a transfer that was not this request's"
+        yield "C07", 0.5, "or a kernel that wrote through a stale table entry"
+    elif run.starts_block and len(run.slots) > 1:
+        yield "C12", 0.7, f"{right}: the beginning of a block, in all layers: a writer ran on from the block before"
+        yield "C10", 0.5, "or padded rows"
+    else:
+        yield "C10", 0.7, f"{right}, in all layers: KV of tokens that no stamp announced, as padded rows write it"
+        yield "C08", 0.5, "or a kernel with an overwritten slot mapping"
+
+
+# ---- what digests say ------------------------------------------------------------------------------------------------
+# mix64 backwards: its shifts, and the inverses of its factors.
+_UNMIX = ((31, pow(abi.MIX_2, -1, 1 << 64)), (27, pow(abi.MIX_1, -1, 1 << 64)), (30, 1))
+
+
+def _content(digest: int, plane: int, position: int) -> int:
+    """What a digest says of the bytes alone: mix64 is a bijection, and plane and position are terms of the sum."""
+    x = digest
+    for shift, inverse in _UNMIX:
+        x ^= x >> shift ^ x >> 2 * shift
+        x = x * inverse % (1 << 64)
+    return (x - plane * abi.DIGEST_C1 - position * abi.DIGEST_C2) % (1 << 64)
+
+
+def displaced(records: Sequence[Violation]) -> list[tuple[Violation, Violation]]:
+    """(here, there): findings whose bytes are those that were written for another finding's slot or plane."""
+    home: dict[int, Violation] = {}
+    for v in records:
+        if v.stored_digest is not None and v.plane is not None:
+            home[_content(v.stored_digest, v.plane, v.stored_position)] = v
+    pairs = []
+    for v in records:
+        if v.found_digest is not None and v.plane is not None:
+            there = home.get(_content(v.found_digest, v.plane, v.stored_position))
+            if there is not None and there is not v:
+                pairs.append((v, there))
+    return pairs
+
+
+def is_at_rest_zero(v: Violation) -> bool:
+    """Whether the bytes that were found are all zero: the digest of zeros is known for every length."""
+    if v.found_digest is None or v.plane is None:
+        return False
+    n_words = np.arange(abi.MAX_PLANE_BYTES // 4 + 1, dtype=np.uint64)
+    terms = n_words * np.uint64(abi.DIGEST_C0)
+    terms += np.uint64(v.plane * abi.DIGEST_C1 + v.stored_position * abi.DIGEST_C2 & 0xFFFFFFFFFFFFFFFF)
+    return bool((hashing.mix64(terms) == np.uint64(v.found_digest)).any())

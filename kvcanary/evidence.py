@@ -1,0 +1,234 @@
+"""Violations seen together: runs of neighbouring slots, who wrote what, who read whose."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
+
+from kvcanary import abi
+from kvcanary.tags import Detail, PoolKind, Reason, Stage
+from kvcanary.violations import Violation
+
+_READ = Reason.TOKEN | Reason.POSITION | Reason.CHAIN
+_WRITE = Reason.WRITE_POSITION | Reason.FOREIGN_WRITE
+
+
+class Run:
+    """Findings of one request at neighbouring positions, under stamps of one writer.
+
+    Attributes:
+        records: by position; of bytes, several per slot.
+    """
+
+    def __init__(self, records: Sequence[Violation]) -> None:
+        self.records = sorted(records, key=lambda v: (v.position, v.plane or 0))
+        self.slots = slots_of(self.records)
+        self.positions = positions_of(self.records)
+        self.page = self.records[0].page_size
+        self.blocks = sorted({slot // self.page for slot in self.slots})
+        self.owner = self.records[0].stamp_owner
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({v.layer for v in self.records if v.layer is not None})
+
+    @property
+    def starts_block(self) -> bool:
+        return self.records[0].slot % self.page == 0
+
+    @property
+    def ends_block(self) -> bool:
+        return self.records[-1].slot % self.page == self.page - 1
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the request has run before, up to here."""
+        return bool(self.records[0].flags & abi.ROW_REGISTERED)
+
+    @property
+    def is_pending(self) -> bool:
+        return all(v.flags & abi.ROW_PENDING for v in self.records)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the stamps came by a copy or load: a move makes them anew, and they are nobody's."""
+        return all(v.stamp_step and not v.stamp_owner for v in self.records)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the request wrote the stamps itself."""
+        return all(v.stamp_owner == v.request_id for v in self.records)
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether each slot holds the token that the one before should hold (only where tokens may be told)."""
+        tokens = {v.position: (v.stored_token, v.expected_token) for v in self.records}
+        pairs = [(tokens[p][0], tokens[p - 1][1]) for p in tokens if p - 1 in tokens]
+        return bool(pairs) and all(stored is not None and stored == before for stored, before in pairs)
+
+    def reaches_end_of(self, owner: int, records: Records) -> bool:
+        """Whether these are the last positions that the writer is known to have."""
+        last = max((v.position for v in records.all if v.request_id == owner), default=-1)
+        return last >= 0 and max(v.stored_position for v in self.records) > last
+
+    @property
+    def is_padding(self) -> bool:
+        """Whether all slots hold one and the same token (only where tokens may be told)."""
+        tokens = {v.stored_token for v in self.records}
+        return len(self.slots) > 1 and len(tokens) == 1 and None not in tokens
+
+    @property
+    def reader(self) -> str:
+        """Whose slots these should be: a request's, or the prefix cache's where a sweep looked."""
+        v = self.records[0]
+        return "the prefix cache" if v.tag.stage == Stage.SWEEP else f"request {v.request_id}"
+
+    @property
+    def words(self) -> str:
+        if len(self.slots) == 1:
+            return f"slot {self.slots[0]}"
+        return f"slots {self.slots[0]} to {self.slots[-1]} ({len(self.slots)} of them)"
+
+    @property
+    def story(self) -> str:
+        """Who is in the slots that the request reads."""
+        v = self.records[0]
+        holds = "holds" if len(self.slots) == 1 else "hold"
+        tokens = f"request {self.owner}'s tokens from position {v.stored_position} on"
+        return f"{self.words} of {self.reader} {holds} {tokens}, written in forward {v.stamp_step}"
+
+
+class Records:
+    """All findings of one fault."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.all = tuple(violations)
+        in_pool = [v for v in self.all if v.is_in_pool]
+        self.writes = [v for v in in_pool if v.reasons & _WRITE and v.tag.stage == Stage.HEAD]
+        self.duplicates = [v for v in in_pool if Reason.DUPLICATE_WRITE in v.reasons]
+        self.stale_only = [v for v in in_pool if _is_stale_only(v)]
+        self.holes = [v for v in in_pool if Reason.UNWRITTEN in v.reasons and not _is_stale_only(v)]
+        self.data = [v for v in in_pool if Reason.DATA in v.reasons]
+        self.reads = [v for v in in_pool if v.reasons & _READ and Reason.UNWRITTEN not in v.reasons]
+
+    # ---- grouping ----------------------------------------------------------------------------------------------------
+    @cached_property
+    def writes_by_row(self) -> dict[tuple[int, int], list[Violation]]:
+        """Reported writes by (request, forward)."""
+        rows: dict[tuple[int, int], list[Violation]] = {}
+        for v in self.writes:
+            rows.setdefault((v.request_id, v.forward), []).append(v)
+        return rows
+
+    def runs(self, found: Iterable[Violation]) -> list[Run]:
+        """Runs of neighbouring positions of one request, under stamps of one writer."""
+        runs: list[list[Violation]] = []
+        for v in sorted(found, key=lambda v: (v.pool, v.request_id, v.stamp_owner, v.position)):
+            last = runs[-1][-1] if runs else None
+            same = last is not None and (last.pool, last.request_id, last.stamp_owner) == (
+                v.pool,
+                v.request_id,
+                v.stamp_owner,
+            )
+            if last is not None and same and v.position - last.position <= 1:
+                runs[-1].append(v)
+            else:
+                runs.append([v])
+        return [Run(run) for run in runs]
+
+    def read_runs(self) -> list[Run]:
+        """Runs of foreign or wrong stamps, without those that a reported write explains."""
+        explained = {(v.slot, v.forward) for v in self.writes if Reason.WRITE_POSITION in v.reasons}
+        reads = [v for v in self.reads if (v.slot, v.stamp_step) not in explained]
+        # CHAIN alone is the seam of a substitution that is told by its tokens: the request's other runs tell more.
+        told = {v.request_id for v in reads if v.reasons & (Reason.TOKEN | Reason.POSITION)}
+        return self.runs(v for v in reads if v.request_id not in told or v.reasons != Reason.CHAIN)
+
+    # ---- questions ---------------------------------------------------------------------------------------------------
+    def is_window(self, v: Violation) -> bool:
+        return v.tag.pool_kind == PoolKind.SWA
+
+    def block_owner(self, v: Violation) -> int:
+        """Who owns the block of the slot, 0 if nobody, or if the guard is not told of owners."""
+        return int(getattr(v, "block_owner", 0))
+
+    def handover(self, v: Violation) -> str:
+        """Since when the block is whose."""
+        owner, since, block = self.block_owner(v), int(getattr(v, "block_since", 0)), v.slot // v.page_size
+        if owner:
+            return f"block {block} was given to request {owner}" + (f" after forward {since}" if since else "")
+        if v.stamp_owner and v.stamp_owner != v.request_id:
+            return f"block {block} was, by its table, request {v.request_id}'s"
+        return f"block {block} is nobody's"
+
+    def gave_up(self, v: Violation, reader: int) -> bool:
+        """Whether the block was given to somebody else."""
+        return self.block_owner(v) not in (0, reader)
+
+    def is_whole_prefix(self, run: Run) -> bool:
+        """From the first position to the last one before the new tokens: its end breaks too, or the write behind it."""
+        v = run.records[-1]
+        astray = any(w.request_id == v.request_id and w.position == v.position + 1 for w in self.writes)
+        return run.positions[0] == 0 and (astray or Reason.CHAIN in v.reasons)
+
+    def is_older_epoch(self, run: Run) -> bool:
+        """Whether the stamps are from before the block was given to whoever has it."""
+        return any(Reason.UNWRITTEN in v.reasons or Reason.STALE_EPOCH in v.reasons for v in run.records)
+
+    def wrote_elsewhere(self, hole: Violation) -> bool:
+        """Whether the token that is missing was reported on its way to another slot, or another pool."""
+        mine = [v for v in self.writes if v.request_id == hole.request_id and Reason.WRITE_POSITION in v.reasons]
+        astray = {v.position for v in self.all if v.request_id == hole.request_id and v.detail == Detail.SLOT_MAPPING}
+        return bool(mine) or hole.position in astray
+
+    def was_substituted(self, request: int, before: int | None = None, at: int | None = None) -> bool:
+        """Whether a request read through another's blocks before a forward, or in one."""
+        return any(
+            v.request_id == request
+            and v.stamp_owner not in (0, request)
+            and (before is None or v.forward < before)
+            and (at is None or v.forward == at)
+            for v in (*self.reads, *self.stale_only)
+        )
+
+    def has_hole(self, request: int, positions: Collection[int], after: int) -> bool:
+        """Whether a request misses one of these positions later."""
+        return any(v.request_id == request and v.position in positions and v.forward > after for v in self.holes)
+
+    def has_hole_after_read(self, request: int, forward: int) -> bool:
+        return any(v.request_id == request and v.forward > forward for v in self.holes)
+
+    def hole_behind(self, v: Violation) -> int | None:
+        """A position behind, of the same request, that is missing."""
+        return next((h.position for h in self.holes if h.request_id == v.request_id and h.position > v.position), None)
+
+    def overwrote_own(self, hole: Violation) -> int | None:
+        """An earlier position of the same request under a later token of its own."""
+        for v in self.reads:
+            if (
+                v.request_id == hole.request_id == v.stamp_owner
+                and v.position < hole.position
+                and v.reasons & Reason.TOKEN
+            ):
+                return v.position
+        return None
+
+    def is_duplicate(self, run: Run) -> bool:
+        return any(v.slot in run.slots for v in self.duplicates)
+
+
+def _is_stale_only(v: Violation) -> bool:
+    """Whether nothing is wrong with a stamp but whose block it is in by now."""
+    return Reason.STALE_EPOCH in v.reasons and (
+        v.reasons == Reason.STALE_EPOCH or (not v.reasons & _READ and v.stamp_owner == v.request_id)
+    )
+
+
+def slots_of(records: Iterable[Violation]) -> list[int]:
+    """Slots in the order of their records, each once."""
+    return list(dict.fromkeys(v.slot for v in records))
+
+
+def positions_of(records: Iterable[Violation]) -> list[int]:
+    """Positions in the order of their records, each once."""
+    return list(dict.fromkeys(v.position for v in records))
