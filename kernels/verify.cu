@@ -376,7 +376,8 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_tail(KVC_PARAM StepParams p) {
         n_entries += kvc_finish_chunk(p, kvc_find_unit(work, p.batch.rows, u, n_units), forward, is_judging);
     }
     if (is_judging) n_entries += kvc_verify_prefixes<KVC_STAGE_TAIL>(p, forward);
-    if (is_judging && kvc_load_volatile_u32(kvc_n_fresh(p.guard, p.pool))) kvc_settle_fresh(p);
+    // Others may be counting down: all lanes have to go by one look.
+    if (is_judging && kvc_ballot(kvc_load_volatile_u32(kvc_n_fresh(p.guard, p.pool)) != 0)) kvc_settle_fresh(p);
     const uint64_t n = kvc_block_sum(n_entries);
     if (kvc_thread() == 0) kvc_count_entries(p.guard, p.pool, KVC_STAGE_TAIL, n);
 }
