@@ -22,6 +22,8 @@ from kvcanary.errors import (
 from kvcanary.layout import KvPool, Plane
 from kvcanary.manager import CanaryManager
 from kvcanary.observers import KernelRunCounterHealthChecker, PeriodicCanaryStatsLogger
+from kvcanary.perturb_record import Perturbation
+from kvcanary.perturb_spec import FaultKind
 from kvcanary.state import CanaryDeviceState
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import SweepOrchestrator
@@ -43,6 +45,7 @@ __all__ = [
     "CaptureError",
     "ConfigError",
     "DelayedDeviceHostHandler",
+    "FaultKind",
     "Half",
     "KernelRunCounterHealthChecker",
     "KvCanaryError",
@@ -51,6 +54,7 @@ __all__ = [
     "LayoutError",
     "LifecycleError",
     "PeriodicCanaryStatsLogger",
+    "Perturbation",
     "PhaseError",
     "Plane",
     "PoolKind",

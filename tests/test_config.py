@@ -30,9 +30,11 @@ OTHER: dict[str, tuple[Any, str]] = {
     "check_write_position": (False, "off"),
     "log_tokens": (True, "TRUE"),
     "black_box_path": ("/Tmp/Box", "/Tmp/Box"),
+    "perturb": ("flip_used:pool=Full", " flip_used:pool=Full "),
+    "perturb_armed": (True, "1"),
 }
 UNBUILT = ("lifecycle", "scrub_bytes_per_step", "black_box_path")  # refused until their part of the guard exists
-BUILT = [name for name in OTHER if name not in UNBUILT]
+BUILT = [name for name in OTHER if name not in (*UNBUILT, "perturb")]  # perturb has a second switch
 
 
 def test_every_field_has_another_value_here() -> None:
