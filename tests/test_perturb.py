@@ -165,6 +165,31 @@ class TestFlips:
         assert {p.places[0].position for p in toy.manager.perturbations} == {8, 9, 10}
         assert len(toy.manager.perturbations) == 6  # three positions, two rows
 
+    def flipped_until_none_is_left(self, toy: DrillToy, batch: StepBatch) -> set[int]:
+        """The slots that the drill takes for used, one after the other, of a forward that never runs."""
+        while not toy.manager.n_perturbations_skipped:
+            toy.manager.begin_step(batch=batch)
+            toy.manager.abandon_step()
+        return {p.places[0].slot for p in toy.manager.perturbations}
+
+    def test_a_slot_that_the_forward_rewrites_is_not_flipped(self, make: Make) -> None:
+        toy = make(perturb="flip_used:p=1,warmup=1,max=20")
+        toy.step((0, 0, 6))
+        table = np.array([[1, 2, 3], [1, 5, 6]], np.int32)
+        batch = toy.batch((0, 6, 1), (1, 0, 4), block_table=table, slot_mapping=np.array([10, 4, 5, 6, 7]))
+        assert self.flipped_until_none_is_left(toy, batch) == {8, 9}
+
+    @pytest.mark.parametrize("is_pending", [False, True])
+    def test_padding_and_rows_whose_kv_is_being_loaded_are_not_flipped(self, make: Make, is_pending: bool) -> None:
+        toy = make(perturb="flip_used:p=1,warmup=1,max=20")
+        toy.step((0, 0, 3), (1, 0, 3))
+        if is_pending:
+            batch = toy.batch((0, 3, 1), (1, 3, 1), pending=np.array([0, 1], np.uint8))
+        else:
+            batch = toy.batch((0, 3, 1), (1, 3, 1))
+            batch.slot_mapping[1] = -1
+        assert self.flipped_until_none_is_left(toy, batch) == {4, 5, 6}
+
     def test_users_of_a_shared_slot_are_counted(self, make: Make) -> None:
         toy = make(perturb="flip_used:p=1,warmup=1").run(0)
         toy.step((0, 0, 4))
@@ -254,6 +279,17 @@ class TestTableSwap:
         toy.decode(between=lambda: toy.fixed.block_table.fill(9))
         assert (toy.fixed.block_table == 9).all()
         assert sum("was rewritten to 9" in line for line in warnings_of(caplog)) == 2
+
+    def test_entries_that_name_one_block_are_not_swapped_with_each_other(self, make: Make) -> None:
+        toy = make(perturb="table_swap:p=1,warmup=1,max=20")
+        toy.step((0, 0, 4))
+        toy.history[1, :4] = toy.history[0, :4]
+        batch = toy.batch((0, 8, 1), (1, 8, 1), block_table=np.array([[1, 2, 3], [1, 2, 6]], np.int32))
+        for _ in range(20):
+            toy.manager.begin_step(batch=batch)
+            toy.manager.abandon_step()
+        assert len(toy.manager.perturbations) == 20
+        assert all({q.before for q in p.places} == {1, 2} for p in toy.manager.perturbations)
 
     def test_one_table_for_all_rows_has_nothing_to_swap(self, make: Make) -> None:
         toy = make(perturb="table_swap:p=1,warmup=2", rows=1).run(4)  # one block so far
