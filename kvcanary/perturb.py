@@ -27,6 +27,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,11 @@ class _Entry(NamedTuple):
     at: tuple[int, ...]
     before: int
     after: int
+
+
+def _say(text: str, *values: object) -> None:
+    with suppress(Exception):  # a log handler that raises is not the engine's problem
+        logger.warning("[canary] perturb: %s", text % values)
 
 
 class Perturber:
@@ -134,7 +140,7 @@ class Perturber:
             else:
                 fault.n_done += 1
                 self.done.append(done)
-                logger.warning("[canary] perturb: %s", done)
+                _say("%s", done)
 
     def restore(self, stream: Any) -> None:
         """Put swapped table entries back where the engine has not written since; never raises."""
@@ -145,12 +151,9 @@ class Perturber:
                 if now == entry.after:
                     self._write(entry.view, entry.at, entry.before, stream)
                     continue
-                logger.warning(
-                    "[canary] perturb: table entry %s was rewritten to %d while it was swapped; it is left so",
-                    list(entry.at), now,
-                )  # fmt: skip
-            except Exception:  # also called when the engine has raised, whose error must not be masked
-                logger.exception("[canary] perturb: table entry %s is still swapped", list(entry.at))
+                _say("table entry %s was rewritten to %d while it was swapped; it is left so", list(entry.at), now)
+            except Exception as error:  # noqa: BLE001  the engine may have raised, and its error must not be masked
+                _say("table entry %s is still swapped (%s: %s)", list(entry.at), type(error).__name__, error)
 
     # ---- one fault ---------------------------------------------------------------------------------------------------
     def _inject(self, fault: _Fault, bound: Mapping[int, BoundBatch], step: int, stream: Any) -> Perturbation:
@@ -173,8 +176,7 @@ class Perturber:
         self.n_skipped += 1
         n = fault.n_not_done[reason] = fault.n_not_done.get(reason, 0) + 1
         if n & (n - 1) == 0:  # ever fewer lines for what goes on
-            name = fault.spec.kind.value
-            logger.warning("[canary] perturb: %s at step %d not done: %s (%d times so far)", name, step, reason, n)
+            _say("%s at step %d not done: %s (%d times so far)", fault.spec.kind.value, step, reason, n)
 
     def _flip_used(self, view: BatchView, dice: np.random.Generator, stream: Any) -> dict[str, Any]:
         used, lost = view.used(view.prefix), view.written_now()

@@ -556,6 +556,39 @@ class TestSkipped:
         toy.run(1)
         self.skipped(toy, caplog, "OSError: no such memory")
 
+    def test_a_table_that_cannot_be_put_back_does_not_mask_the_engines_error(
+        self, make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        toy = make(perturb="table_swap:p=1,warmup=10").run(10)
+        toy.fill(10)
+
+        def fail(*_: object) -> None:
+            raise OSError("no such memory")
+
+        def step() -> None:
+            with toy.manager.step(batch=toy.fixed):
+                monkeypatch.setattr(toy.manager.backend, "write_memory", fail)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            step()
+        assert sum("is still swapped (OSError: no such memory)" in line for line in warnings_of(caplog)) == 2
+
+    def test_a_log_handler_that_raises_does_not_reach_the_engine(self, make: Make) -> None:
+        class Full(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                raise OSError("disk full")
+
+        toy = make(perturb="flip_used:p=1,warmup=0;next_token_swap:p=1,warmup=8")
+        handler = Full()
+        logging.getLogger("kvcanary").addHandler(handler)
+        try:
+            toy.run(9)
+        finally:
+            logging.getLogger("kvcanary").removeHandler(handler)
+        assert {p.kind for p in toy.manager.perturbations} == {FaultKind.FLIP_USED, FaultKind.NEXT_TOKEN_SWAP}
+        assert toy.manager.step_number == 9
+
     def test_what_goes_on_is_told_ever_less_often(self, make: Make, caplog: pytest.LogCaptureFixture) -> None:
         toy = make(perturb="flip_used:p=1,warmup=0", real_data="none").run(33)
         assert toy.manager.n_perturbations_skipped == 33
