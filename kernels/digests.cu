@@ -51,7 +51,7 @@ KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint
     uint32_t d = (uint32_t)((uint64_t)share.first / n_parts), part = (uint32_t)share.first - d * n_parts, n_compared = 0;
     const auto load = [&](uint32_t of) {
         const uint32_t entry = of * 64 + place;
-        return kvc_lane() < 8 && entry < n_listed ? list[entry] : Due{0, 0, -1, 0};
+        return kvc_lane() < 8 && entry < n_listed ? list[entry] : Due{0, -1, 0, 0};  // a position that no entry has
     };
     Due next = load(part);
     for (int64_t task = share.first; task < share.last; ++task) {
@@ -62,8 +62,8 @@ KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint
             ++d;
         }
         next = load(part);
-        const LaneSlot at = kvc_lane_slot(p.pool, due.row >= 0 ? (int64_t)due.slot : -1, due.position);
-        if (kvc_ballot(due.row >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1}, at, forward);
+        const LaneSlot at = kvc_lane_slot(p.pool, due.position >= 0 ? (int64_t)due.slot : -1, due.position);
+        if (kvc_ballot(due.position >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1}, at, forward);
     }
     return n_compared;
 }

@@ -19,6 +19,7 @@ def drill(text: str, n: int) -> tuple[CudaToy, Any, Any]:
     toy = CudaToy(verify_data_every=1, perturb=text, perturb_armed=True)
     graph, stream = toy.capture(), toy.cupy.cuda.Stream(non_blocking=True)
     replay(toy, graph, stream, n)
+    stream.synchronize()
     return toy, graph, stream
 
 
