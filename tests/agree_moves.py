@@ -31,7 +31,7 @@ def random_moves(twins: Twins, engine: Any, rng: random.Random) -> None:
         engine.did["refreshed digests"] += len(slots)
         return
     old = used[: len(book.free)]
-    if twins.config.lifecycle and not are_held(twins, engine, i, old):
+    if twins.config.lifecycle and not are_held(twins, engine, i, old, book.free[len(book.free) - len(old) :]):
         return
     new = [book.take_untold() for _ in old]
     if twins.config.lifecycle:
@@ -42,10 +42,10 @@ def random_moves(twins: Twins, engine: Any, rng: random.Random) -> None:
     engine.did["moved blocks"] += len(old)
 
 
-def are_held(twins: Twins, engine: Any, pool: int, blocks: Sequence[int]) -> bool:
-    """Whether the guards know who holds these blocks: they do, unless they were told lies."""
-    error = twins.lifecycle(engine.lifecycle_events())
-    return error is None and all(twins.sides[0].manager.lifecycle.owners(b, pool) for b in blocks)
+def are_held(twins: Twins, engine: Any, pool: int, blocks: Sequence[int], free: Sequence[int]) -> bool:
+    """Whether the guards know who holds these blocks, and nobody the free ones: they do, unless they were told lies."""
+    error, owners = twins.lifecycle(engine.lifecycle_events()), twins.sides[0].manager.lifecycle.owners
+    return error is None and all(owners(b, pool) for b in blocks) and not any(owners(b, pool) for b in free)
 
 
 def hand_over(twins: Twins, pool: int, old: Sequence[int], new: Sequence[int]) -> None:
