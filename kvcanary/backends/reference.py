@@ -309,9 +309,9 @@ def is_earlier(previous: Array, stamps: Array) -> Array:
     A move takes the number of the forward before it: of one and the same number, only a request's own stamps are known
     to be of one time.
     """
-    earlier: Array = previous["step"] < stamps["step"]
     same = (previous["step"] == stamps["step"]) & (stamps["owner"] != 0) & (previous["owner"] == stamps["owner"])
-    return earlier | same
+    earlier: Array = (previous["step"] < stamps["step"]) | same
+    return earlier
 
 
 class Starts(NamedTuple):
