@@ -7,14 +7,8 @@
 // What a position contributes to the judgement of the next one.
 struct Link {
     uint64_t chain;
-    uint32_t step;   // 0: none
-    uint32_t owner;  // of the stamp
+    uint32_t step;  // 0: there is no stamp to link to
 };
-// Whether the predecessor was surely not written after `stamp`. A move takes the number of the forward before it: of one and the same
-// number, only a request's own stamps are known to be of one time.
-KVC_DEVICE bool kvc_is_earlier(const Link& previous, const Stamp& stamp) {
-    return previous.step < stamp.step || (previous.step == stamp.step && stamp.owner && previous.owner == stamp.owner);
-}
 
 KVC_DEVICE bool kvc_is_aborted(const Guard& guard, const Pool& pool, uint32_t forward) {
     const PoolState& s = kvc_pointer<PoolState>(guard.pool_states)[pool.index];
@@ -49,20 +43,19 @@ KVC_DEVICE bool kvc_is_linkable(const Pool& pool, int64_t slot, const SeenStamp&
     return seen.is_judged && seen.stamp.token != KVC_NO_TOKEN && !kvc_is_outlived(pool, slot, seen.stamp);
 }
 KVC_DEVICE Link kvc_link_of(const Pool& pool, int64_t slot, const SeenStamp& seen) {
-    const bool is_link = kvc_is_linkable(pool, slot, seen) && !kvc_is_relative(seen.stamp);
-    return {seen.stamp.chain, is_link ? seen.stamp.step : 0, seen.stamp.owner};
+    return {seen.stamp.chain, kvc_is_linkable(pool, slot, seen) && !kvc_is_relative(seen.stamp) ? seen.stamp.step : 0};
 }
 
 // What a relative stamp at a position of a row links to: the stamp that it continued, if the table still has it there and
 // it was not rewritten since. (Rare: relative chains need a row without history, register and prefix_chain.)
 KVC_DEVICE Link kvc_relative_link(const StepParams& p, int32_t index, uint32_t stage, uint32_t half, int64_t position,
-                                  const Stamp& stamp, uint32_t forward) {
+                                  int64_t slot, const Stamp& stamp, uint32_t forward) {
     const int32_t continued = kvc_continued_slot(stamp);
     const KvcSlot before = kvc_table_slot(p.pool, p.batch, index, position - 1);
-    if (continued < 0 || before.status != KVC_SLOT_OK || before.slot != continued) return {0, 0, 0};
+    if (continued < 0 || before.status != KVC_SLOT_OK || before.slot != continued) return {0, 0};
     const SeenStamp seen = kvc_see_stamp(p.guard, p.pool, stage, half, before.slot, forward);
-    const bool is_link = kvc_is_linkable(p.pool, before.slot, seen) && seen.stamp.step <= stamp.step;
-    return {seen.stamp.chain, is_link ? seen.stamp.step : 0, seen.stamp.owner};
+    if (kvc_is_rewritten(p.pool, before.slot, seen.stamp.step, slot, stamp.step)) return {0, 0};
+    return {seen.stamp.chain, kvc_is_linkable(p.pool, before.slot, seen) ? seen.stamp.step : 0};
 }
 
 // TOKEN: the token that the engine's history has at this position; negative = not judged.
@@ -79,11 +72,12 @@ KVC_DEVICE bool kvc_ends_as_anchored(const Row& row, const Stamp& stamp) {
     return !(row.flags & KVC_ROW_KNOWS_LAST) || kvc_token_mix(stamp.token, stamp.position) == row.last_mix;
 }
 
-// STALE_EPOCH, and UNWRITTEN since the block was allocated. Not of a slot that is written in this very forward.
+// STALE_EPOCH, and UNWRITTEN since the block was allocated. Who may read a block is also asked of a slot that is written in this very
+// forward; its epoch is not.
 KVC_DEVICE uint32_t kvc_block_reasons(const StepParams& p, const Row& row, int64_t slot, const SeenStamp& seen, uint32_t forward) {
-    if (!p.pool.blocks || seen.stamp.step == forward) return 0;
+    if (!p.pool.blocks) return 0;
     const BlockState block = kvc_block_state(p.pool, slot);
-    const bool is_written = seen.is_judged && seen.stamp.step;
+    const bool is_written = seen.is_judged && seen.stamp.step && seen.stamp.step != forward;
     return (kvc_may_not_read(block, p.batch.request_ids, row.request_id) ? KVC_REASON_STALE_EPOCH : 0) |
            (is_written ? kvc_epoch_reasons(block, seen.stamp) : 0);
 }
@@ -155,16 +149,17 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
         const SeenStamp seen = kvc_see_stamp(p.guard, pool, stage, half, at.slot, forward);
         if (half == 0) is_left = seen.is_left;
         if (!(seen.is_judged || seen.is_unfinished)) continue;
-        Link previous = {0, 0, 0};
+        Link previous = {0, 0};
         if (position > 0 && kvc_is_relative(seen.stamp)) {
-            previous = kvc_relative_link(p, index, stage, half, position, seen.stamp, forward);
+            previous = kvc_relative_link(p, index, stage, half, position, at.slot, seen.stamp, forward);
         } else if (before.status == KVC_SLOT_OK) {
             previous = kvc_link_of(pool, before.slot, kvc_see_stamp(p.guard, pool, stage, half, before.slot, forward));
         }
         // Before a window lie blocks that may belong to others by now: judge the link into its first position only if
         // the predecessor was not rewritten after the stamp that continued it. (If a moved stamp's predecessor did not come
         // along, nobody can tell.)
-        const bool is_later = kvc_is_earlier(previous, seen.stamp) && previous.step < forward;
+        const bool is_later = previous.step && previous.step < forward &&
+                              kvc_is_older(pool, before.slot, previous.step, seen.stamp.step);
         const bool may_link = position > row.verify_start || (is_later && seen.stamp.prev_slot != KVC_PREV_NONE);
         kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link, forward);
     }

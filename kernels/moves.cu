@@ -84,7 +84,8 @@ KVC_DEVICE Stamp kvc_portable(const MoveParams& p, uint32_t plane, int64_t i, in
     if (p.pool.blocks && stamp.epoch != kvc_block_epoch(p.pool, slot)) return {};
     const int64_t before = i > 0 ? kvc_listed_slot(p, i - 1) : -1;
     const uint32_t before_step = before >= 0 ? stamps[before].step : 0;
-    const bool is_in_list = before >= 0 && kvc_continued_slot(stamp) == before && before_step && before_step <= stamp.step;
+    const bool is_in_list = before_step && kvc_continued_slot(stamp) == before &&
+                            !kvc_is_rewritten(p.pool, before, before_step, slot, stamp.step);
     const int32_t prev = kvc_is_relative(stamp) ? (is_in_list ? KVC_PREV_RELATIVE_BASE - KVC_PREV_IN_LIST : KVC_PREV_RELATIVE)
                                                 : (is_in_list ? KVC_PREV_IN_LIST : KVC_PREV_NONE);
     return {stamp.chain, stamp.token, stamp.position, prev, stamp.step, 0, 0};

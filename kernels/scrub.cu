@@ -12,10 +12,9 @@
 // Whether the predecessor's stamp is still the one that `stamp` continued, as far as can be known: not rewritten later, and in a
 // block that was not given away since. A block that its owner has left to those who share it cannot be written any more.
 KVC_DEVICE bool kvc_is_still_continued(const Pool& pool, int32_t before, const Stamp& previous, const Stamp& stamp) {
-    if (stamp.token == KVC_NO_TOKEN || previous.token == KVC_NO_TOKEN || previous.step == 0 || previous.step > stamp.step) return false;
+    if (stamp.token == KVC_NO_TOKEN || previous.token == KVC_NO_TOKEN || previous.step == 0) return false;
+    if (!kvc_is_older(pool, before, previous.step, stamp.step)) return false;
     if (!kvc_is_relative(stamp) && kvc_is_relative(previous)) return false;
-    // A move takes the number of the forward before it: only a request's own stamps of one forward are known to be of one time.
-    if (previous.step == stamp.step && (stamp.owner == 0 || previous.owner != stamp.owner)) return false;
     const BlockState block = kvc_block_state(pool, before);
     return block.flags & KVC_BLOCK_LIVE && previous.epoch == block.epoch && (block.owner == 0 || block.since < stamp.step);
 }

@@ -121,6 +121,19 @@ KVC_DEVICE int32_t kvc_continued_slot(const Stamp& stamp) {
 
 // A slot that was moved or adopted, and whose bytes were not verified since. While a pool has none, nobody looks.
 KVC_DEVICE bool kvc_is_fresh(uint64_t claim) { return (uint32_t)claim == KVC_CLAIM_FRESH; }
+// A slot whose stamp was not written by a forward, but moved there or adopted by a call.
+KVC_DEVICE bool kvc_was_moved(uint64_t claim) { return (uint32_t)claim == 0 || kvc_is_fresh(claim); }
+// Whether the stamp before a slot's own (or the one that is there now) is younger. A move has the number of the forward before it,
+// so that of two equal steps the moved one is the younger, unless both were moved.
+KVC_DEVICE bool kvc_is_rewritten(const Pool& pool, int64_t before, uint32_t before_step, int64_t slot, uint32_t step) {
+    if (before_step != step) return before_step > step;
+    const uint64_t* claims = kvc_pointer<uint64_t>(pool.claims);
+    return kvc_was_moved(claims[before]) && !kvc_was_moved(claims[slot]);
+}
+// Whether it is surely older, wherever the slot's stamp came from: of two moves of one number nobody knows.
+KVC_DEVICE bool kvc_is_older(const Pool& pool, int64_t before, uint32_t before_step, uint32_t step) {
+    return before_step < step || (before_step == step && !kvc_was_moved(kvc_pointer<uint64_t>(pool.claims)[before]));
+}
 KVC_DEVICE uint32_t* kvc_n_fresh(const Guard& guard, const Pool& pool) {
     return &kvc_mutable_pointer<PoolState>(guard.pool_states)[pool.index].n_fresh;
 }

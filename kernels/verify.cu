@@ -130,9 +130,10 @@ KVC_DEVICE bool kvc_is_of_its_block(const Pool& pool, const Batch& batch, const 
     const uint32_t number = kvc_divide((uint32_t)slot, pool.page_size, pool.page_shift);
     const kvc_u128 word = kvc_load_u128_if(kvc_pointer<BlockState>(pool.blocks) + number, slot >= 0);
     const BlockState block = {word.x, word.y, word.z, word.w};
-    const bool is_fine = raw.k.back.w == block.epoch && !kvc_may_not_read(block, batch.request_ids, hot.request_id);
     const uint32_t head_step = STAGE == KVC_STAGE_HEAD ? raw.k.back.y : raw.head_steps[0];
-    return is_fine || head_step == forward || (STAGE == KVC_STAGE_TAIL && head_step == 0);
+    if (STAGE == KVC_STAGE_TAIL && (head_step == 0 || head_step == forward)) return true;  // not judged there
+    const bool is_of_epoch = raw.k.back.w == block.epoch || head_step == forward;
+    return is_of_epoch && !kvc_may_not_read(block, batch.request_ids, hot.request_id);
 }
 
 // A warp takes units of up to 128 positions of one row at a time, with all stamps of a unit under way at once and the table entries
@@ -417,7 +418,8 @@ KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
             if (before >= 0 && before < pool.n_slots && is_known) {
                 const Stamp previous = kvc_pointer<Stamp>(pool.head[half])[before];
                 const bool may_link = kvc_is_relative(stamp)
-                                          ? kvc_continued_slot(stamp) == before && previous.step <= stamp.step
+                                          ? kvc_continued_slot(stamp) == before &&
+                                                !kvc_is_rewritten(pool, before, previous.step, slot, stamp.step)
                                           : !kvc_is_relative(previous);
                 v.expected_chain = kvc_link(previous.chain, stamp.token, stamp.position);
                 const bool is_there = previous.step && previous.token != KVC_NO_TOKEN && !kvc_is_outlived(pool, before, previous);

@@ -26,6 +26,8 @@ from kvcanary.ledger import PREFIX_CACHE
 from kvcanary.lifecycle import LifecycleEvent
 from kvcanary.manager import CanaryManager
 from kvcanary.observers import KernelRunCounterHealthChecker, PeriodicCanaryStatsLogger
+from kvcanary.perturb_record import Perturbation
+from kvcanary.perturb_spec import FaultKind
 from kvcanary.state import CanaryDeviceState
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import SweepOrchestrator
@@ -49,6 +51,7 @@ __all__ = [
     "CaptureError",
     "ConfigError",
     "DelayedDeviceHostHandler",
+    "FaultKind",
     "Half",
     "KernelRunCounterHealthChecker",
     "KvCanaryError",
@@ -58,6 +61,7 @@ __all__ = [
     "LifecycleError",
     "LifecycleEvent",
     "PeriodicCanaryStatsLogger",
+    "Perturbation",
     "PhaseError",
     "Plane",
     "PoolKind",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from kvcanary.errors import ConfigError
+from kvcanary.perturb_spec import parse_faults
 
 ENV_PREFIX = "KVCANARY_"
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -54,6 +55,8 @@ class CanaryConfig:
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         black_box_path: where to write the black box; None = nowhere (not in this version).
+        perturb: faults that the guard itself puts into the running engine, see `kvcanary.perturb`; None = none.
+        perturb_armed: the second switch, without which ``perturb`` is refused.
     """
 
     mode: str = "log"
@@ -72,6 +75,8 @@ class CanaryConfig:
     check_write_position: bool = True
     log_tokens: bool = False
     black_box_path: str | None = None
+    perturb: str | None = None
+    perturb_armed: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -82,7 +87,7 @@ class CanaryConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"{name}={value!r}: give an integer from {low} to {high}")
-        for name in ("lifecycle", "check_write_position", "log_tokens"):
+        for name in ("lifecycle", "check_write_position", "log_tokens", "perturb_armed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.black_box_path is not None and not isinstance(self.black_box_path, str):
@@ -94,6 +99,7 @@ class CanaryConfig:
                 "scrub_bytes_per_step=0"
             )
         _refuse_unbuilt(self)
+        _check_perturb(self)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> CanaryConfig:
@@ -132,6 +138,21 @@ def _refuse_unbuilt(config: CanaryConfig) -> None:
     for name, unset in (("black_box_path", None),):
         if getattr(config, name) != unset:
             raise ConfigError(f"{name}={getattr(config, name)!r}: not in this version; leave it at {unset!r}")
+
+
+def _check_perturb(config: CanaryConfig) -> None:
+    """A drill damages a running engine on purpose: a text that was left behind somewhere must not be enough for it."""
+    if config.perturb is None:
+        return
+    if not isinstance(config.perturb, str):
+        raise ConfigError(f"perturb={config.perturb!r}: give a string such as 'flip_used:p=0.01', or None")
+    parse_faults(config.perturb)
+    if not config.perturb_armed:
+        raise ConfigError(
+            f"perturb={config.perturb!r} would damage the engine's memory on purpose, and it is not armed: give "
+            "perturb_armed=True as well (KVCANARY_PERTURB_ARMED=1 with from_env) for a drill, or take perturb "
+            "(KVCANARY_PERTURB) away"
+        )
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:

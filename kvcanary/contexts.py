@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 class StepContext(AbstractContextManager[None]):
     """`begin_step` ... `end_step`, or `abandon_step` when the body raised."""
 
-    def __init__(self, manager: CanaryManager, stream: Any, idle: bool) -> None:
-        self._manager, self._stream, self._idle = manager, stream, idle
+    def __init__(self, manager: CanaryManager, stream: Any, idle: bool, batch: StepBatch | None = None) -> None:
+        self._manager, self._stream, self._idle, self._batch = manager, stream, idle, batch
 
     def __enter__(self) -> None:
-        self._manager.begin_step(self._stream, idle=self._idle)
+        self._manager.begin_step(self._stream, idle=self._idle, batch=self._batch)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

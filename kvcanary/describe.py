@@ -8,6 +8,7 @@ from kvcanary import abi
 from kvcanary.config import CanaryConfig
 from kvcanary.layout import KvPool
 from kvcanary.patrol import Patrol, plan_patrol
+from kvcanary.perturb_spec import parse_faults
 from kvcanary.state import CounterLayout
 
 
@@ -30,6 +31,14 @@ def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: 
     state = 8 * CounterLayout(len(pools)).n_words + 4 * max_requests + len(pools) * abi.POOL_STATE.itemsize
     ring = (config.ring_capacity + 1) * abi.VIOLATION.itemsize + 8 * abi.N_CONTROL_WORDS
     return sum(pool_bytes(config, p, max_requests) for p in pools) + state + ring
+
+
+def _drill_lines(config: CanaryConfig) -> list[str]:
+    """What is damaged on purpose."""
+    if config.perturb is None:
+        return []
+    faults = "; ".join(str(fault) for fault in parse_faults(config.perturb))
+    return [f"FAULT DRILL ARMED, the engine's memory is damaged on purpose: {faults}"]
 
 
 # Reason -> (inputs it needs, what is not seen without them).
@@ -89,7 +98,7 @@ def describe_pools(
             "weaker: CHAIN after a same-forward hit or an adopted prefix (no token_history, no prefix_chain): "
             "judged only between slots of which one was written as the continuation of the other"
         )
-    return "\n".join([*lines, f"on: {', '.join(on)}", f"off: {_LATER}"])
+    return "\n".join([*_drill_lines(config), *lines, f"on: {', '.join(on)}", f"off: {_LATER}"])
 
 
 def _patrol_lines(patrol: Patrol) -> list[str]:

@@ -29,6 +29,8 @@ from kvcanary.observers import (
     ViolationObserver,
 )
 from kvcanary.patrol import plan_patrol
+from kvcanary.perturb import Perturber
+from kvcanary.perturb_record import Perturbation
 from kvcanary.phases import Phase, PhaseChecker
 from kvcanary.prove import Proof, prove_batch
 from kvcanary.state import CanaryDeviceState, StateSnapshot
@@ -82,6 +84,7 @@ class CanaryManager(MoveCalls):
         self._inputs_seen: set[str] = set()
         self.n_observer_errors = 0  #: steps at which an observer raised something that is not ours (a log handler, say)
         self._is_paused = False
+        self._perturber: Perturber | None = None  # the fault drill, when armed
         self._stream: Any = None
         self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = weakref.WeakKeyDictionary()
         self._open_forward: tuple[list[BoundCall], Any] | None = None
@@ -102,6 +105,8 @@ class CanaryManager(MoveCalls):
         self._sweep = SweepOrchestrator(config.sweep_interval)
         self._patrols = plan_patrol(config, self.pools)
         self._make_observers(self._backend)
+        if config.perturb is not None:
+            self._perturber = Perturber(config, self.pools, self._backend)
 
     def _make_observers(self, backend: Backend) -> None:
         config, state = self.config, backend.state
@@ -164,17 +169,20 @@ class CanaryManager(MoveCalls):
         return tags
 
     # ---- phases ------------------------------------------------------------------------------------------------------
-    def begin_step(self, stream: Any = None, *, idle: bool = False) -> None:
+    def begin_step(self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None) -> None:
         """Begin an outer engine step, outside any capture.
 
         Args:
             stream: the stream on which this step's graphs and forwards are launched; host-driven work is ordered on it.
             idle: this step runs no forward, so the health check expects nothing of it.
+            batch: of this step's forward, for the fault drill alone (`kvcanary.perturb`); None = the last of `head`.
         """
         if self._backend is None:
             return
         self._phases.begin_step()
         self._stream, self._is_idle = stream, idle
+        if self._perturber is not None:
+            self._perturb_before(self._perturber, batch)
 
     def head(
         self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
@@ -195,6 +203,8 @@ class CanaryManager(MoveCalls):
         calls = self._bind(batch, index == 0, pools).calls
         self._phases.head()
         self._open_forward = (calls, batch)
+        if self._perturber is not None:
+            self._perturber.note(batch)
         try:
             self._backend.head(calls, stream)
         except BaseException:
@@ -254,6 +264,8 @@ class CanaryManager(MoveCalls):
         if self._backend is None:
             return
         self._phases.end_step()
+        if self._perturber is not None:
+            self._perturb_after(self._perturber)
         self._post_ops_outside_graph()
 
     def abandon_forward(self) -> None:
@@ -267,11 +279,15 @@ class CanaryManager(MoveCalls):
             return
         self.abandon_forward()
         self._phases.abandon_step()
+        if self._perturber is not None:
+            self._perturber.restore(self._stream)
         self._violations.poll()
 
-    def step(self, stream: Any = None, *, idle: bool = False) -> AbstractContextManager[None]:
+    def step(
+        self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
+    ) -> AbstractContextManager[None]:
         """`begin_step` ... `end_step`; an exception of the body is never masked."""
-        return nullcontext() if self._backend is None else StepContext(self, stream, idle)
+        return nullcontext() if self._backend is None else StepContext(self, stream, idle, batch)
 
     def forward(
         self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
@@ -279,6 +295,47 @@ class CanaryManager(MoveCalls):
         """`head` ... `tail`; may run inside a capture."""
         return nullcontext() if self._backend is None else ForwardContext(self, batch, stream, index, pools)
 
+    # ---- fault drill -------------------------------------------------------------------------------------------------
+    @property
+    def perturbations(self) -> tuple[Perturbation, ...]:
+        """What the fault drill has done, oldest first; empty unless it is armed."""
+        return () if self._perturber is None else tuple(self._perturber.done)
+
+    @property
+    def n_perturbations_skipped(self) -> int:
+        """Faults that were due and could not be done; each logged with its reason."""
+        return 0 if self._perturber is None else self._perturber.n_skipped
+
+    def _perturb_before(self, perturber: Perturber, batch: StepBatch | None) -> None:
+        if batch is not None:
+            perturber.note(batch)
+        self._perturb(perturber, is_before_forward=True)
+
+    def _perturb_after(self, perturber: Perturber) -> None:
+        perturber.restore(self._stream)
+        self._perturb(perturber, is_before_forward=False)
+
+    def _perturb(self, perturber: Perturber, *, is_before_forward: bool) -> None:
+        if self._is_idle or self._is_paused:  # no forward, or nobody who looks at it
+            return
+        step = self._step + 1
+        due = perturber.due(step, is_before_forward)
+        if due:
+            perturber.inject(due, self._bound_for_drill(perturber.batch), step, self._stream)
+
+    def _bound_for_drill(self, batch: StepBatch | None) -> dict[int, BoundBatch] | str:
+        """Pool index -> the batch as bound to it; or why there is none."""
+        if self._has_odd_stream():
+            return "the step's stream is being captured, or its context died"
+        if batch is None:
+            return "no batch is known, or nobody holds it any more: give it to begin_step(batch=) or step(batch=)"
+        try:
+            known = list(self._bound.get(batch, {}).values()) or [self._bind(batch, True, None)]
+        except KvCanaryError as error:
+            return str(error)
+        return {call.pool: bound for k in known for call, bound in zip(k.calls, k.batches, strict=True)}
+
+    # ---- host phases -------------------------------------------------------------------------------------------------
     def _post_ops_outside_graph(self) -> None:
         assert self._backend is not None
         counted = not (self._is_idle or self._is_paused)
@@ -549,6 +606,8 @@ class CanaryManager(MoveCalls):
             return
         self._phases.close()
         self._open_forward = None
+        if self._perturber is not None:
+            self._perturber.restore(self._stream)
         self._violations.poll()
         for handler in self._handlers:
             handler.close()

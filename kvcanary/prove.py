@@ -109,14 +109,7 @@ def _difference(found: npt.NDArray[Any], clean: npt.NDArray[Any], d: int, slot: 
 
 def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatch) -> tuple[ProbeTarget, int]:
     """The latest position of the first row that has one whose HEAD and TAIL stamps are of one forward."""
-    batch = host_copy(backend, bound)
-    facts = ref.PoolArrays(
-        index=call.pool, kind=int(pool.kind), n_slots=pool.n_slots, page_size=pool.page_size, window=pool.window or 0,
-        token_offset=pool.token_offset, reserved=np.array(pool.reserved_blocks, np.int64),
-        slot_lut=None if pool.lut_view is None else backend.read_array(pool.lut_view),
-        head=[], tail=[], claims=np.zeros(0, np.uint64), digests=np.zeros((0, 0), np.uint64), registers=np.zeros(0),
-        register_claims=np.zeros(0, np.uint64), state=np.zeros(0), max_requests=0,
-    )  # fmt: skip
+    batch, facts = host_copy(backend, bound), pool_facts(backend, pool, call.pool)
     for r in range(batch.rows):
         capacity = int(ref.table_entries(batch, np.array([r]))[0]) * batch.table_page
         positions = np.arange(max(0, min(ref.row_length(batch, r), capacity)))
@@ -135,6 +128,17 @@ def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatc
         f"prove(): no row of the batch has a position in pool {pool.name!r} that was written under the guard: "
         "run a guarded forward first, and give a batch whose tables and lengths still hold"
     )
+
+
+def pool_facts(backend: Backend, pool: KvPool, index: int) -> ref.PoolArrays:
+    """What `ref.table_slots` asks of a pool, without the guard's arrays."""
+    return ref.PoolArrays(
+        index=index, kind=int(pool.kind), n_slots=pool.n_slots, page_size=pool.page_size, window=pool.window or 0,
+        token_offset=pool.token_offset, reserved=np.array(pool.reserved_blocks, np.int64),
+        slot_lut=None if pool.lut_view is None else backend.read_array(pool.lut_view),
+        head=[], tail=[], claims=np.zeros(0, np.uint64), digests=np.zeros((0, 0), np.uint64), registers=np.zeros(0),
+        register_claims=np.zeros(0, np.uint64), state=np.zeros(0), max_requests=0,
+    )  # fmt: skip
 
 
 def host_copy(backend: Backend, bound: BoundBatch) -> ref.BatchArrays:

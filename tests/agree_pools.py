@@ -150,9 +150,7 @@ class _Shape:
         return {name: np.zeros(form["n_bytes"], np.uint8) for name, form in forms.items()}, build
 
 
-def random_pools(
-    rng: random.Random, max_requests: int, max_len: int, is_static: bool, is_odd: bool
-) -> list[PoolSpec]:
+def random_pools(rng: random.Random, max_requests: int, max_len: int, is_static: bool, is_odd: bool) -> list[PoolSpec]:
     """One to three pools that one engine may keep side by side; the first has a table of its own.
 
     Args:

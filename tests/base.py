@@ -29,6 +29,8 @@ EVERY_FIELD: dict[str, Any] = {
     "check_write_position": True,
     "log_tokens": False,
     "black_box_path": None,
+    "perturb": None,
+    "perturb_armed": False,
 }
 POOL_NAMES = (
     PoolNames("full", 16, (("k.0", 0), ("v.0", 0), ("k.1", 1), ("v.1", 1))),

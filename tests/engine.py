@@ -15,7 +15,9 @@ N_BLOCKS, PAGE, MAX_LEN = 16, 4, 64
 class ToyEngine:
     """Rows with contiguous blocks; ``write`` puts fresh random bytes where the slot mapping says."""
 
-    def __init__(self, n_layers: int = 2, seed: int = 0, max_requests: int = 4, **config: Any) -> None:
+    def __init__(
+        self, n_layers: int = 2, seed: int = 0, max_requests: int = 4, backend: Any = "auto", **config: Any
+    ) -> None:
         self.rng = np.random.default_rng(seed)
         shape = (N_BLOCKS, PAGE, 2, 8)
         self.k = [self.rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(n_layers)]
@@ -23,7 +25,7 @@ class ToyEngine:
         self.history = np.full((max_requests, MAX_LEN), -1, np.int32)
         self.pool: KvPool = layouts.nhd(k=self.k, v=self.v, page_size=PAGE)
         self.config: CanaryConfig = full_config(**config)
-        self.manager = CanaryManager(self.config, [self.pool], max_requests, 64)
+        self.manager = CanaryManager(self.config, [self.pool], max_requests, 64, backend)
 
     def batch(self, *rows: tuple[int, int, int], **overrides: Any) -> StepBatch:
         """A batch of (request slot, prefix, new tokens); request slot r has blocks 1 + 3 r ... and request id r + 1."""

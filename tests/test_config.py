@@ -30,9 +30,12 @@ OTHER: dict[str, tuple[Any, str]] = {
     "check_write_position": (False, "off"),
     "log_tokens": (True, "TRUE"),
     "black_box_path": ("/Tmp/Box", "/Tmp/Box"),
+    "perturb": ("flip_used:pool=Full", " flip_used:pool=Full "),
+    "perturb_armed": (True, "1"),
 }
-UNBUILT = ("scrub_bytes_per_step", "black_box_path")  # refused until their part of the guard exists
-BUILT = [name for name in OTHER if name not in UNBUILT]
+UNBUILT = ("black_box_path",)  # refused until their part of the guard exists
+# perturb and the patrol have a second switch.
+BUILT = [name for name in OTHER if name not in (*UNBUILT, "perturb", "scrub_bytes_per_step")]
 
 
 def test_every_field_has_another_value_here() -> None:
@@ -97,7 +100,7 @@ BAD_KEYWORDS: list[tuple[dict[str, Any], str]] = [
     ({"sweep_interval": -1}, "sweep_interval=-1: give an integer from 0"),
     ({"log_tokens": 1}, "log_tokens=1: give True or False"),
     ({"black_box_path": 3}, "black_box_path=3: give a path as a string"),
-    ({"scrub_bytes_per_step": 4096}, "not in this version"),
+    ({"scrub_bytes_per_step": 4096}, "the patrol must know which blocks"),
 ]
 
 

@@ -77,6 +77,11 @@ class FakeToy(ToyEngine):
         self.world.pump()
 
 
+def watch(submit: Any, look: Any) -> Any:
+    """``submit`` that looks at the device's memory before each piece of work runs."""
+    return lambda work: submit(lambda: (look(), work())[1])
+
+
 def prefilled(world: FakeCuda, **config: Any) -> tuple[FakeToy, Any]:
     toy = FakeToy(world, **config)
     batch = toy.fill((0, 0, 1), (1, 0, 1))
@@ -310,6 +315,35 @@ def test_lists_of_the_device_of_other_types_are_refused(world: FakeCuda) -> None
     elsewhere.device.id = 1
     with pytest.raises(BatchError, match="src is on cuda:1, the pool on cuda:0"):
         toy.manager.copy_slots(elsewhere, narrow)
+
+
+def test_the_drill_damages_what_a_graph_then_reads_and_puts_the_table_back(world: FakeCuda) -> None:
+    text = "table_swap:p=1,warmup=8;next_token_swap:p=1,warmup=9;flip_after_forward:p=1,warmup=10"
+    toy, graph = prefilled(world, verify_data_every=1, ring_capacity=64, perturb=text, perturb_armed=True)
+    for p in range(1, 8):
+        toy.replay(graph, p)
+    table: list[Any] = []
+    toy.stream.submit = watch(toy.stream.submit, lambda: table.append(toy.host["block_table"].copy()))  # type: ignore[method-assign]
+    toy.replay(graph, 8)
+    del toy.stream.submit
+    swap = toy.manager.perturbations[0]
+    true = toy.host["block_table"].copy()
+    one, two = swap.places
+    assert (true[one.row, one.element], true[two.row, two.element]) == (one.before, two.before)
+    assert (table[0][one.row, one.element], table[0][two.row, two.element]) == (two.before, one.before)
+    toy.replay(graph, 9)
+    seen = {(v.row, v.position // PAGE) for v in toy.manager.violations()}
+    assert {(p.row, p.element) for p in swap.places} <= seen and {v.step for v in toy.manager.violations()} == {9}
+    toy.replay(graph, 10)
+    toy.replay(graph, 11)
+    toy.manager.synchronize()
+    _swap, tokens, flip = toy.manager.perturbations
+    later = [v for v in toy.manager.violations() if v.step > 9]
+    wrong = {(v.slot, v.step) for v in later if v.reasons & Reason.TOKEN}
+    assert wrong == {(p.slot, tokens.step + 1) for p in tokens.places}
+    assert [(v.slot, v.plane, v.step) for v in later if v.reasons == Reason.DATA] == [
+        (flip.places[0].slot, flip.plane, flip.step + 1)
+    ]
 
 
 def test_host_driven_calls_on_a_capturing_stream_are_refused(world: FakeCuda) -> None:

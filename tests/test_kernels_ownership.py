@@ -233,14 +233,16 @@ def test_bytes_under_a_foreign_stamp_are_somebodys(sides: Sides) -> None:
     assert kinds(found, "HEAD") == {15: STALE | Reason.DATA}
 
 
-def test_what_is_written_in_this_forward_is_not_judged_by_its_owner(sides: Sides) -> None:
-    """The text says what is wrong with it, if anything; the reader is judged from the next forward on."""
+def test_who_may_read_is_also_asked_of_what_is_written_in_this_forward(sides: Sides) -> None:
+    """A recycled block that its new owner fills in the very forward in which a row still reads it (vllm#42273)."""
     s = script(sides)
     second = [*A[:4], 900, 901]
     s.own("allocate", [3], 1)
     s.own("allocate", [4], 2)
-    assert s.forward(Row(1, A, 0, 4, [3]), Row(2, second, 4, 5, [3, 4])) == []
-    assert kinds(s.forward(Row(2, second, 5, 6, [3, 4]))) == dict.fromkeys(range(12, 16), STALE)
+    found = s.forward(Row(1, A, 0, 4, [3]), Row(2, second, 4, 5, [3, 4]))
+    assert kinds(found) == kinds(found, "HEAD", 2) == dict.fromkeys(range(12, 16), STALE)
+    s.own("share", [3], 2)
+    assert s.forward(Row(1, A, 0, 4, [3]), Row(2, second, 5, 6, [3, 4])) == [], "a hit on what is being written"
 
 
 def test_adoption_is_for_those_who_may_read(sides: Sides) -> None:

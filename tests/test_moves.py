@@ -126,6 +126,24 @@ def test_before_a_window_stands_what_may_be_anothers(sides: Sides, is_moved: boo
     assert s.forward(Row(1, A, 12, 13, table)) == [], "the window begins with block 3, behind block 2"
 
 
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_a_predecessor_that_a_move_replaced_right_after_is_not_linked(sides: Sides, is_relative: bool) -> None:
+    """A move has the number of the forward before it: so had, in this one, the stamp that continued what lay there."""
+    s = Script(sides(), window=None if is_relative else 4, leave_out=["token_history"] if is_relative else [])
+    text = B[:12]
+    assert s.forward(Row(2, C, 0, 4, [5])) == []
+    if is_relative:
+        assert s.forward(Row(3, text, 0, 4, [3])) == []
+        s.twins.call("adopt_slots", range(4, 8), range(4), tokens=[-1, -1, -1, text[3]])
+        assert s.forward(Row(1, text, 4, 8, [1, 2])) == []
+        copy(s, range(12, 16), range(4, 8))  # the same text, from its start
+        assert s.forward(Row(1, text, 8, 9, [1, 2, 4])) == []
+        return
+    assert s.forward(Row(1, text, 0, 8, [1, 2])) == []
+    copy(s, range(20, 24), range(4, 8))  # block 1 has left the window and is another's by now
+    assert s.forward(Row(1, text, 7, 8, [1, 2])) == []
+
+
 # ---- lists on the device ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("is_wide", [False, True])
 def test_entries_on_the_device_that_name_no_slot_are_skipped_and_counted(sides: Sides, is_wide: bool) -> None:

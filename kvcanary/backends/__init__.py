@@ -116,7 +116,7 @@ class Backend(Protocol):
     def read_blocks(self, pool: int) -> npt.NDArray[Any]:
         """A copy of the words of all blocks of a pool: BLOCK_STATE[n_blocks]; waits for the device."""
 
-    # Primitives of `prove`; they may wait and allocate.
+    # Primitives of `prove` and of the fault drill; they may wait and allocate.
     def read_stamps(self, pool: int, slots: npt.NDArray[Any]) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         """HEAD and TAIL stamps of each half of some slots: (STAMP[n], STAMP[n]) per half."""
 
@@ -125,6 +125,9 @@ class Backend(Protocol):
 
     def flip_byte(self, address: int, mask: int, stream: Any) -> None:
         """XOR one byte of the engine's memory with ``mask``."""
+
+    def write_memory(self, address: int, data: npt.NDArray[np.uint8], stream: Any) -> None:
+        """Put bytes into the engine's memory, after all that was launched (`kvcanary.perturb`)."""
 
     def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> npt.NDArray[Any]:
         """Compare all digests of one (row, position), apart from the guard's state; VIOLATION[n] of what differs."""

@@ -155,6 +155,11 @@ class CudaDriver:
         self._runtime.memcpy(address, byte.ctypes.data, 1, self._runtime.memcpyHostToDevice)
         self.synchronize()
 
+    def write_memory(self, pointer: int, data: npt.NDArray[np.uint8], stream: Any) -> None:
+        self.synchronize()
+        self._runtime.memcpy(pointer, data.ctypes.data, data.nbytes, self._runtime.memcpyHostToDevice)
+        self.synchronize()  # the engine's streams do not wait for the one that the copy ran on
+
     # ---- launches ----------------------------------------------------------------------------------------------------
     def kernel(self, source: str, name: str) -> Any:
         if source not in self._modules:

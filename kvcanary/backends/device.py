@@ -93,6 +93,9 @@ class Driver(Protocol):
     def flip_byte(self, address: int, mask: int, stream: Any) -> None:
         """XOR one byte of engine memory; may wait."""
 
+    def write_memory(self, pointer: int, data: npt.NDArray[np.uint8], stream: Any) -> None:
+        """Put bytes into engine memory, after all that was launched; may wait."""
+
     def staging(self, n_words: int, depth: int) -> Staging:
         """Buffers for the deferred handler."""
 
@@ -431,6 +434,9 @@ class DeviceBackend:
 
     def flip_byte(self, address: int, mask: int, stream: Any) -> None:
         self._driver.flip_byte(address, mask, stream)
+
+    def write_memory(self, address: int, data: npt.NDArray[np.uint8], stream: Any) -> None:
+        self._driver.write_memory(address, data, stream)
 
     def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> Array:
         driver, bound = self._driver, call.batch.bound

@@ -472,6 +472,11 @@ class HostBackend:
 
         host_array(address, (1,), (1,), np.uint8)[0] ^= mask
 
+    def write_memory(self, address: int, data: Array, stream: Any) -> None:
+        from kvcanary.arrays import host_array
+
+        host_array(address, data.shape, (1,), np.uint8)[:] = data
+
     def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> Array:
         """Compare all digests of one (row, position) into a state of its own; returns the records."""
         pool, batch = self._pools[call.pool], call.batch

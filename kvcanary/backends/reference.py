@@ -303,17 +303,6 @@ def block_epochs(pool: PoolArrays, slots: Array) -> Array:
     return epochs
 
 
-def is_earlier(previous: Array, stamps: Array) -> Array:
-    """Whether each predecessor was surely not written after the stamp: bool[n].
-
-    A move takes the number of the forward before it: of one and the same number, only a request's own stamps are known
-    to be of one time.
-    """
-    same = (previous["step"] == stamps["step"]) & (stamps["owner"] != 0) & (previous["owner"] == stamps["owner"])
-    earlier: Array = (previous["step"] < stamps["step"]) | same
-    return earlier
-
-
 class Starts(NamedTuple):
     """Per row: whether its chain is relative (bool[rows]), and prev_slot of the stamp of its first new token."""
 
@@ -543,12 +532,14 @@ def judge_stamps(
     may_follow = previous.judged & (prev["token"] != abi.NO_TOKEN) & ~is_outlived(pool, before.slot, prev)
     prev_step = np.where(may_follow, prev["step"], 0)
     relative = is_relative(stamp) & (position > 0)
-    follows = (continued_slots(stamp) == before.slot) & (before.status == OK) & (prev_step <= stamp["step"])
+    kept = ~is_rewritten(pool, before.slot, prev_step, at.slot, stamp["step"])
+    follows = (continued_slots(stamp) == before.slot) & (before.status == OK) & kept
     prev_step = np.where(np.where(relative, follows, ~is_relative(prev)), prev_step, 0)
     salts = batch.salts[row].astype(np.uint64) if batch.salts is not None else np.zeros(len(row), np.uint64)
     starts = known & (position == 0) & ~is_relative(stamp)
-    # Before a window, only a predecessor that was surely not written later; a moved stamp may have left its own behind.
-    is_later = is_earlier(prev, stamp) & (prev_step < forward) & (stamp["prev_slot"] != abi.PREV_NONE)
+    # Before a window, only a predecessor that is surely older; a moved stamp may have left its own behind.
+    is_later = is_older(pool, before.slot, prev_step, stamp["step"])
+    is_later &= (prev_step != 0) & (prev_step < forward) & (stamp["prev_slot"] != abi.PREV_NONE)
     may_link = (position > rows["verify_start"][row]) | is_later
     links = known & (position > 0) & may_link & (prev_step != 0)
     chain = np.where(
@@ -569,8 +560,7 @@ def judge_stamps(
         block = pool.block_states(at.slot)
         foreign = ownership.may_not_read(block, batch.request_ids is not None, rows["request_id"][row])
         stale = np.where((seen.judged | seen.unfinished) & foreign, Reason.STALE_EPOCH, 0)
-        stale |= np.where(written, ownership.epoch_reasons(block, stamp), 0)
-        reasons |= np.where(stamp["step"] != forward, stale, 0)
+        reasons |= stale | np.where(written & (stamp["step"] != forward), ownership.epoch_reasons(block, stamp), 0)
 
     v["reasons"], v["position"], v["slot"] = reasons, position, at.slot
     v["detail"] = np.where(seen.unfinished, Detail.UNFINISHED, Detail.SLOT)
@@ -649,6 +639,33 @@ def is_fresh(pool: PoolArrays, slots: Array) -> Array:
     return fresh
 
 
+def was_moved(pool: PoolArrays, slots: Array) -> Array:
+    """Slots whose stamps were moved there or adopted by a call: bool[n]; anything where a slot is no slot."""
+    claims = pool.claims[np.clip(slots, 0, pool.n_slots - 1)] & np.uint64(0xFFFFFFFF)
+    moved: Array = (claims == 0) | (claims == abi.CLAIM_FRESH)
+    return moved
+
+
+def is_older(pool: PoolArrays, before: Array, before_steps: Array, steps: Array) -> Array:
+    """Whether the stamps in ``before`` are surely older than those of ``steps``, wherever these came from: bool[n].
+
+    Of two moves of one number nobody knows.
+    """
+    older: Array = (before_steps < steps) | ((before_steps == steps) & ~was_moved(pool, before))
+    return older
+
+
+def is_rewritten(pool: PoolArrays, before: Array, before_steps: Array, slots: Array, steps: Array) -> Array:
+    """Whether the stamps in ``before`` are younger than those in ``slots``: bool[n]; anything where a slot is negative.
+
+    A move has the number of the forward before it, so that of two equal steps the moved one is the younger, unless both
+    were moved.
+    """
+    later = was_moved(pool, before) & ~was_moved(pool, slots)
+    younger: Array = (before_steps > steps) | ((before_steps == steps) & later)
+    return younger
+
+
 def settle_fresh(pool: PoolArrays, rows: Array, entries: Entries) -> None:
     """After HEAD has verified their bytes, the fresh slots of the prefixes are so no more."""
     verified = (entries.at.status == OK) & (rows["flags"][entries.row] & abi.ROW_PENDING == 0)
@@ -677,7 +694,7 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     has_before = (before >= 0) & (before < pool.n_slots)
     prev = pool.head[half][np.where(has_before, before, 0)]
     chain = hashing.link(prev["chain"], stamp["token"], stamp["position"])
-    follows = (continued_slots(stamp) == before) & (prev["step"] <= stamp["step"])
+    follows = (continued_slots(stamp) == before) & ~is_rewritten(pool, before, prev["step"], slots, stamp["step"])
     links = known & has_before & np.where(is_relative(stamp), follows, ~is_relative(prev))
     links &= (prev["step"] != 0) & (prev["token"] != abi.NO_TOKEN)
     links &= ~is_outlived(pool, np.where(has_before, before, 0), prev)

@@ -9,7 +9,15 @@ import numpy as np
 
 from kvcanary import abi, hashing
 from kvcanary.backends.moves import SlotImage
-from kvcanary.backends.reference import MAX_POSITIONS, Array, PoolArrays, block_epochs, continued_slots, is_relative
+from kvcanary.backends.reference import (
+    MAX_POSITIONS,
+    Array,
+    PoolArrays,
+    block_epochs,
+    continued_slots,
+    is_relative,
+    is_rewritten,
+)
 from kvcanary.backends.reference import is_fresh as is_fresh_of
 
 _U32 = (1 << 32) - 1
@@ -57,7 +65,7 @@ def gather(pool: PoolArrays, slots: Array) -> SlotImage:
         before_step = np.where(before >= 0, plane["step"][np.maximum(before, 0)], 0)
         # Where a predecessor was rewritten since, nobody links the two.
         in_list = (before >= 0) & (continued_slots(stamps) == before)
-        in_list &= (before_step != 0) & (before_step <= stamps["step"])
+        in_list &= (before_step != 0) & ~is_rewritten(pool, before, before_step, at, stamps["step"])
         for name in ("chain", "token", "position", "step"):
             portable[name] = stamps[name]
         portable["prev_slot"] = _prev_codes(is_relative(stamps), in_list)

@@ -36,7 +36,7 @@ def judge_links(pool: PoolArrays, half: int, slots: Array) -> Array:
     previous = pool.head[half][np.where(inside, before, 0)]
     block = pool.block_states(np.where(inside, before, 0))
     links = inside & (stamp["token"] != abi.NO_TOKEN) & (previous["token"] != abi.NO_TOKEN)
-    links &= (previous["step"] != 0) & ref.is_earlier(previous, stamp)
+    links &= (previous["step"] != 0) & ref.is_older(pool, before, previous["step"], stamp["step"])
     links &= ref.is_relative(stamp) | ~ref.is_relative(previous)
     # Not in a block that was given away since; one that its owner has left to those who share it cannot be written.
     links &= (block["flags"] & abi.BLOCK_LIVE != 0) & (previous["epoch"] == block["epoch"])

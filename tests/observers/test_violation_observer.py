@@ -205,10 +205,8 @@ class TestLogMode:
         rig.step()
         assert len(messages(caplog)) == violations.MAX_LINES + 1
         assert (
-            messages(caplog)[-1]
-            == "[canary] and 30 more findings in this step (violations_total=50): see violations()"
+            messages(caplog)[-1] == "[canary] and 30 more findings in this step (violations_total=50): see violations()"
         )
-
 
     def test_a_substituted_row_is_two_lines_and_not_forty(self, caplog: pytest.LogCaptureFixture) -> None:
         rig = Rig()

@@ -68,6 +68,9 @@ class SimtDriver:
     def flip_byte(self, address: int, mask: int, stream: Any) -> None:
         host_array(address, (1,), (1,), np.uint8)[0] ^= mask
 
+    def write_memory(self, pointer: int, data: Any, stream: Any) -> None:
+        host_array(pointer, data.shape, (1,), np.uint8)[:] = data
+
     def staging(self, n_words: int, depth: int) -> Staging:
         return HostStaging(n_words, depth)
 

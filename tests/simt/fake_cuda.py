@@ -140,9 +140,7 @@ class FakeCuda:
             streamIsCapturing=lambda handle: self.streams[handle].captured is not None,
         )
         device = SimpleNamespace(attributes={"MultiProcessorCount": 2})
-        stream = SimpleNamespace(
-            null=self.streams[0], from_external=lambda obj: self.streams[obj.__cuda_stream__()[1]]
-        )
+        stream = SimpleNamespace(null=self.streams[0], from_external=lambda obj: self.streams[obj.__cuda_stream__()[1]])
         self.cupy = SimpleNamespace(
             zeros=self._zeros,
             RawModule=lambda code, options, backend: SimpleNamespace(get_function=self._kernel),
