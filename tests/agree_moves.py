@@ -52,9 +52,7 @@ def hand_over(twins: Twins, pool: int, old: Sequence[int], new: Sequence[int]) -
     """Whoever holds a block holds its new place, from before anything is there, and lets go of the old one."""
     ledger, events = twins.sides[0].manager.lifecycle._ledger(pool), []
     for before, after in zip(old, new, strict=True):
-        sharers = [owner for owner, n in ledger._sharers.get(before, {}).items() for _ in range(n)]
-        has_primary = ledger.n_references(before) > len(sharers)
-        holders = [*(ledger.owners(before)[:1] if has_primary else ()), *sharers]
+        holders = ledger.holders(before)
         events += [("share" if n else "allocate", [after], owner, pool) for n, owner in enumerate(holders)]
         events += [("free", [before], owner, pool) for owner in holders]
     error = twins.lifecycle(events)

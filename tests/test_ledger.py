@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcanary import PREFIX_CACHE, KvCanaryError, LifecycleError, abi
+from kvcanary import PREFIX_CACHE, KvCanaryError, LifecycleError, abi, references
 from kvcanary.ledger import MAX_NAMED, BlockCall, BlockChanges, BlockLedger, owner_name
 
 N, RESERVED = 8, (0, 5)
@@ -39,16 +39,18 @@ def state(of: BlockLedger) -> list[Any]:
 
 # ---- a model: a block is a primary owner and a bag of sharers --------------------------------------------------------
 class Model:
-    def __init__(self) -> None:
+    def __init__(self, n: int = N) -> None:
+        self.n = n
         self.primary: dict[int, int] = {}
-        self.sharers: dict[int, Counter[int]] = {b: Counter() for b in range(N)}
+        self.sharers: dict[int, Counter[int]] = {b: Counter() for b in range(n)}
         self.last: dict[int, BlockCall] = {}
 
-    def holders(self, block: int) -> set[int]:
-        return {*self.sharers[block], *([self.primary[block]] if block in self.primary else [])}
+    def holders(self, block: int) -> tuple[int, ...]:
+        """Once for each reference: the primary owner, then the sharers in order of arrival."""
+        return (*([self.primary[block]] if block in self.primary else []), *self.sharers[block].elements())
 
     def may(self, kind: str, ids: list[int], owner: int) -> bool:
-        if not all(0 <= b < N and b not in RESERVED for b in ids) or len(set(ids)) < len(ids) or not owner:
+        if not all(0 <= b < self.n and b not in RESERVED for b in ids) or len(set(ids)) < len(ids) or not owner:
             # The ledger refuses a reserved block in a free too: nobody holds it.
             return False
         if kind == "allocate":
@@ -58,10 +60,10 @@ class Model:
     def do(self, kind: str, ids: list[int], owner: int, step: int) -> dict[int, list[int]]:
         done: dict[int, list[int]] = {}
         for b in sorted(ids):
-            self.last[b] = BlockCall(kind, owner, step)
             op = getattr(self, f"_{kind}")(b, owner)
             if op is not None:
                 done.setdefault(op, []).append(b)
+        self.last |= dict.fromkeys(ids, BlockCall(kind, owner, step))
         return done
 
     def _allocate(self, block: int, owner: int) -> int:
@@ -106,14 +108,48 @@ def test_it_knows_what_a_model_knows(calls: list[tuple[str, list[int], int]]) ->
             with pytest.raises(LifecycleError):
                 getattr(real, kind)(ids, owner, step)
             assert state(real) == before
-        for block in range(N):
-            assert set(real.owners(block)) == model.holders(block)
-            assert real.n_references(block) == model.sharers[block].total() + (block in model.primary)
-            assert real.last_call(block) == model.last.get(block)
-        held = [b for b in range(N) if model.holders(b)]
-        assert real.n_live == len(held)
-        assert real.n_shared == sum(bool(model.sharers[b]) for b in held)
-        assert real.n_free == N - len(RESERVED) - len(held)
+        assert_same(real, model)
+
+
+def assert_same(real: BlockLedger, model: Model) -> None:
+    for block in range(model.n):
+        holders = model.holders(block)
+        assert real.holders(block) == holders
+        assert real.owners(block) == tuple(dict.fromkeys(holders))
+        assert real.n_references(block) == len(holders)
+        assert real.last_call(block) == model.last.get(block)
+    held = [b for b in range(model.n) if model.holders(b)]
+    assert real.n_live == len(held)
+    assert real.n_shared == sum(bool(model.sharers[b]) for b in held)
+    assert real.n_free == model.n - len(RESERVED) - len(held)
+
+
+@pytest.mark.parametrize(("n_searched", "n_tables"), [(1 << 15, 9), (0, 9), (0, 0)])
+@given(seed=st.integers(0, 1 << 32), n_ids=st.sampled_from((2, 8, 40)))
+def test_many_ids_of_all_kinds(n_searched: int, n_tables: int, seed: int, n_ids: int) -> None:
+    """References as lists, soon as tables, and as tables that are given up again."""
+    dice, n, owners = np.random.default_rng(seed), 48, (3, 4, 5, 6, PREFIX_CACHE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(references, "_MIN_SEARCHED", n_searched)
+        patch.setattr(references, "N_TABLES", n_tables)
+        real, model = BlockLedger(n, RESERVED), Model(n)
+        for step in range(25):
+            kind, owner = dice.choice(["allocate", "share", "free", "free"]), int(dice.choice(owners))
+            able = [b for b in range(n) if model.may(kind, [b], owner)]
+            if dice.random() < 0.5 and kind != "allocate":  # in order, as requests do
+                able = [b for b in model.last if b in able]
+            ids = np.array(able, np.int32) if dice.random() < 0.5 else dice.permutation(np.array(able, np.int32))
+            ids = ids[: int(dice.integers(n_ids))]
+            assert parts(getattr(real, kind)(ids, owner, step)) == model.do(kind, ids.tolist(), owner, step)
+            wrong = dice.permutation(n)[: 1 + dice.integers(n_ids)].astype(np.int32)
+            refused = tuple(b for b in wrong.tolist() if not model.may(kind, [b], owner))
+            if refused:
+                before = state(real)
+                with pytest.raises(LifecycleError) as caught:
+                    getattr(real, kind)(wrong, owner, step)
+                assert caught.value.blocks == refused
+                assert state(real) == before
+        assert_same(real, model)
 
 
 def test_calls_of_one_step_are_told_apart() -> None:
@@ -292,7 +328,7 @@ def test_an_error_names_a_few_blocks_and_counts_the_rest() -> None:
 
 
 def test_questions_about_blocks_that_are_none() -> None:
-    for ask in (ledger().owners, ledger().n_references, ledger().last_call):
+    for ask in (ledger().owners, ledger().holders, ledger().n_references, ledger().last_call):
         for block in (-1, N):
             with pytest.raises(LifecycleError, match="is out of range: the pool has blocks 0 to 7"):
                 ask(block)
