@@ -150,15 +150,16 @@ KVC_DEVICE Start kvc_start_of(const StepParams& p, const Row& row, int32_t index
 
 // What the engine's arrays say of a new token, all under way at once: nothing here is looked at yet.
 struct TokenWords {
-    int64_t token, named;
-    uint32_t own, before;  // table entries of its position and of the one before it
+    int64_t token, named, named_before;  // named_before: where the row's new token before it is written, if there is one
+    uint32_t own, before;                // table entries of its position and of the one before it
 };
 KVC_DEVICE TokenWords kvc_token_words(const StepParams& p, const Row& row, const TableRow& table, int64_t i) {
     const Batch& batch = p.batch;
     const int64_t t = row.first_token + i;
     const uint32_t position = (uint32_t)(row.prefix + i);
     return {kvc_int_at(batch.input_ids, batch.wide_ids, t), kvc_int_at(batch.slot_mapping, batch.wide_slots, t),
-            kvc_fast_entry(batch, table, position), kvc_fast_entry(batch, table, position - 1)};  // before 0: beyond any table
+            kvc_int_at(batch.slot_mapping, batch.wide_slots, i > 0 ? t - 1 : t), kvc_fast_entry(batch, table, position),
+            kvc_fast_entry(batch, table, position - 1)};  // before 0: beyond any table
 }
 
 struct NewToken {
@@ -181,7 +182,9 @@ KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, int64_t i
         n.epoch = kvc_epoch_of_write(block, batch.request_ids, row.request_id);
         n.is_odd |= kvc_is_unowned(block) || kvc_may_not_write(block, batch.request_ids, row.request_id);
     }
-    n.prev_slot = kvc_fast_slot(p.pool, batch, words.before, position - 1);  // none, evicted or reserved: KVC_PREV_NONE
+    // Where the predecessor has no place, or one before the window, the table may still name a block that is another's by now.
+    const bool has_before = i > 0 ? words.named_before >= 0 : row.prefix > row.verify_start;
+    n.prev_slot = has_before ? kvc_fast_slot(p.pool, batch, words.before, position - 1) : KVC_PREV_NONE;  // reserved: the same
     if (start.is_relative) {
         n.prev_slot = i == 0 ? start.prev_slot : n.prev_slot >= 0 ? KVC_PREV_RELATIVE_BASE - n.prev_slot : KVC_PREV_RELATIVE;
     }

@@ -177,3 +177,15 @@ def test_every_flipped_byte_of_a_held_block_is_found_within_a_pass(sides: Sides,
         found |= kinds(s.forward(Row(0, [0], 0, 1, [0], slots=[0])))
     assert found == {slot: Reason.DATA}
     assert len(np.unique(s.twins.words[abi.STATE_SCRUB_SLOTS])) == 1
+
+
+def test_a_predecessor_without_a_place_is_no_predecessor(sides: Sides) -> None:
+    """Of a prefill beyond the window only the last tokens are stored; the table still names what was there before them."""
+    s = script(sides, window=4)
+    s.own("allocate", [1], 3)
+    assert s.forward(Row(3, B, 0, 4, [1])) == []
+    s.own("allocate", [2], 1)
+    slots = [-1, -1, -1, -1, 8, 9, 10]
+    assert s.forward(Row(1, A, 0, 7, [1, 2], slots=slots)) == [], "block 1 is another's, and out of the window"
+    assert s.forward(Row(1, A, 7, 8, [1, 2])) == []
+    assert s.twins.sides[0].read_guard(0, "head0")["prev_slot"][8] == abi.PREV_NONE

@@ -231,7 +231,9 @@ class HostBackend:
     @staticmethod
     def _previous_slots(pool: PoolArrays, batch: BatchArrays, starts: ref.Starts, new: ref.NewTokens) -> Array:
         before = ref.table_slots(pool, batch, new.row, new.position - 1)
-        is_slot = before.status == OK
+        # Where the predecessor has no place, the table may still name a block that is another's by now.
+        named_before = batch.slot_mapping[np.maximum(new.token - 1, 0)]
+        is_slot = (before.status == OK) & (named_before >= 0)
         absolute = np.where(is_slot, before.slot, abi.PREV_NONE)
         relative = np.where(is_slot, abi.PREV_RELATIVE_BASE - before.slot, abi.PREV_RELATIVE)
         previous = np.where(starts.relative[new.row], relative, absolute)

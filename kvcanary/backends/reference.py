@@ -322,7 +322,8 @@ def starts_of(pool: PoolArrays, batch: BatchArrays, rows: Array, forward: int) -
     continues = is_slot & ~rewritten & (stamp["step"] != 0) & (stamp["token"] != abi.NO_TOKEN)
     continues &= ~is_outlived(pool, slot, stamp)
     continues &= stamp["chain"] == rows["anchor"]
-    absolute = np.where(is_slot, slot, abi.PREV_NONE)
+    # Before a window, the table may still name a block that is another's by now.
+    absolute = np.where(is_slot & (prefix > rows["verify_start"]), slot, abi.PREV_NONE)
     return Starts(
         relative,
         np.where(relative, np.where(continues, abi.PREV_RELATIVE_BASE - slot, abi.PREV_RELATIVE), absolute),
