@@ -50,6 +50,7 @@ class Scheduler:
         self._planned: list[Share] = []  # not completed yet
         self._admitted: list[Request] = []  # by that plan
         self._block_calls: list[Call] = []  # since they were last taken
+        self.n_preemptions = self.n_passed = 0  # blocks that have left a window
         self.forks = Forks(self)
         self.store = HostStore(self.habits.n_offload, allocator.page_size)
         allocator.on_index, allocator.on_evict = self._index_changed, self._evicted
@@ -189,6 +190,7 @@ class Scheduler:
             passed = slice(request.n_passed, max(request.n_passed, self._n_outside(request)))
             self.allocator.free(request.blocks[passed])
             self.note("free", request.blocks[passed], request.id)
+            self.n_passed += passed.stop - passed.start
             request.n_passed = passed.stop
             if not self.habits.keeps_stale_ids:
                 request.blocks[passed] = [0] * (passed.stop - passed.start)
@@ -267,6 +269,7 @@ class Scheduler:
         request.n_computed = request.n_published = request.n_shared_tokens = 0
         request.slot = NO_SLOT
         request.n_preemptions += 1
+        self.n_preemptions += 1
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
