@@ -22,6 +22,7 @@ class Mix:
     """One engine and its guard. Rates are chances per step."""
 
     page_size: int
+    max_len: int  # tokens
     n_blocks: int
     chunk: int
     pad_slot: int
@@ -37,7 +38,7 @@ class Mix:
     refresh_rate: float = 0.0
     reload_rate: float = 0.0
     handoff_rate: float = 0.0  # of prompts that a prefill engine computes
-    end_byte_rate: float = 0.0  # of requests that end where they first say a certain byte
+    end_byte_rate: float = 0.0  # of requests that may end at some byte before their room is used up
 
 
 def draw(seed: int, backend: str = "host") -> Mix:
@@ -45,12 +46,14 @@ def draw(seed: int, backend: str = "host") -> Mix:
     rng = np.random.default_rng(seed)
     leave_out, n_unguarded, lifecycle = random_inputs(np.random.default_rng([seed, 1]))
     page_size = int(rng.choice([4, 16, 32]))
+    max_len = page_size * {4: 20, 16: 10, 32: 6}[page_size]
     window = random_window(rng, page_size)
     habits = random_habits(rng, window)
     is_transformer = backend == "host" and not habits.draft_trees and bool(rng.random() < SHARE_OF_TRANSFORMERS)
     return Mix(
         page_size=page_size,
-        n_blocks=int(rng.integers(21, 45) if habits.overcommit else rng.integers(30, 90)),
+        max_len=max_len,
+        n_blocks=max_len // page_size + int(rng.integers(1, 25) if habits.overcommit else rng.integers(10, 70)),
         chunk=int(rng.choice([7, 32, 128])),
         pad_slot=int(rng.choice([-1, 0])),
         is_transformer=is_transformer,

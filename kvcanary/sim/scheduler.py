@@ -224,7 +224,7 @@ class Scheduler:
             end = stored.first + len(stored.tokens)
             slots = slots_of(request.blocks, self.allocator.page_size, stored.first, end)
             self.note_move(Move("load", slots, detail=stored))
-            self.store.n_restored += 1
+        self.store.n_restored += len(loads) if request.arrival is None else 0
         request.arrival = None
         request.n_computed = request.n_shared_tokens = n_shared
         self.start(request)
@@ -292,7 +292,8 @@ class Scheduler:
         return self.allocator.match(request.known[:-1], request.salt)
 
     def _publish(self, request: Request, n_tokens: int) -> None:
-        """Offer the blocks that `n_tokens` tokens fill."""
+        """Offer the blocks that `n_tokens` tokens fill, but for what has left the window since it was loaded."""
+        request.n_published = max(request.n_published, request.n_passed)
         while (request.n_published + 1) * self.allocator.page_size <= n_tokens:
             block = request.blocks[request.n_published]
             self.allocator.publish(request.tokens, request.n_published, block, request.salt)

@@ -25,8 +25,7 @@ from kvcanary.sim.requests import BlockCall, Request
 from kvcanary.sim.scribe import ScribeModel
 
 STEPS_PER_SEED = 1000  # then another engine, another page size, another mix
-MAX_REQUESTS, MAX_NEW_TOKENS, MAX_PAGES = 8, 128, 20
-END_BYTE = ord("e")
+MAX_REQUESTS, MAX_NEW_TOKENS = 8, 128
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Soak:
         self.watch = Watch(self.engine)
         self.prefill: PrefillEngine | None = None
         if self.mix.handoff_rate:
-            engine, self.prefill_manager, guard = self._make(8, MAX_PAGES * self.mix.page_size // 8 + 8, is_prefill=True)
+            engine, self.prefill_manager, guard = self._make(8, self.mix.max_len // 8 + 8, is_prefill=True)
             self.prefill = PrefillEngine(engine, guard)
         if self.mix.config.sweep_interval:
             self.manager.attach_resident_set(lambda: resident_set(self.engine.allocator))
@@ -130,7 +129,7 @@ class Soak:
             model,
             max_requests=MAX_REQUESTS,
             max_new_tokens=MAX_NEW_TOKENS,
-            max_len=self.mix.page_size * MAX_PAGES,
+            max_len=mix.max_len,
             chunk=mix.chunk,
             pad_slot=mix.pad_slot,
             execute=None if execute is None else execute.execute,
@@ -155,7 +154,7 @@ class Soak:
                 receive(engine, self.prefill.prefill(prompt, salt), n_tokens)
                 self.watch.did["handoffs"] += 1
             else:
-                end_byte = END_BYTE if rng.random() < self.mix.end_byte_rate else None
+                end_byte = int(rng.integers(32, 127)) if rng.random() < self.mix.end_byte_rate else None
                 engine.add_request(prompt, n_tokens, end_byte, salt)
 
     def _between_steps(self) -> None:
