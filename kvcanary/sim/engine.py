@@ -237,9 +237,7 @@ class SimEngine:
         end = int(arrays.query_start_loc[row + 1])
         return [int(token) for token in sampled[end - 1 - n_drafts : end]]
 
-    def _book_all(
-        self, shares: Sequence[Share], arrays: StepArrays, sampled: NDArray[np.int32]
-    ) -> tuple[Request, ...]:
+    def _book_all(self, shares: Sequence[Share], arrays: StepArrays, sampled: NDArray[np.int32]) -> tuple[Request, ...]:
         choices = [self._choices(arrays, sampled, row, len(share.drafts)) for row, share in enumerate(shares)]
         if self.habits.in_flight:
             ended = self.in_flight.resolve()

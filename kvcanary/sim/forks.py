@@ -29,9 +29,7 @@ class Forks:
     def fork(self, parent: Request, request_id: int, token: int) -> Request:
         """A request that goes on from `parent` with `token` in place of its last token, and shares its blocks."""
         scheduler = self._scheduler
-        child = Request(
-            request_id, parent.tokens.copy(), parent.n_prompt, parent.end_byte, parent.salt, parent.n_known
-        )
+        child = Request(request_id, parent.tokens.copy(), parent.n_prompt, parent.end_byte, parent.salt, parent.n_known)
         child.tokens[child.n_known - 1] = token
         child.n_computed = child.n_shared_tokens = parent.n_computed
         child.n_published, child.n_passed = parent.n_published, parent.n_passed

@@ -33,7 +33,9 @@ class CanaryGuard:
             By default what an engine without adapters and loads has no use for.
     """
 
-    def __init__(self, manager: CanaryManager, stream: Any = None, leave_out: Collection[str] = ("salts", "pending")) -> None:
+    def __init__(
+        self, manager: CanaryManager, stream: Any = None, leave_out: Collection[str] = ("salts", "pending")
+    ) -> None:
         self.manager = manager
         self._stream = stream
         self._given = [name for name in _OPTIONAL if name not in leave_out]

@@ -46,7 +46,9 @@ class CacheMemory:
 
     def __init__(self, model: Any) -> None:
         self._page = model.page_size
-        self.arrays = [a.reshape(-1, *a.shape[2:]) for pair in zip(model.k_cache, model.v_cache, strict=True) for a in pair]
+        self.arrays = [
+            a.reshape(-1, *a.shape[2:]) for pair in zip(model.k_cache, model.v_cache, strict=True) for a in pair
+        ]
         self._stream = getattr(model, "stream", None)
         self._xp: Any = np
         if self._stream is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from kvcanary.sim.habits import Habits, ngram_drafts
 from kvcanary.sim.model import ModelConfig
 
 LEAVE_OUT = ((), ("token_history",), ("token_history", "request_slots", "request_ids"))  # what engines do not hand in
-SMALL = {"n_layers": 2, "n_heads": 2, "head_dim": 16}
+SMALL = ModelConfig(n_layers=2, n_heads=2, head_dim=16)
 SHARE_OF_TRANSFORMERS = 0.2  # on the host; the others, and all on a GPU, are the model that only writes
 
 
@@ -57,7 +57,7 @@ def draw(seed: int, backend: str = "host") -> Mix:
         chunk=int(rng.choice([7, 32, 128])),
         pad_slot=int(rng.choice([-1, 0])),
         is_transformer=is_transformer,
-        model=ModelConfig(**SMALL, window=window),
+        model=replace(SMALL, window=window),
         habits=habits,
         leave_out=leave_out,
         n_unguarded=n_unguarded,

@@ -6,8 +6,6 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
-
 from kvcanary.ledger import PREFIX_CACHE
 from kvcanary.sim.blocks import BlockAllocator
 from kvcanary.sim.forks import Forks

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvcanary.sim.model import F32, I32, ModelConfig, last_tokens, token_positions
 from kvcanary.sim.step_arrays import StepArrays
 
-# Odd multipliers of the bytes' hash; kernels/scribe.cu takes them from here.
+# Odd multipliers of the bytes' hash; kernels/scribe.cu has the same.
 OF_TOKEN, OF_SLOT, OF_WORD, OF_MIX = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
 
 
@@ -30,6 +30,12 @@ def sampled_behind(arrays: StepArrays) -> I32:
     """What is sampled behind every new token that a row owns, i32[tokens]."""
     positions = token_positions(arrays)
     return next_tokens(arrays.input_ids[: len(positions)], positions + arrays.depths[: len(positions)])
+
+
+def row_ends(arrays: StepArrays, following: I32) -> I32:
+    """What is sampled behind each row's last new token, i32[rows], of what is behind all of them."""
+    last = last_tokens(arrays)
+    return following[np.minimum(last, len(following) - 1)] if len(following) else np.zeros(len(last), np.int32)
 
 
 def kv_words(tokens: I32, slots: NDArray[np.int64], n_words: int, array: int) -> NDArray[np.uint32]:
@@ -56,9 +62,7 @@ class ScribeModel:
 
     def forward(self, arrays: StepArrays) -> I32:
         """Write the new tokens' K and V; returns the next token i32[rows] of every row, padding included."""
-        following = self.forward_all(arrays)
-        last = last_tokens(arrays)
-        return following[np.minimum(last, len(following) - 1)] if len(following) else np.zeros(len(last), np.int32)
+        return row_ends(arrays, self.forward_all(arrays))
 
     def forward_all(self, arrays: StepArrays) -> I32:
         """The same forward, returning what comes behind every new token that a row owns."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcanary.errors import KvCanaryError
 from kvcanary.manager import CanaryManager
 from kvcanary.sim.behaviours import BEHAVIOURS, Watch, resident_set
 from kvcanary.sim.disaggregated import PrefillEngine, receive
@@ -24,7 +25,7 @@ from kvcanary.sim.protocols import NoGuard
 from kvcanary.sim.requests import BlockCall, Request
 from kvcanary.sim.scribe import ScribeModel
 
-STEPS_PER_SEED = 1000  # then another engine, another page size, another mix
+STEPS_PER_SEED = {"host": 1000, "cuda": 4000}  # then another engine, another page size, another mix
 MAX_REQUESTS, MAX_NEW_TOKENS = 8, 128
 
 
@@ -42,6 +43,10 @@ class SoakResult:
     data_slots: int
     owned_blocks: int
     did: dict[str, int]
+
+
+class FalseAlarmError(AssertionError):
+    """The guard reported an honest engine; the text has the seed, the step and what was drawn."""
 
 
 class OnlyOwners(NoGuard):
@@ -78,14 +83,16 @@ class Soak:
         """Serve for so many guarded steps.
 
         Raises:
-            KvCanaryError: the guard raised over an honest engine: a false alarm.
-            AssertionError: it counted what it should not have.
+            FalseAlarmError: the guard raised over an honest engine, or counted what it should not have.
         """
-        absent, engine = OnlyOwners(self.guard), self.engine
+        absent = OnlyOwners(self.guard)
         for step in range(-self.mix.n_unguarded, n_steps):
-            self._queue()
-            self._between_steps()
-            info = engine.step(self.guard if step >= 0 else absent)
+            try:
+                self._queue()
+                self._between_steps()
+                info = self.engine.step(self.guard if step >= 0 else absent)
+            except KvCanaryError as error:
+                raise FalseAlarmError(f"seed {self.seed}, step {step} ({self.backend}): {error}\n{self.mix}") from error
             self.watch.note(info)
             if on_step is not None and step >= 0:
                 on_step(step)
@@ -99,7 +106,7 @@ class Soak:
             stats = manager.stats()
             is_anchored = manager is not self.manager or not self.mix.leave_out
             if stats.observations_total or stats.unowned_writes or (is_anchored and stats.unanchored_rows):
-                raise AssertionError(f"seed {self.seed}: {stats}; {self.mix}")
+                raise FalseAlarmError(f"seed {self.seed} ({self.backend}): {stats}\n{self.mix}")
             protected, data = protected + stats.protected_tokens, data + stats.data_slots
             manager.close()
         did = self.watch.counts()
@@ -110,21 +117,19 @@ class Soak:
         return SoakResult(self.seed, n_steps, len(self.asked), protected, data, stats.live_blocks, dict(did))
 
     def _make(self, page_size: int, n_blocks: int, *, is_prefill: bool) -> tuple[SimEngine, CanaryManager, CanaryGuard]:
-        mix, execute, stream = self.mix, None, None
-        config = mix.config
+        mix, config = self.mix, self.mix.config
         if is_prefill:
             config = replace(config, on_unwritten="violation", sweep_interval=0)
         model: Any
+        runner, stream = None, None
         if self.backend == "cuda":
             from kvcanary.sim.cuda_scribe import CudaScribe, ScribeRunner
 
             model = CudaScribe(mix.model, n_blocks, page_size)
-            stream = model.stream
+            runner, stream = ScribeRunner(model), model.stream
         else:
             model = (NumpyModel if mix.is_transformer else ScribeModel)(mix.model, n_blocks, page_size)
         manager = CanaryManager(config, [pool_of(model)], MAX_REQUESTS, MAX_NEW_TOKENS, backend=self.backend)
-        if self.backend == "cuda":
-            execute = ScribeRunner(model)
         engine = SimEngine(
             model,
             max_requests=MAX_REQUESTS,
@@ -132,11 +137,11 @@ class Soak:
             max_len=mix.max_len,
             chunk=mix.chunk,
             pad_slot=mix.pad_slot,
-            execute=None if execute is None else execute.execute,
+            execute=None if runner is None else runner.execute,
             habits=None if is_prefill else mix.habits,
         )
-        if execute is not None:
-            execute.engine = engine
+        if runner is not None:
+            runner.engine = engine
         return engine, manager, CanaryGuard(manager, stream, () if is_prefill else mix.leave_out)
 
     # ---- load --------------------------------------------------------------------------------------------------------
@@ -183,10 +188,11 @@ def soak(
 
 
 def soak_all(n_steps: int, processes: int, first_seed: int, backend: str) -> list[SoakResult]:
-    """``n_steps`` steps, a seed per `STEPS_PER_SEED`, in so many processes (on a GPU all of them use it)."""
-    n_seeds = -(-n_steps // STEPS_PER_SEED)
+    """``n_steps`` steps over as many seeds as `STEPS_PER_SEED` asks for; a GPU serves all of the processes."""
+    per_seed = STEPS_PER_SEED[backend]
+    n_seeds = -(-n_steps // per_seed)
     seeds = range(first_seed, first_seed + n_seeds)
-    steps = [min(STEPS_PER_SEED, n_steps - i * STEPS_PER_SEED) for i in range(n_seeds)]
+    steps = [min(per_seed, n_steps - i * per_seed) for i in range(n_seeds)]
     if processes == 1:
         return [soak(seed, n, None, backend) for seed, n in zip(seeds, steps, strict=True)]
     # A forked child cannot use the parent's GPU.
@@ -199,10 +205,11 @@ def told(results: Sequence[SoakResult], seconds: float) -> str:
     steps, did = sum(r.steps for r in results), Counter[str]()
     for result in results:
         did.update(result.did)
+    rate = steps / max(seconds, 1e-9)
+    n_tokens, n_digests = sum(r.protected_tokens for r in results), sum(r.data_slots for r in results)
     lines = [
-        f"{steps} guarded steps over {len(results)} seeds in {seconds:.0f} s ({steps / max(seconds, 1e-9):.0f} steps/s): "
-        f"{sum(r.requests for r in results)} prompts, protected_tokens={sum(r.protected_tokens for r in results)}, "
-        f"digests compared={sum(r.data_slots for r in results)}, violations=0"
+        f"{steps} guarded steps over {len(results)} seeds in {seconds:.0f} s, {rate:.0f} steps/s: violations=0",
+        f"prompts={sum(r.requests for r in results)} protected_tokens={n_tokens} digests compared={n_digests}",
     ]
     width = max(map(len, BEHAVIOURS))
     lines += [f"  {name:<{width}}  {did[name] or 'never'}" for name in BEHAVIOURS]
@@ -210,15 +217,28 @@ def told(results: Sequence[SoakResult], seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``--steps`` steps in ``--processes`` processes, a seed per thousand steps."""
+    """``kvcanary drill --soak`` without the rest of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--first-seed", type=int, default=0)
+    add_arguments(parser)
     parser.add_argument("--backend", choices=["host", "cuda"], default="host")
-    args = parser.parse_args(argv)
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """What a soak is told."""
+    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="guarded steps (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, metavar="P", help="default: %(default)s")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="default: %(default)s")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Soak, and tell it; 1 if the guard reported anything."""
     start = time.perf_counter()
-    results = soak_all(args.steps, args.processes, args.first_seed, args.backend)
+    try:
+        results = soak_all(arguments.steps, arguments.processes, arguments.first_seed, arguments.backend)
+    except FalseAlarmError as error:
+        print(f"FALSE ALARM: {error}")
+        return 1
     print(told(results, time.perf_counter() - start))
     return 0
 
