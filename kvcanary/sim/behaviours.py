@@ -99,7 +99,7 @@ class Watch:
                 "evictions": evictions,
                 "evictions by a cache that owns": evictions * engine.habits.cache_owns,
                 "blocks behind the window": scheduler.n_passed,
-                "committed tree paths": moves.get("commit", 0),
+                "committed tree paths": engine.mover.n_committed,
                 "copies of a shared tail": scheduler.forks.n_tail_copies,
                 "blocks offloaded": scheduler.store.n_stored,
                 "blocks restored": scheduler.store.n_restored,

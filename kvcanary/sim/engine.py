@@ -243,15 +243,23 @@ class SimEngine:
             ended = self.in_flight.resolve()
             self.in_flight.launched(list(shares), [tokens[-1] for tokens in choices])
             return tuple(ended)
+        if self.habits.draft_trees:
+            shares, choices = self._commit_trees(shares, choices)
         for share, tokens in zip(shares, choices, strict=True):
             self._book(share, tokens)
         return tuple(share.request for share in shares if share.request.is_finished)
 
+    def _commit_trees(
+        self, shares: Sequence[Share], choices: list[list[int]]
+    ) -> tuple[Sequence[Share], list[list[int]]]:
+        """Have the accepted paths moved home; the shares and choices of rows that had drafted just these."""
+        found = [trees.Path.of(share, tokens) for share, tokens in zip(shares, choices, strict=True)]
+        moved = [path for path in found if path.share.parents]
+        if moved:
+            self.scheduler.note_move(trees.commit(moved, self.model.page_size))
+        return [path.as_line for path in found], [path.choices for path in found]
+
     def _book(self, share: Share, choices: list[int]) -> None:
-        if share.parents:
-            path, page = trees.accepted_path(share, choices), self.model.page_size
-            self.scheduler.note_move(trees.commit(share.request, share.request.n_computed, path, page))
-            share, choices = trees.as_line(share, choices, path)
         request, history = share.request, self.token_history[share.request.slot]
         n_gained = self.scheduler.complete(share, choices)
         gained = slice(request.n_known - n_gained, request.n_known)

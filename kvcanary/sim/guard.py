@@ -13,6 +13,7 @@ from kvcanary.layout import KvPool
 from kvcanary.manager import CanaryManager
 from kvcanary.sim.memory import Slots
 from kvcanary.sim.offload import Stored
+from kvcanary.sim.requests import Rows
 from kvcanary.tags import PoolKind
 
 _OPTIONAL = ("request_slots", "request_ids", "token_history", "salts", "pending")
@@ -95,10 +96,11 @@ class CanaryGuard:
         """Digest what was changed on purpose."""
         self.manager.refresh_digests(slots, stream=self._stream)
 
-    def committed(self, src: Slots, dst: Slots, prefix: int, request_slot: int) -> None:
-        """Re-stamp the accepted path."""
-        registers = [request_slot] if "request_slots" in self._given else None
-        self.manager.commit_slots(src, dst, [0, len(src)], [prefix], request_slots=registers, stream=self._stream)
+    def committed(self, src: Slots, dst: Slots, rows: Rows) -> None:
+        """Re-stamp the accepted paths."""
+        registers = rows.request_slots if "request_slots" in self._given else None
+        starts, lengths = rows.starts, rows.prefix_lens
+        self.manager.commit_slots(src, dst, starts, lengths, request_slots=registers, stream=self._stream)
 
     def reset(self) -> None:
         """Forget all KV."""

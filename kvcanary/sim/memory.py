@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcanary.sim.offload import Stored
-from kvcanary.sim.requests import Move
+from kvcanary.sim.requests import Move, Rows
 
 Slots = NDArray[np.int64]
 COARSE = np.uint32(0xFFFF0000)  # a float32 in the precision of a bfloat16
@@ -31,8 +31,8 @@ class MovingGuard(Protocol):
     def refreshed(self, slots: Slots) -> None:
         """Bytes were changed on purpose."""
 
-    def committed(self, src: Slots, dst: Slots, prefix: int, request_slot: int) -> None:
-        """The accepted path of a draft tree was copied home."""
+    def committed(self, src: Slots, dst: Slots, rows: Rows) -> None:
+        """The accepted paths of draft trees were copied home."""
 
     def reset(self) -> None:
         """All KV is worthless."""
@@ -103,6 +103,7 @@ class Mover:
     def __init__(self, model: Any, by_layer: bool) -> None:
         self.memory = CacheMemory(model)
         self.n_done: dict[str, int] = {}
+        self.n_committed = 0  # rows
         self._n_layers = len(model.k_cache)
         self._by_layer = by_layer
         self._late: list[tuple[Slots, Stored]] = []
@@ -132,8 +133,9 @@ class Mover:
 
     def _commit(self, move: Move, guard: MovingGuard) -> None:
         assert move.targets is not None
+        self.n_committed += len(move.detail.prefix_lens)
         self.memory.copy(move.slots, move.targets)
-        guard.committed(move.slots, move.targets, *move.detail)
+        guard.committed(move.slots, move.targets, move.detail)
 
     def _store(self, move: Move, guard: MovingGuard) -> None:
         stored: Stored = move.detail

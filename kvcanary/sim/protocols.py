@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvcanary.sim.memory import MovingGuard, Slots
 from kvcanary.sim.offload import Stored
-from kvcanary.sim.requests import BlockCall
+from kvcanary.sim.requests import BlockCall, Rows
 from kvcanary.sim.step_arrays import StepArrays
 
 
@@ -87,7 +87,7 @@ class NoGuard:
     def refreshed(self, slots: Slots) -> None:
         """Nothing to digest."""
 
-    def committed(self, src: Slots, dst: Slots, prefix: int, request_slot: int) -> None:
+    def committed(self, src: Slots, dst: Slots, rows: Rows) -> None:
         """Nothing to re-stamp."""
 
     def reset(self) -> None:

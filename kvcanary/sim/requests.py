@@ -93,6 +93,14 @@ class Move:
     detail: Any = None
 
 
+class Rows(NamedTuple):
+    """The rows of a "commit": where each begins in the lists, how long its prefix is, and its request slot."""
+
+    starts: list[int]  # [rows + 1]
+    prefix_lens: list[int]
+    request_slots: list[int]
+
+
 Call = BlockCall | Move
 Note = Callable[[str, list[int], int], None]  # (kind, blocks, owner)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from kvcanary.sim.requests import Move, Request, Share, slots_of
+from kvcanary.sim.requests import Move, Rows, Share, slots_of
 
 
 def draft_tree(drafts: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -32,25 +33,44 @@ def depths(share: Share) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return np.array(found, np.int32)
 
 
-def accepted_path(share: Share, choices: Sequence[int]) -> list[int]:
-    """Indices into (root, *nodes) of the path that the model would have said, `choices` being its word behind each."""
-    path = [0]
-    while True:
-        children = [i + 1 for i, parent in enumerate(share.parents) if parent == path[-1]]
-        right = [child for child in children if share.drafts[child - 1] == choices[path[-1]]]
-        if not right:
-            return path
-        path.append(right[0])
+class Path(NamedTuple):
+    """What was accepted of a row: indices into (last known token, *drafts), and the model's word behind each."""
+
+    share: Share
+    nodes: list[int]
+    choices: list[int]
+
+    @classmethod
+    def of(cls, share: Share, choices: list[int]) -> Path:
+        """The path of a tree that the model would have said, `choices` being its word behind each node.
+
+        Of a row without a tree it is the whole row: how much of that counts is decided elsewhere.
+        """
+        if not share.parents:
+            return cls(share, list(range(1 + len(share.drafts))), choices)
+        nodes = [0]
+        while True:
+            children = [i + 1 for i, parent in enumerate(share.parents) if parent == nodes[-1]]
+            right = [child for child in children if share.drafts[child - 1] == choices[nodes[-1]]]
+            if not right:
+                return cls(share, nodes, [choices[node] for node in nodes])
+            nodes.append(right[0])
+
+    @property
+    def as_line(self) -> Share:
+        """The share of a row that had drafted just this path."""
+        share, drafts = self.share, tuple(self.share.drafts[node - 1] for node in self.nodes[1:])
+        return share._replace(n_new=share.n_new - len(share.drafts) + len(drafts), drafts=drafts, parents=())
 
 
-def as_line(share: Share, choices: Sequence[int], path: Sequence[int]) -> tuple[Share, list[int]]:
-    """The share and the choices of a row that had drafted just this path."""
-    drafts = tuple(share.drafts[node - 1] for node in path[1:])
-    return Share(share.request, len(path), drafts), [choices[node] for node in path]
-
-
-def commit(request: Request, prefix: int, path: Sequence[int], page_size: int) -> Move:
-    """The move of the accepted KV to the slots behind the `prefix`, its row and the request's register told to it."""
-    end = prefix + max(path) + 1
-    row = slots_of(request.blocks, page_size, prefix, end)
-    return Move("commit", row[list(path)], row[: len(path)], (prefix, request.slot))
+def commit(paths: Sequence[Path], page_size: int) -> Move:
+    """The move of accepted KV to the slots behind each row's prefix; its rows as `commit_slots` wants them."""
+    sources, targets, starts = [], [], [0]
+    for path in paths:
+        request, n = path.share.request, len(path.nodes)
+        row = slots_of(request.blocks, page_size, request.n_computed, request.n_computed + max(path.nodes) + 1)
+        sources.append(row[path.nodes])
+        targets.append(row[:n])
+        starts.append(starts[-1] + n)
+    rows = Rows(starts, [p.share.request.n_computed for p in paths], [p.share.request.slot for p in paths])
+    return Move("commit", np.concatenate(sources), np.concatenate(targets), rows)
