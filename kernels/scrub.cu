@@ -51,8 +51,9 @@ struct Found {
 };
 
 // The slot if its stamps are whole, of an earlier forward and of its block's epoch, else none. Written slots of blocks that nobody
-// holds are orphans: counted only.
-KVC_DEVICE LaneSlot kvc_patrolled_slot(const Pool& pool, int64_t slot, uint32_t forward, Found& found) {
+// holds are orphans: counted only. Bytes that were moved and that no forward has verified since may still be on their way, as in
+// a load layer by layer: the first forward that reads them sees to them.
+KVC_DEVICE LaneSlot kvc_patrolled_slot(const Pool& pool, int64_t slot, uint32_t forward, bool any_fresh, Found& found) {
     const LaneSlot none = {-1, 0, 0, 0};
     if (kvc_is_reserved(pool, slot)) return none;
     const Stamp head = kvc_pointer<Stamp>(pool.head[0])[slot];
@@ -63,6 +64,7 @@ KVC_DEVICE LaneSlot kvc_patrolled_slot(const Pool& pool, int64_t slot, uint32_t 
         return none;
     }
     if (kvc_is_outlived(pool, slot, head)) return none;
+    if (any_fresh && kvc_is_fresh(kvc_pointer<uint64_t>(pool.claims)[slot])) return none;
     found.n_checked += 1;
     return kvc_lane_slot(pool, slot, head.position);
 }
@@ -73,7 +75,9 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_scrub(KVC_PARAM StepParams p) {
     if (!kvc_is_judging(p.guard)) return;
     const uint32_t forward = kvc_forward_number(p.guard);
     const uint32_t n_blocks = (uint32_t)pool.n_blocks, n_turns = kvc_units(n_blocks, pool.scrub_blocks);
-    const uint32_t turn = (kvc_pointer<PoolState>(p.guard.pool_states)[pool.index].scrub_turn - 1) % n_turns;
+    const PoolState& state_of_pool = kvc_pointer<PoolState>(p.guard.pool_states)[pool.index];
+    const uint32_t turn = (state_of_pool.scrub_turn - 1) % n_turns;
+    const bool any_fresh = state_of_pool.n_fresh != 0;
     const uint32_t first_block = turn * pool.scrub_blocks, n_left = n_blocks - first_block;
     const int64_t n_slots = (int64_t)(n_left < pool.scrub_blocks ? n_left : pool.scrub_blocks) * pool.page_size;
     const int64_t first_slot = (int64_t)first_block * pool.page_size;
@@ -87,7 +91,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_scrub(KVC_PARAM StepParams p) {
     for (int64_t base = share.first; base < share.last; base += KVC_THREADS) {
         const int64_t slot = first_slot + base + place;
         LaneSlot at = {-1, 0, 0, 0};
-        if (base + place < share.last) at = kvc_patrolled_slot(pool, slot, forward, found);
+        if (base + place < share.last) at = kvc_patrolled_slot(pool, slot, forward, any_fresh, found);
         if (kvc_ballot(at.slot >= 0) == 0) continue;
         const bool is_odd = kvc_compare_digests(pool, range, at, n_compared);
         if (kvc_ballot(is_odd)) {

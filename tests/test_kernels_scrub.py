@@ -116,6 +116,23 @@ def test_link_to_a_block_that_was_given_away_since(sides: Sides) -> None:
     assert s.forward(Row(1, A, 6, 7, [1, 2])) == []
 
 
+def test_moved_bytes_are_left_alone_until_a_forward_has_verified_them(sides: Sides) -> None:
+    """KV is loaded layer by layer: it is not all there while the patrol passes, and is the reader's to judge."""
+    s = script(sides, n_blocks=N_BLOCKS)
+    two_requests(s)
+    s.own("allocate", [3, 4], 7)
+    bundle = s.twins.call("export_slots", range(20, 26))
+    s.twins.call("import_slots", bundle, range(12, 18))
+    before = words(s, abi.STATE_SCRUB_SLOTS)[0]
+    assert s.forward(Row(1, A, 6, 7, [1, 2])) == [], "nothing has arrived yet"
+    assert words(s, abi.STATE_SCRUB_SLOTS)[0] - before == 12
+    for layer in range(3):
+        s.kv(layer)[12:18] = s.kv(layer)[20:26]
+    assert s.forward(Row(7, B, 6, 7, [3, 4])) == []
+    s.damage(1, 13)
+    assert kinds(s.forward(Row(1, A, 7, 8, [1, 2]))) == {13: Reason.DATA}, "patrolled from here on"
+
+
 def test_paused_means_no_turn(sides: Sides) -> None:
     s = script(sides, n_blocks=4)
     two_requests(s)  # first turn, over blocks 0 to 3

@@ -27,7 +27,7 @@ class LengthKept:
 
     def _after_step(self, info: StepInfo) -> None:
         self._rejected.clear()
-        for request, _, drafts in info.shares:
+        for request, _, drafts, _ in info.shares:
             gained = request.n_known - self._n_known.get(request.id, request.n_prompt)
             self._n_known[request.id] = request.n_known
             if drafts and len(drafts) >= gained:

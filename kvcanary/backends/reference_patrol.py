@@ -14,7 +14,8 @@ def patrolled_slots(pool: PoolArrays, forward: int) -> tuple[Array, int]:
     """The slots that the turn at hand checks, i64[n], and how many written ones it passes over as orphans.
 
     Checked are slots whose stamps are whole, of an earlier forward and of their block's epoch, in blocks that somebody
-    holds. Orphans lie in blocks that nobody holds.
+    holds. Orphans lie in blocks that nobody holds. Bytes that were moved and that no forward has verified since may
+    still be on their way, as in a load layer by layer: the first forward that reads them sees to them.
     """
     assert pool.blocks is not None
     n_blocks, each = len(pool.blocks), pool.scrub_blocks
@@ -24,7 +25,8 @@ def patrolled_slots(pool: PoolArrays, forward: int) -> tuple[Array, int]:
     head, tail_step = pool.head[0][slots], pool.tail[0]["step"][slots]
     whole = (head["step"] != 0) & (head["step"] != forward) & (head["step"] == tail_step)
     held = pool.block_states(slots)["flags"] & abi.BLOCK_LIVE != 0
-    return slots[whole & held & ref.judgeable(pool, 0, slots, forward)], int((whole & ~held).sum())
+    checked = whole & held & ref.judgeable(pool, 0, slots, forward) & ~ref.is_fresh(pool, slots)
+    return slots[checked], int((whole & ~held).sum())
 
 
 def judge_links(pool: PoolArrays, half: int, slots: Array) -> Array:

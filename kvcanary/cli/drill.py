@@ -13,6 +13,7 @@ from kvcanary.cli.drill_readme import render
 from kvcanary.cli.drill_report import as_json, causes_ok, print_causes, print_sdc, print_table, sdc_as_json, verdict_of
 from kvcanary.cli.rig import choose_backend
 from kvcanary.errors import ConfigError
+from kvcanary.sim import soak
 from kvcanary.sim.museum import SCENARIOS, Outcome, Scenario, play
 from kvcanary.sim.museum.places import Place, make_place
 from kvcanary.sim.sdc_run import SdcCount, run_sdc
@@ -52,6 +53,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--render-readme", type=Path, metavar="FILE", help="renew the section of FILE that tells all this"
     )
+    soaking = parser.add_argument_group("soak: honest load of everything that engines do, instead of the drill")
+    soaking.add_argument("--soak", action="store_true", help="serve random prompts; the guard must stay silent")
+    soak.add_arguments(soaking)
     parser.set_defaults(run=run)
 
 
@@ -70,6 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = choose(arguments.scenario)
     choice = choose_backend(arguments.backend)
     print(f"backend {choice.backend}: {choice.why}")
+    if arguments.soak:
+        arguments.backend = choice.backend
+        return soak.run(arguments)
     place = make_place(choice.backend)
     start = time.perf_counter()
     outcomes = play_all(place, chosen, LIFECYCLES[arguments.lifecycle])

@@ -91,7 +91,7 @@ class DeviceStepArrays:
 
     BUCKET = (
         *("block_table", "seq_lens", "query_start_loc", "input_ids", "slot_mapping"),
-        *("request_slots", "request_ids"),
+        *("request_slots", "request_ids", "salts", "pending"),
     )
     block_table: Any
     seq_lens: Any
@@ -100,6 +100,8 @@ class DeviceStepArrays:
     slot_mapping: Any
     request_slots: Any
     request_ids: Any
+    salts: Any
+    pending: Any
 
     def __init__(self, cupy: Any, arrays: StepArrays, history: PinnedTwins) -> None:
         self._twins = PinnedTwins(cupy, {name: getattr(arrays, name) for name in self.BUCKET})

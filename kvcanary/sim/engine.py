@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcanary.sim import trees
 from kvcanary.sim.blocks import BlockAllocator
 from kvcanary.sim.habits import Habits
-from kvcanary.sim.scheduler import BlockCall, Request, Scheduler, Share
+from kvcanary.sim.in_flight import InFlight
+from kvcanary.sim.memory import Mover
+from kvcanary.sim.offload import Stored
+from kvcanary.sim.protocols import Guard, LayeredModel, Model, NoGuard, VerifyingModel
+from kvcanary.sim.requests import BlockCall, Call, Move, Request, Share, slots_of
+from kvcanary.sim.scheduler import Scheduler
+from kvcanary.sim.sizes import check_sizes, power_of_two_buckets, window_of
 from kvcanary.sim.step_arrays import StepArrays
 
-
-class Model(Protocol):
-    """What the engine asks of a model: the size of its cache and the forward over it."""
-
-    n_blocks: int
-    page_size: int
-
-    def forward(self, arrays: StepArrays) -> NDArray[np.int32]:
-        """Next token i32[rows] of every row, padding included."""
-
-
-class VerifyingModel(Model, Protocol):
-    """What the engine asks besides of a model that verifies drafts."""
-
-    def forward_all(self, arrays: StepArrays) -> NDArray[np.int32]:
-        """The same forward; next token i32[tokens] behind every new token."""
-
-
-class Guard(Protocol):
-    """What the engine asks of a guard: one context around the step, one around each forward inside it.
-
-    Before the forward it is told who owns which blocks.
-    """
-
-    def step(self) -> AbstractContextManager[object]:
-        """The host phases of one outer step."""
-
-    def blocks(self, calls: Sequence[BlockCall]) -> None:
-        """Blocks that were taken and given back since the last step, in order."""
-
-    def forward(self, arrays: StepArrays) -> AbstractContextManager[object]:
-        """HEAD on entry, TAIL on exit, for the batch in `arrays`."""
-
-
-class NoGuard:
-    """A guard that does nothing."""
-
-    def step(self) -> AbstractContextManager[object]:
-        """Nothing around the step."""
-        return nullcontext()
-
-    def blocks(self, calls: Sequence[BlockCall]) -> None:
-        """Nothing to know."""
-
-    def forward(self, arrays: StepArrays) -> AbstractContextManager[object]:
-        """Nothing around the forward."""
-        return nullcontext()
+__all__ = ["Guard", "Model", "NoGuard", "SimEngine", "StepInfo", "VerifyingModel", "power_of_two_buckets", "window_of"]
 
 
 Execute = Callable[[StepArrays, Guard], NDArray[np.int32]]
@@ -75,17 +36,6 @@ class StepInfo:
     arrays: StepArrays
     shares: tuple[Share, ...]
     finished: tuple[Request, ...]
-
-
-def window_of(model: object) -> int | None:
-    """Keys that a query of the model sees, its own included; None = all."""
-    window: int | None = getattr(getattr(model, "config", None), "window", None)
-    return window
-
-
-def power_of_two_buckets(max_requests: int) -> tuple[int, ...]:
-    """1, 2, 4, ... below `max_requests`, then `max_requests` itself."""
-    return (*(1 << i for i in range((max_requests - 1).bit_length())), max_requests)
 
 
 class SimEngine:
@@ -120,7 +70,7 @@ class SimEngine:
         self.max_blocks = -(-max_len // model.page_size)
         self.graph_buckets = tuple(power_of_two_buckets(max_requests) if graph_buckets is None else graph_buckets)
         self.pad_slot = pad_slot
-        self._check_sizes()
+        check_sizes(self)
         self.allocator = BlockAllocator(model.n_blocks, model.page_size)
         self.scheduler = Scheduler(
             self.allocator,
@@ -138,6 +88,15 @@ class SimEngine:
         self._execute = execute or self._run_eagerly
         self._buckets: dict[tuple[int, int], StepArrays] = {}
         self._last_id = 0
+        self.in_flight = InFlight(self.scheduler, self.token_history)
+        self._mover: Mover | None = None
+
+    @property
+    def mover(self) -> Mover:
+        """What moves the KV of this engine; made on first use."""
+        if self._mover is None:
+            self._mover = Mover(self.model, self.habits.loads_by_layer)
+        return self._mover
 
     @property
     def has_work(self) -> bool:
@@ -151,7 +110,7 @@ class SimEngine:
             self._buckets[key] = StepArrays.allocate(rows, tokens, self.max_blocks, self.token_history)
         return self._buckets[key]
 
-    def add_request(self, prompt: bytes, max_tokens: int, end_byte: int | None = None) -> Request:
+    def add_request(self, prompt: bytes, max_tokens: int, end_byte: int | None = None, salt: int = 0) -> Request:
         """Queue a prompt for at most `max_tokens` bytes more; raises ValueError if it could never be served."""
         if not prompt or max_tokens < 1:
             raise ValueError(f"{len(prompt)} prompt bytes and max_tokens {max_tokens}: both must be >= 1")
@@ -159,7 +118,7 @@ class SimEngine:
             raise ValueError(
                 f"prompt of {len(prompt)} bytes + max_tokens {max_tokens} > max_len {self.max_len}: raise max_len"
             )
-        request = Request.create(self._last_id + 1, prompt, max_tokens, end_byte)
+        request = Request.create(self._last_id + 1, prompt, max_tokens, end_byte, salt)
         n_needed = self.scheduler.n_blocks_needed(request)
         if n_needed > self.model.n_blocks - 1:
             n_blocks = self.model.n_blocks
@@ -176,16 +135,42 @@ class SimEngine:
         for hook in self.before_forward:
             hook(arrays)
         with guard.step():
-            guard.blocks(self.scheduler.take_block_calls())
+            self._tell(guard, self.scheduler.take_block_calls())
+            if self.habits.in_flight:
+                self.in_flight.fill_in(arrays.input_ids, shares, arrays.query_start_loc)
             sampled = self._execute(arrays, guard)
         self.n_steps += 1
-        for row, share in enumerate(shares):
-            self._book(share, self._choices(arrays, sampled, row, len(share.drafts)))
-        finished = tuple(share.request for share in shares if share.request.is_finished)
+        finished = self._book_all(shares, arrays, sampled)
         info = StepInfo(self.n_steps, arrays, tuple(shares), finished)
         for after in self.after_step:
             after(info)
         return info
+
+    def fork(self, parent: Request, token: int) -> Request | None:
+        """A new request that goes on with `token` in place of the parent's last one; None if that cannot be now."""
+        if not self.habits.overcommit or not self.scheduler.forks.can_fork(parent):
+            return None
+        self._last_id += 1
+        return self.scheduler.forks.fork(parent, self._last_id, token)
+
+    def refresh(self, request: Request) -> None:
+        """Change the bytes of what a running request has computed, on purpose, and say so, before the next forward."""
+        first = request.n_passed * self.model.page_size
+        if request.n_computed > first:
+            slots = slots_of(request.blocks, self.model.page_size, first, request.n_computed)
+            self.scheduler.note_move(Move("refresh", slots))
+
+    def reload(self) -> None:
+        """New weights: all KV is worthless, everything is computed anew."""
+        self.scheduler.preempt_all()
+        self.allocator.forget_all()
+        self.scheduler.store.clear()
+        self.scheduler.note_move(Move("reset", np.zeros(0, np.int64)))
+
+    def receive(self, request: Request, arrival: Stored, first_token: int) -> None:
+        """A request that was added and waits brings the KV of its prompt along, and the token sampled after it."""
+        request.append(first_token)
+        request.arrival = arrival
 
     def run(
         self,
@@ -202,14 +187,48 @@ class SimEngine:
             info = self.step(guard)
             if on_step is not None:
                 on_step(info)
+        if self.habits.in_flight:
+            self.in_flight.resolve()
         return [request.output for request in requests]
 
+    def _tell(self, guard: Guard, calls: Sequence[Call]) -> None:
+        """Tell the guard who owns what, and move KV in between, in order."""
+        if not any(isinstance(call, Move) for call in calls):
+            guard.blocks([call for call in calls if isinstance(call, BlockCall)])
+            return
+        for _, run in groupby(calls, key=lambda call: isinstance(call, BlockCall)):
+            together = list(run)
+            owners = [call for call in together if isinstance(call, BlockCall)]
+            if owners:
+                guard.blocks(owners)
+            for move in together:
+                if isinstance(move, Move):
+                    self.mover.do(move, guard)
+
     def _run_eagerly(self, arrays: StepArrays, guard: Guard) -> NDArray[np.int32]:
-        with guard.forward(arrays):
+        with guard.forward(arrays), self.loading(arrays, guard):
             if self.habits.n_draft:
                 model: VerifyingModel = self.model  # type: ignore[assignment]  # checked at construction
                 return model.forward_all(arrays)
             return self.model.forward(arrays)
+
+    @contextmanager
+    def loading(self, arrays: StepArrays, guard: Guard) -> Iterator[None]:
+        """Around the model's launches: what is loaded layer by layer arrives, and is verified before it is read."""
+        if self._mover is None or not self._mover.is_loading:
+            yield
+            return
+        model: LayeredModel = self.model  # type: ignore[assignment]  # a model whose cache can be moved
+
+        def before_layer(layer: int) -> None:
+            self.mover.load_layer(layer)
+            guard.verify_layer(arrays, layer)
+
+        model.before_layer = before_layer
+        try:
+            yield
+        finally:
+            model.before_layer = None
 
     def _choices(self, arrays: StepArrays, sampled: NDArray[np.int32], row: int, n_drafts: int) -> list[int]:
         """The model's choices after the row's last known token and after each of its drafts."""
@@ -217,6 +236,28 @@ class SimEngine:
             return [int(sampled[row])]
         end = int(arrays.query_start_loc[row + 1])
         return [int(token) for token in sampled[end - 1 - n_drafts : end]]
+
+    def _book_all(self, shares: Sequence[Share], arrays: StepArrays, sampled: NDArray[np.int32]) -> tuple[Request, ...]:
+        choices = [self._choices(arrays, sampled, row, len(share.drafts)) for row, share in enumerate(shares)]
+        if self.habits.in_flight:
+            ended = self.in_flight.resolve()
+            self.in_flight.launched(list(shares), [tokens[-1] for tokens in choices])
+            return tuple(ended)
+        if self.habits.draft_trees:
+            shares, choices = self._commit_trees(shares, choices)
+        for share, tokens in zip(shares, choices, strict=True):
+            self._book(share, tokens)
+        return tuple(share.request for share in shares if share.request.is_finished)
+
+    def _commit_trees(
+        self, shares: Sequence[Share], choices: list[list[int]]
+    ) -> tuple[Sequence[Share], list[list[int]]]:
+        """Have the accepted paths moved home; the shares and choices of rows that had drafted just these."""
+        found = [trees.Path.of(share, tokens) for share, tokens in zip(shares, choices, strict=True)]
+        moved = [path for path in found if path.share.parents]
+        if moved:
+            self.scheduler.note_move(trees.commit(moved, self.model.page_size))
+        return [path.as_line for path in found], [path.choices for path in found]
 
     def _book(self, share: Share, choices: list[int]) -> None:
         request, history = share.request, self.token_history[share.request.slot]
@@ -236,57 +277,32 @@ class SimEngine:
         arrays.clear(self.pad_slot)
         for share in shares:
             self._fill_row(arrays, share)
+        if self.habits.loads_by_layer and (late := self.scheduler.blocks_to_load()):
+            for row, share in enumerate(shares):
+                arrays.pending[row] = not late.isdisjoint(share.request.blocks[share.request.n_passed :])
         arrays.pad_rows(one_token_each=is_decode)
         return arrays
 
     def _fill_row(self, arrays: StepArrays, share: Share) -> None:
-        request, n_new, drafts = share
+        request, n_new, drafts, parents = share
         row, start, prefix = arrays.n_rows, arrays.n_tokens, request.n_computed
         if prefix == request.n_shared_tokens:  # its first step in this request slot
             self.token_history[request.slot] = -1
             self.token_history[request.slot, : request.n_known] = request.known
         tokens = np.concatenate((request.known, np.array(drafts, np.int32)))
-        if drafts and self.habits.history_drafts:
+        if drafts and self.habits.history_drafts and not parents:
             self.token_history[request.slot, request.n_known : len(tokens)] = drafts
         arrays.block_table[row, : len(request.blocks)] = request.blocks
         arrays.seq_lens[row] = prefix + n_new
         arrays.request_slots[row] = request.slot
         arrays.request_ids[row] = request.id
+        arrays.salts[row] = request.salt
         positions = np.arange(prefix, prefix + n_new)
         page = self.model.page_size
         new = slice(start, start + n_new)
+        if parents:
+            arrays.depths[new] = trees.depths(share) - np.arange(n_new)
         arrays.input_ids[new] = tokens[positions]
         arrays.slot_mapping[new] = arrays.block_table[row, positions // page].astype(np.int64) * page + positions % page
         arrays.n_rows, arrays.n_tokens = row + 1, start + n_new
         arrays.query_start_loc[row + 1] = arrays.n_tokens
-
-    def _check_sizes(self) -> None:
-        if self.max_requests < 1 or self.max_new_tokens < self.max_requests:
-            raise ValueError(
-                f"max_requests {self.max_requests} must be in 1..max_new_tokens ({self.max_new_tokens}): "
-                "every running request needs one token of the budget"
-            )
-        if self.chunk < 1:
-            raise ValueError(f"chunk is {self.chunk}, must be >= 1 tokens, or None for the whole budget")
-        buckets = self.graph_buckets
-        if list(buckets) != sorted(set(buckets)) or not buckets or buckets[0] < 1 or buckets[-1] != self.max_requests:
-            raise ValueError(f"graph_buckets {buckets} must rise from >= 1 to max_requests ({self.max_requests})")
-        self._check_habits()
-        if self.pad_slot not in (-1, 0):
-            raise ValueError(f"pad_slot is {self.pad_slot}, must be -1 (write nothing) or 0 (the reserved block)")
-
-    def _check_habits(self) -> None:
-        if self.habits.n_draft:
-            n_needed = self.max_requests * (1 + self.habits.n_draft)
-            if self.max_new_tokens < n_needed:
-                raise ValueError(
-                    f"max_new_tokens {self.max_new_tokens} must be >= {n_needed}: a token and "
-                    f"n_draft {self.habits.n_draft} drafts of every running request"
-                )
-            if not hasattr(self.model, "forward_all"):
-                raise ValueError(
-                    f"n_draft is {self.habits.n_draft}: {type(self.model).__name__} has no forward_all "
-                    "to verify drafts with, choose 0"
-                )
-        if self.habits.frees_window and window_of(self.model) is None:
-            raise ValueError("frees_window needs a model with a window: give its configuration one, or choose False")

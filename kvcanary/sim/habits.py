@@ -1,4 +1,4 @@
-"""What real engines do beyond continuous batching: preempt, draft and roll back, free behind a window, share early."""
+"""What real engines do beyond continuous batching: preempt, draft and roll back, share early, offload, run ahead."""
 
 from __future__ import annotations
 
@@ -39,9 +39,19 @@ class Habits:
     keeps_stale_ids: bool = False  # their block-table entries stay as they were; False: 0, the reserved block
     hits_window: bool = False  # with frees_window, a prefix hit needs only the blocks in the window of the next query
     shares_early: bool = False  # blocks may be shared in the same forward that writes them
+    cache_owns: bool = False  # the prefix cache holds references of its own, which it gives back when it evicts
+    zeroes: bool = False  # fresh blocks are zeroed
+    draft_trees: bool = False  # with n_draft, the most nodes: each draft has a rival; the accepted path is moved home
+    n_offload: int = 0  # evicted blocks that are kept in host memory, to be loaded again where a prompt goes on there
+    loads_by_layer: bool = False  # a layer's KV is loaded right before the layer reads it
+    in_flight: bool = False  # a step is planned and launched before the tokens of the one before are seen
 
     def __post_init__(self) -> None:
         if not 0 <= self.n_draft <= MAX_DRAFTS:
             raise ValueError(f"n_draft is {self.n_draft}, must be in 0..{MAX_DRAFTS}: choose fewer drafts")
+        if self.draft_trees and self.n_draft < 2:
+            raise ValueError(f"draft_trees with n_draft {self.n_draft}: a draft and its rival are 2, choose 2 or more")
+        if self.in_flight and self.n_draft:
+            raise ValueError(f"in_flight with n_draft {self.n_draft}: what was accepted is not known in time, choose 0")
         if self.hits_window and not self.frees_window:
             raise ValueError("hits_window without frees_window: a hit would have to keep blocks it did not ask for")

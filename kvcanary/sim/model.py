@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -196,6 +197,7 @@ class NumpyModel:
         self.k_cache: list[F32] = [np.zeros(shape, np.float32) for _ in range(config.n_layers)]
         self.v_cache: list[F32] = [np.zeros(shape, np.float32) for _ in range(config.n_layers)]
         self._k_reader, self._v_reader = PageReader(), PageReader()
+        self.before_layer: Callable[[int], None] | None = None  # is called before a layer of a forward
 
     def forward(self, arrays: StepArrays) -> I32:
         """Write the new tokens' K and V, and return the greedy next token i32[rows] of every row (padding included)."""
@@ -230,6 +232,8 @@ class NumpyModel:
         slots = arrays.slot_mapping[:n_tokens]
         with np.errstate(over="ignore", invalid="ignore"):  # a damaged cache is computed with, as a GPU would
             for index, layer in enumerate(self.weights.layers):
+                if self.before_layer is not None:
+                    self.before_layer(index)
                 x = x + self._attention(index, x, angles, slots, groups)
                 x = x + silu(rms_norm(x) @ layer.up) @ layer.down
         return x

@@ -1,32 +1,37 @@
-"""Honest load of every habit the engine has: the guard stays silent. ``python -m kvcanary.sim.soak --steps 100000``."""
+"""Honest load of every habit the engine has: the guard stays silent. ``kvcanary drill --soak --steps 100000``."""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvcanary.config import CanaryConfig
+from kvcanary.errors import KvCanaryError
 from kvcanary.manager import CanaryManager
-from kvcanary.sim.engine import NoGuard, SimEngine
+from kvcanary.sim.behaviours import BEHAVIOURS, Watch, resident_set
+from kvcanary.sim.disaggregated import PrefillEngine, receive
+from kvcanary.sim.engine import SimEngine
 from kvcanary.sim.guard import CanaryGuard, pool_of
-from kvcanary.sim.habits import Habits, ngram_drafts
-from kvcanary.sim.model import ModelConfig, NumpyModel
-from kvcanary.sim.scheduler import BlockCall
+from kvcanary.sim.mix import Mix, draw, random_prompt
+from kvcanary.sim.model import NumpyModel
+from kvcanary.sim.protocols import NoGuard
+from kvcanary.sim.requests import BlockCall, Request
+from kvcanary.sim.scribe import ScribeModel
 
-SMALL = ModelConfig(n_layers=2, n_heads=2, head_dim=16)
-STEPS_PER_SEED = 1000  # then another engine, another page size, another mix
-LEAVE_OUT = ((), ("token_history",), ("token_history", "request_slots", "request_ids"))  # what engines do not hand in
+STEPS_PER_SEED = {"host": 1000, "cuda": 4000}  # then another engine, another page size, another mix
+MAX_REQUESTS, MAX_NEW_TOKENS = 8, 128
 
 
 @dataclass(frozen=True)
 class SoakResult:
-    """What one seed did: steps, finished requests, tokens found in the prefix cache, entries and digests checked.
+    """What one seed did: steps, requests, entries and digests checked, and how often each of `BEHAVIOURS` happened.
 
     `owned_blocks`: blocks that somebody held at the end, by the guard's ledger; 0 without lifecycle.
     """
@@ -34,10 +39,14 @@ class SoakResult:
     seed: int
     steps: int
     requests: int
-    shared_tokens: int
     protected_tokens: int
     data_slots: int
     owned_blocks: int
+    did: dict[str, int]
+
+
+class FalseAlarmError(AssertionError):
+    """The guard reported an honest engine; the text has the seed, the step and what was drawn."""
 
 
 class OnlyOwners(NoGuard):
@@ -51,143 +60,186 @@ class OnlyOwners(NoGuard):
         self._guard.blocks(calls)
 
 
-def soak(seed: int, n_steps: int, on_step: Callable[[int], None] | None = None) -> SoakResult:
-    """Serve random prompts, with random habits, for ``n_steps`` guarded steps on the host backend.
+class Soak:
+    """One seed: an engine that serves random prompts with the habits of its mix, and a guard that must stay silent."""
 
-    Raises:
-        KvCanaryError: the guard raised over an honest engine: a false alarm.
-    """
-    rng = np.random.default_rng(seed)
-    leave_out, n_unguarded, lifecycle = random_inputs(np.random.default_rng([seed, 1]))
-    page_size = int(rng.choice([4, 16, 32]))
-    model_config = replace(SMALL, window=random_window(rng, page_size))
-    habits = random_habits(rng, model_config.window)
-    n_blocks = int(rng.integers(21, 45) if habits.overcommit else rng.integers(30, 90))
-    model = NumpyModel(model_config, n_blocks, page_size)
-    config = CanaryConfig(
-        mode="raise",
-        lifecycle=lifecycle,
-        on_unwritten="violation" if n_unguarded == 0 else "adopt",
-        verify_data_every=int(rng.choice([1, 5, 127])),
-        real_data=str(rng.choice(["all", "partial", "none"], p=[0.7, 0.2, 0.1])),
-        health_check_every_n_steps=10,
-        health_check_warmup_steps=10,
-        stats_print_every_n_steps=50,
-    )
-    manager = CanaryManager(config, [pool_of(model)], max_requests=8, max_new_tokens=128)
-    engine = SimEngine(
-        model,
-        max_requests=8,
-        max_new_tokens=128,
-        max_len=model.page_size * 20,
-        chunk=int(rng.choice([7, 32, 128])),
-        pad_slot=int(rng.choice([-1, 0])),
-        habits=habits,
-    )
-    guard = CanaryGuard(manager, leave_out=leave_out)
-    absent = OnlyOwners(guard)
-    families = [rng.integers(32, 127, engine.max_len, dtype=np.uint8).tobytes() for _ in range(4)]
-    asked: list[tuple[bytes, int]] = []
-    n_shared = 0
-    for step in range(-n_unguarded, n_steps):
-        while len(engine.scheduler.waiting) + len(engine.scheduler.running) < rng.integers(1, 12):
-            is_asked_again = asked and rng.random() < 0.25
-            asked.append(asked[rng.integers(len(asked))] if is_asked_again else _request(rng, families, engine, model))
-            engine.add_request(*asked[-1])
-        info = engine.step(guard if step >= 0 else absent)
-        n_shared += sum(r.n_shared_tokens for r in info.finished)
-        if on_step is not None and step >= 0:
-            on_step(step)
-    manager.synchronize()
-    stats = manager.stats()
-    if stats.observations_total or stats.unowned_writes or (not leave_out and stats.unanchored_rows):
-        raise AssertionError(f"seed {seed}: {stats}")
-    manager.close()
-    return SoakResult(seed, n_steps, len(asked), n_shared, stats.protected_tokens, stats.data_slots, stats.live_blocks)
+    def __init__(self, seed: int, backend: str = "host", mix: Mix | None = None) -> None:
+        self.seed, self.backend = seed, backend
+        self.mix = mix or draw(seed, backend)
+        self.rng = np.random.default_rng([seed, 2])
+        self.engine, self.manager, self.guard = self._make(self.mix.page_size, self.mix.n_blocks, is_prefill=False)
+        self.watch = Watch(self.engine)
+        self.prefill: PrefillEngine | None = None
+        if self.mix.handoff_rate:
+            engine, self.prefill_manager, guard = self._make(8, self.mix.max_len // 8 + 8, is_prefill=True)
+            self.prefill = PrefillEngine(engine, guard)
+        if self.mix.config.sweep_interval:
+            self.manager.attach_resident_set(lambda: resident_set(self.engine.allocator))
+        text = np.random.default_rng([seed, 3])
+        self.families = [text.integers(32, 127, self.engine.max_len, dtype=np.uint8).tobytes() for _ in range(4)]
+        self.asked: list[tuple[bytes, int]] = []
+
+    def run(self, n_steps: int, on_step: Callable[[int], None] | None = None) -> SoakResult:
+        """Serve for so many guarded steps.
+
+        Raises:
+            FalseAlarmError: the guard raised over an honest engine, or counted what it should not have.
+        """
+        absent = OnlyOwners(self.guard)
+        for step in range(-self.mix.n_unguarded, n_steps):
+            try:
+                self._queue()
+                self._between_steps()
+                info = self.engine.step(self.guard if step >= 0 else absent)
+            except KvCanaryError as error:
+                raise FalseAlarmError(f"seed {self.seed}, step {step} ({self.backend}): {error}\n{self.mix}") from error
+            self.watch.note(info)
+            if on_step is not None and step >= 0:
+                on_step(step)
+        return self._end(n_steps)
+
+    def _end(self, n_steps: int) -> SoakResult:
+        managers = [self.manager, *([self.prefill_manager] if self.prefill else [])]
+        protected, data = 0, 0
+        for manager in managers:
+            manager.synchronize()
+            stats = manager.stats()
+            is_anchored = manager is not self.manager or not self.mix.leave_out
+            if stats.observations_total or stats.unowned_writes or (is_anchored and stats.unanchored_rows):
+                raise FalseAlarmError(f"seed {self.seed} ({self.backend}): {stats}\n{self.mix}")
+            protected, data = protected + stats.protected_tokens, data + stats.data_slots
+            manager.close()
+        did = self.watch.counts()
+        stats = self.manager.stats()
+        did |= {"sweeps": stats.sweep_passes, "patrols": stats.scrub_passes, "adopted slots": stats.adopted_slots}
+        did["lifecycle on" if self.mix.config.lifecycle else "lifecycle off"] += n_steps
+        did["real data " + self.mix.config.real_data] += n_steps
+        return SoakResult(self.seed, n_steps, len(self.asked), protected, data, stats.live_blocks, dict(did))
+
+    def _make(self, page_size: int, n_blocks: int, *, is_prefill: bool) -> tuple[SimEngine, CanaryManager, CanaryGuard]:
+        mix, config = self.mix, self.mix.config
+        if is_prefill:
+            config = replace(config, on_unwritten="violation", sweep_interval=0)
+        model: Any
+        runner, stream = None, None
+        if self.backend == "cuda":
+            from kvcanary.sim.cuda_scribe import CudaScribe, ScribeRunner
+
+            model = CudaScribe(mix.model, n_blocks, page_size)
+            runner, stream = ScribeRunner(model), model.stream
+        else:
+            model = (NumpyModel if mix.is_transformer else ScribeModel)(mix.model, n_blocks, page_size)
+        manager = CanaryManager(config, [pool_of(model)], MAX_REQUESTS, MAX_NEW_TOKENS, backend=self.backend)
+        engine = SimEngine(
+            model,
+            max_requests=MAX_REQUESTS,
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_len=mix.max_len,
+            chunk=mix.chunk,
+            pad_slot=mix.pad_slot,
+            execute=None if runner is None else runner.execute,
+            habits=None if is_prefill else mix.habits,
+        )
+        if runner is not None:
+            runner.engine = engine
+        return engine, manager, CanaryGuard(manager, stream, () if is_prefill else mix.leave_out)
+
+    # ---- load --------------------------------------------------------------------------------------------------------
+    def _queue(self) -> None:
+        rng, engine = self.rng, self.engine
+        while len(engine.scheduler.waiting) + len(engine.scheduler.running) < rng.integers(0, 12):
+            if not self.asked or rng.random() >= 0.25:
+                n_tokens = int(rng.integers(2, 40))
+                room = min(engine.max_len, (self.mix.n_blocks - 1) * self.mix.page_size)
+                self.asked.append((random_prompt(rng, self.families, room, n_tokens), n_tokens))
+            prompt, n_tokens = self.asked[-1 if len(self.asked) % 2 else int(rng.integers(len(self.asked)))]
+            salt = int(rng.integers(self.mix.n_adapters)) if self.mix.n_adapters else 0
+            self.watch.did["adapters"] += salt > 0
+            if self.prefill is not None and rng.random() < self.mix.handoff_rate:
+                receive(engine, self.prefill.prefill(prompt, salt), n_tokens)
+                self.watch.did["handoffs"] += 1
+            else:
+                end_byte = int(rng.integers(32, 127)) if rng.random() < self.mix.end_byte_rate else None
+                engine.add_request(prompt, n_tokens, end_byte, salt)
+
+    def _between_steps(self) -> None:
+        rng, mix, did = self.rng, self.mix, self.watch.did
+        if rng.random() < mix.fork_rate and (parent := self._any_running()) is not None:
+            for _ in range(int(rng.integers(1, 4))):
+                did["forks"] += self.engine.fork(parent, int(rng.integers(32, 127))) is not None
+        if rng.random() < mix.abort_rate and (request := self._any_running()) is not None:
+            self.engine.scheduler.abort(request)
+            did["aborted requests"] += 1
+        if rng.random() < mix.refresh_rate and (request := self._any_running()) is not None:
+            self.engine.refresh(request)
+        if rng.random() < mix.reload_rate:
+            self.engine.reload()
+
+    def _any_running(self) -> Request | None:
+        running = self.engine.scheduler.running
+        return running[int(self.rng.integers(len(running)))] if running else None
 
 
-def random_inputs(rng: np.random.Generator) -> tuple[tuple[str, ...], int, bool]:
-    """What the engine does not hand in, how many steps it served before the guard came, and whether it tells of blocks.
-
-    The guard adopts what was written before it came; it is told of blocks, if at all, from the beginning.
-    """
-    leave_out = LEAVE_OUT[rng.choice(3, p=[0.5, 0.3, 0.2])]
-    return leave_out, int(rng.choice([0, 40], p=[0.7, 0.3])), bool(rng.random() < 0.6)
+def soak(
+    seed: int, n_steps: int, on_step: Callable[[int], None] | None = None, backend: str = "host", mix: Mix | None = None
+) -> SoakResult:
+    """Serve random prompts, with random habits, for ``n_steps`` guarded steps; see `Soak.run` for what it raises."""
+    return Soak(seed, backend, mix).run(n_steps, on_step)
 
 
-def random_window(rng: np.random.Generator, page_size: int) -> int | None:
-    """None, a few tokens, or a few pages."""
-    if rng.random() < 0.5:
-        return None
-    return int(rng.integers(1, 6)) if rng.random() < 0.3 else int(rng.integers(1, 4 * page_size + 1))
+def soak_all(n_steps: int, processes: int, first_seed: int, backend: str) -> list[SoakResult]:
+    """``n_steps`` steps over as many seeds as `STEPS_PER_SEED` asks for; a GPU serves all of the processes."""
+    per_seed = STEPS_PER_SEED[backend]
+    n_seeds = -(-n_steps // per_seed)
+    seeds = range(first_seed, first_seed + n_seeds)
+    steps = [min(per_seed, n_steps - i * per_seed) for i in range(n_seeds)]
+    if processes == 1:
+        return [soak(seed, n, None, backend) for seed, n in zip(seeds, steps, strict=True)]
+    # A forked child cannot use the parent's GPU.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(soak, seeds, steps, [None] * n_seeds, [backend] * n_seeds))
 
 
-def random_habits(rng: np.random.Generator, window: int | None) -> Habits:
-    """Each habit on or off; half of the drafting engines draft from what all requests said before."""
-    seen = SeenText()
-    frees_window = window is not None and bool(rng.random() < 0.8)
-    return Habits(
-        overcommit=bool(rng.random() < 0.6),
-        n_draft=int(rng.choice([0, 1, 3, 15], p=[0.4, 0.2, 0.3, 0.1])),
-        draft_rule=seen.drafts if rng.random() < 0.5 else ngram_drafts,
-        history_drafts=bool(rng.random() < 0.5),
-        frees_window=frees_window,
-        hits_window=frees_window and bool(rng.random() < 0.5),
-        keeps_stale_ids=bool(rng.random() < 0.5),
-        shares_early=bool(rng.random() < 0.5),
-    )
-
-
-class SeenText:
-    """A draft rule that learns what came after four tokens in any request: right where a prompt is repeated."""
-
-    ORDER = 4
-
-    def __init__(self) -> None:
-        self._next: dict[bytes, int] = {}
-
-    def drafts(self, known: NDArray[np.int32], n: int) -> list[int]:
-        """At most `n` tokens after `known: i32[any]`."""
-        text = [int(token) for token in known[-2 * self.ORDER :]]
-        for end in range(self.ORDER, len(text)):
-            self._next[bytes(text[end - self.ORDER : end])] = text[end]
-        context, found = text[-self.ORDER :], list[int]()
-        while len(found) < n and (token := self._next.get(bytes(context))) is not None:
-            found.append(token)
-            context = [*context[1:], token]
-        return found
-
-
-def _request(
-    rng: np.random.Generator, families: Sequence[bytes], engine: SimEngine, model: NumpyModel
-) -> tuple[bytes, int]:
-    """A prompt that shares a random part of its beginning with others, and how many bytes to generate."""
-    room = min(engine.max_len, (model.n_blocks - 1) * model.page_size)
-    n_tokens = int(rng.integers(1, 40))
-    length = int(rng.integers(1, room - n_tokens))
-    shared = int(rng.integers(0, length + 1))
-    own = rng.integers(32, 127, length - shared, dtype=np.uint8).tobytes()
-    return families[int(rng.integers(len(families)))][:shared] + own, n_tokens
+def told(results: Sequence[SoakResult], seconds: float) -> str:
+    """What was done, in words: the sums, and how often each behaviour happened."""
+    steps, did = sum(r.steps for r in results), Counter[str]()
+    for result in results:
+        did.update(result.did)
+    rate = steps / max(seconds, 1e-9)
+    n_tokens, n_digests = sum(r.protected_tokens for r in results), sum(r.data_slots for r in results)
+    lines = [
+        f"{steps} guarded steps over {len(results)} seeds in {seconds:.0f} s, {rate:.0f} steps/s: violations=0",
+        f"prompts={sum(r.requests for r in results)} protected_tokens={n_tokens} digests compared={n_digests}",
+    ]
+    width = max(map(len, BEHAVIOURS))
+    lines += [f"  {name:<{width}}  {did[name] or 'never'}" for name in BEHAVIOURS]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``--steps`` steps in ``--processes`` processes, a seed per thousand steps."""
+    """``kvcanary drill --soak`` without the rest of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--first-seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    seeds = range(args.first_seed, args.first_seed + -(-args.steps // STEPS_PER_SEED))
+    add_arguments(parser)
+    parser.add_argument("--backend", choices=["host", "cuda"], default="host")
+    return run(parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """What a soak is told."""
+    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="guarded steps (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, metavar="P", help="default: %(default)s")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="default: %(default)s")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Soak, and tell it; 1 if the guard reported anything."""
     start = time.perf_counter()
-    with ProcessPoolExecutor(args.processes) as pool:
-        results = list(pool.map(soak, seeds, [STEPS_PER_SEED] * len(seeds)))
-    total = SoakResult(-1, *(sum(getattr(r, f) for r in results) for f in list(SoakResult.__dataclass_fields__)[1:]))
-    print(
-        f"{total.steps} guarded steps over {len(seeds)} seeds in {time.perf_counter() - start:.0f} s: "
-        f"{total.requests} requests, {total.shared_tokens} tokens from shared prefixes, "
-        f"protected_tokens={total.protected_tokens}, digests compared={total.data_slots}, "
-        f"blocks owned at the end of a seed={total.owned_blocks}, violations=0"
-    )
+    try:
+        results = soak_all(arguments.steps, arguments.processes, arguments.first_seed, arguments.backend)
+    except FalseAlarmError as error:
+        print(f"FALSE ALARM: {error}")
+        return 1
+    print(told(results, time.perf_counter() - start))
     return 0
 
 

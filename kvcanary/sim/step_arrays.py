@@ -24,6 +24,9 @@ class StepArrays:
     request_slots: NDArray[np.int32]  # [rows]
     request_ids: NDArray[np.uint32]  # [rows], 0 = padding
     token_history: NDArray[np.int32]  # [max_requests, max_len], -1 = unknown
+    salts: NDArray[np.uint64]  # [rows]
+    pending: NDArray[np.uint8]  # [rows], 1 = some of its KV comes layer by layer
+    depths: NDArray[np.int32]  # [tokens], what is added to a token's place in its row for its position: 0, but in trees
     n_rows: int = 0
     n_tokens: int = 0
 
@@ -39,6 +42,9 @@ class StepArrays:
             request_slots=np.zeros(rows, np.int32),
             request_ids=np.zeros(rows, np.uint32),
             token_history=token_history,
+            salts=np.zeros(rows, np.uint64),
+            pending=np.zeros(rows, np.uint8),
+            depths=np.zeros(tokens, np.int32),
         )
 
     @property
@@ -60,6 +66,9 @@ class StepArrays:
         self.slot_mapping.fill(pad_slot)
         self.request_slots.fill(0)
         self.request_ids.fill(0)
+        self.salts.fill(0)
+        self.pending.fill(0)
+        self.depths.fill(0)
         self.n_rows = self.n_tokens = 0
 
     def pad_rows(self, *, one_token_each: bool) -> None:
