@@ -6,7 +6,8 @@ nothing else is done. Planes are addresses that nobody reads, so pools of any si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,20 @@ class TwinDriver:
     def flip_byte(self, address: int, mask: int, stream: Any) -> None:
         raise NotImplementedError("the planes of the twin are addresses only")
 
+    def write_memory(self, pointer: int, data: Any, stream: Any) -> None:
+        raise NotImplementedError("the planes of the twin are addresses only")
+
     def staging(self, n_words: int, depth: int) -> TwinStaging:
         return TwinStaging(n_words, depth)
 
     def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
         return [0] * len(lists)
+
+    @contextlib.contextmanager
+    def lend(self, arrays: Sequence[Any], n_scratch: int, stream: Any) -> Iterator[tuple[list[int], int]]:
+        yield [0] * len(arrays), 0
+
+    lent_bytes = 0
 
     def synchronize(self) -> None: ...
 

@@ -340,3 +340,10 @@ def test_a_guard_that_sees_nothing_ends_the_case(place: HostPlace, monkeypatch: 
     with pytest.raises(checks.CheckFailed, match="reported 0 violations: nothing"):
         checks.check_data_fault(made)
     made.close()
+
+
+def test_the_twin_of_the_host_bench_tells_what_the_guard_takes() -> None:
+    """It stands for a whole driver: it must have what the backend asks of one."""
+    found = import_module("bench.host_twin").memory()
+    assert len(found) == 6
+    assert {round(row["guard_bytes_per_slot"]) for row in found if "8B" in row["pool"]} == {648, 136}

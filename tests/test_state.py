@@ -23,8 +23,11 @@ def state_of(n_pools: int) -> CanaryDeviceState:
 @given(st.integers(1, 9))
 def test_header_and_counters_share_the_words_without_gap_or_overlap(n_pools: int) -> None:
     state = state_of(n_pools)
-    counters = state.kernel_run_counters, state.slot_run_counters, state.data_run_counters
-    assert [c.shape for c in counters] == [(n_pools, N_TAGS), (n_pools, N_TAGS), (n_pools, N_STAGES)]
+    counters = (
+        *(state.kernel_run_counters, state.slot_run_counters),
+        *(state.data_run_counters, state.scrub_run_counters),
+    )
+    assert [c.shape for c in counters] == [(n_pools, N_TAGS), (n_pools, N_TAGS), (n_pools, N_STAGES), (n_pools,)]
     parts = [state.words[: abi.N_STATE_WORDS], *(c.ravel() for c in counters)]
     assert np.concatenate(parts).tolist() == list(range(state.layout.n_words))
 
@@ -34,8 +37,9 @@ def test_counters_are_views_of_the_words() -> None:
     state.words[:] = 0
     state.kernel_run_counters[1, 3] += np.uint64(5)
     state.data_run_counters[1, 2] = 7
+    state.scrub_run_counters[1] = 9
     assert state.words[abi.N_STATE_WORDS + N_TAGS + 3] == 5
-    assert state.words[-1] == 7 and state.words.sum() == 12
+    assert state.words[-3] == 7 and state.words[-1] == 9 and state.words.sum() == 21
 
 
 @pytest.fixture

@@ -367,7 +367,7 @@ TestCounterDeltaMachine.settings = settings(max_examples=100, stateful_step_coun
 def test_bytes_and_time_of_one_snapshot(capsys: pytest.CaptureFixture[str]) -> None:
     for n_pools, n_bytes in ((1, 416), (2, 640)):
         rig = Rig(dict.fromkeys(range(n_pools), frozenset({T.HEAD_K_FULL})), n_pools, health_check_every_n_steps=1)
-        assert rig.state.words.nbytes == CounterLayout(n_pools).n_words * 8 == n_bytes == 8 * (16 + 27 * n_pools)
+        assert rig.state.words.nbytes == CounterLayout(n_pools).n_words * 8 == n_bytes == 8 * (24 + 28 * n_pools)
         for pool in range(n_pools):
             rig.launch(frozenset({T.HEAD_K_FULL}), pool)
         facts = [make_facts(rig.state, step, n_counted_steps=0) for step in range(1, 2001)]
