@@ -79,6 +79,7 @@
 #define KVC_STATE_SKIPPED_MOVES 15
 #define KVC_STATE_SCRUB_SLOTS 16
 #define KVC_STATE_SCRUB_ORPHANS 17
+#define KVC_STATE_RESERVED_CHECKS 18
 #define KVC_N_STATE_WORDS 24
 #define KVC_CONTROL_ALARM 0
 #define KVC_CONTROL_READ 8
@@ -108,6 +109,7 @@
 #define KVC_DETAIL_REQUEST_SLOT 5u
 #define KVC_DETAIL_UNFINISHED 6u
 #define KVC_DETAIL_SCRUB 7u
+#define KVC_DETAIL_RESERVED 8u
 
 struct alignas(32) Stamp {
     uint64_t chain;
@@ -154,6 +156,17 @@ struct Digest {
     uint32_t load_bytes;
 };
 static_assert(sizeof(Digest) == 24, "the layout of kvcanary/abi.py");
+
+struct FloatPlane {
+    Plane plane;
+    uint32_t index;
+    uint32_t half;
+    uint32_t element_bytes;
+    uint32_t piece_bytes;
+    uint32_t mask;
+    uint32_t nonfinite;
+};
+static_assert(sizeof(FloatPlane) == 80, "the layout of kvcanary/abi.py");
 
 struct Row {
     uint64_t anchor;
@@ -350,6 +363,15 @@ struct SweepParams {
     int64_t n;
 };
 static_assert(sizeof(SweepParams) == 344, "the layout of kvcanary/abi.py");
+
+struct ReservedParams {
+    Guard guard;
+    Pool pool;
+    uint64_t planes;
+    uint32_t n_planes;
+    uint32_t every;
+};
+static_assert(sizeof(ReservedParams) == 320, "the layout of kvcanary/abi.py");
 
 struct LifecycleParams {
     uint64_t state;

@@ -41,7 +41,8 @@ KVC_DEVICE void kvc_put_stamp(Violation& v, const Stamp& stamp) {
 
 // Whose the slot's block is, where the record is about a slot of the pool.
 KVC_DEVICE void kvc_put_block(Violation& v, const Pool& pool) {
-    const bool is_slot = v.detail == KVC_DETAIL_SLOT || v.detail == KVC_DETAIL_UNFINISHED || v.detail == KVC_DETAIL_SCRUB;
+    const bool is_slot = v.detail == KVC_DETAIL_SLOT || v.detail == KVC_DETAIL_UNFINISHED || v.detail == KVC_DETAIL_SCRUB ||
+                         v.detail == KVC_DETAIL_RESERVED;
     if (!pool.blocks || !is_slot || v.slot < 0 || v.slot >= pool.n_slots) return;
     const BlockState block = kvc_block_state(pool, v.slot);
     v.block_owner = block.owner;

@@ -107,6 +107,7 @@ STATE_UNOWNED_WRITES = 14  # new tokens written to blocks that nobody owned (lif
 STATE_SKIPPED_MOVES = 15  # entries of moves that named no slot, or one that could not be refreshed
 STATE_SCRUB_SLOTS = 16  # written slots that the patrol has checked
 STATE_SCRUB_ORPHANS = 17  # written slots that it passed over, because nobody holds their block
+STATE_RESERVED_CHECKS = 18  # (plane, reserved block) pairs that were looked through for NaN and Inf
 N_STATE_WORDS = 24
 
 # ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
@@ -158,6 +159,17 @@ DIGEST = np.dtype(
         ("half", "<u4"),
         ("n_loads", "<u4"),  # of a slot, of load_bytes each; 0 = planes that need the general way
         ("load_bytes", "<u4"),  # 8 or 16
+    ]
+)
+FLOAT_PLANE = np.dtype(
+    [
+        ("plane", PLANE),  # all its bytes
+        ("index", "<u4"),  # in KvPool.ordered_planes
+        ("half", "<u4"),
+        ("element_bytes", "<u4"),
+        ("piece_bytes", "<u4"),  # whole loads and whole elements: the larger of the two
+        ("mask", "<u4"),
+        ("nonfinite", "<u4"),  # an element is NaN or Inf if these are its bits under the mask
     ]
 )
 ROW = np.dtype(
@@ -341,6 +353,15 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("n", "<i8"),
         ]
     ),
+    "ReservedParams": np.dtype(
+        [
+            ("guard", GUARD),
+            ("pool", POOL),
+            ("planes", "<u8"),  # FLOAT_PLANE[n_planes]
+            ("n_planes", "<u4"),
+            ("every", "<u4"),  # steps
+        ]
+    ),
     "LifecycleParams": np.dtype(
         [
             ("state", "<u8"),  # GUARD.state
@@ -380,6 +401,7 @@ _STRUCTS: dict[str, np.dtype[Any]] = {
     "Register": REGISTER,
     "Plane": PLANE,
     "Digest": DIGEST,
+    "FloatPlane": FLOAT_PLANE,
     "Row": ROW,
     "Due": DUE,
     "BlockState": BLOCK_STATE,

@@ -41,6 +41,18 @@ def _bad_entries(records: Records) -> Found:
             yield "C08", 0.7, f"the row of {what} cannot be: {v.detail.name} is {v.slot}"
 
 
+def _poisoned(records: Records) -> Found:
+    found = [v for v in records.all if v.detail == Detail.RESERVED]
+    if found:
+        blocks = " and ".join(map(str, sorted({v.slot // v.page_size for v in found})))
+        layers = sorted({v.layer for v in found if v.layer is not None})
+        yield (
+            "C10",
+            0.95,
+            f"NaN or Inf in reserved block {blocks}, layers {layers}: only padding and dummy rows write there",
+        )
+
+
 def _duplicates(records: Records) -> Found:
     for run in records.runs(records.duplicates):
         first = run.records[0]
@@ -291,5 +303,5 @@ def _stale(records: Records) -> Found:
 
 
 RULES: tuple[Callable[[Records], Found], ...] = (
-    *(_bad_entries, _duplicates, _writes, _holes, _reads, _stale, data_rule),
+    *(_bad_entries, _poisoned, _duplicates, _writes, _holes, _reads, _stale, data_rule),
 )

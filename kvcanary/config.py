@@ -21,6 +21,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "verify_data_every": (1, 1 << 20),
     "full_verify_min_tokens": (0, 1 << 31),
     "scrub_bytes_per_step": (0, 1 << 40),
+    "check_reserved_every": (0, 1 << 31),
     "sweep_interval": (0, 1 << 31),
     "stats_print_every_n_steps": (0, 1 << 31),
     "health_check_every_n_steps": (0, 1 << 31),
@@ -42,6 +43,7 @@ class CanaryConfig:
         full_verify_min_tokens: a row with more new tokens than this has its whole prefix digested.
         scrub_bytes_per_step: bytes that the in-graph patrol digests a step, over all pools, at least a block of each;
             0 = off. Needs lifecycle.
+        check_reserved_every: steps between looks for NaN and Inf in the reserved blocks; 0 = off.
         sweep_interval: steps between sweeps over the attached resident set; 0 = off.
         stats_print_every_n_steps: steps between stats lines; 0 = off.
         health_check_every_n_steps: steps between health checks; 0 = off.
@@ -64,6 +66,7 @@ class CanaryConfig:
     verify_data_every: int = 127
     full_verify_min_tokens: int = 16
     scrub_bytes_per_step: int = 0
+    check_reserved_every: int = 0
     sweep_interval: int = 0
     stats_print_every_n_steps: int = 100
     health_check_every_n_steps: int = 100

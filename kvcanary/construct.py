@@ -14,7 +14,9 @@ from kvcanary.violations import PoolNames
 
 
 def pool_names(pool: KvPool, real_data: str) -> PoolNames:
-    return PoolNames(pool.name, pool.page_size, tuple((u.name, u.layer) for u in pool.digest_units(real_data)))
+    digests = tuple((u.name, u.layer) for u in pool.digest_units(real_data))
+    planes = tuple((p.name, p.layer, p.element) for p in pool.ordered_planes)
+    return PoolNames(pool.name, pool.page_size, digests, planes)
 
 
 def check_capacities(pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:

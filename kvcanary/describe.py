@@ -9,6 +9,7 @@ from kvcanary.config import CanaryConfig
 from kvcanary.layout import KvPool
 from kvcanary.patrol import Patrol, plan_patrol
 from kvcanary.perturb_spec import parse_faults
+from kvcanary.reserved import checked_planes
 from kvcanary.state import CounterLayout
 
 
@@ -21,7 +22,8 @@ def pool_bytes(config: CanaryConfig, pool: KvPool, max_requests: int) -> int:
     capacity = abi.due_capacity(pool.n_slots, n_digests, config.verify_data_every)
     due = (capacity + 1) * abi.DUE.itemsize if capacity else 0
     blocks = pool.n_blocks * abi.BLOCK_STATE.itemsize if config.lifecycle else 0
-    return pool.n_slots * per_slot + max_requests * per_request + tables + due + blocks
+    floats = len(checked_planes(config, pool)) * abi.FLOAT_PLANE.itemsize
+    return pool.n_slots * per_slot + max_requests * per_request + tables + due + blocks + floats
 
 
 def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:
@@ -52,7 +54,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 _OWNERSHIP = "STALE_EPOCH, FOREIGN_WRITE (lifecycle=False): use of a block after it was freed, or of another's block"
 _NO_READER = "FOREIGN_WRITE, and STALE_EPOCH by who reads (no request_ids): nobody can tell whose a row is"
-_LATER = "NONFINITE_RESERVED is not in this version"
+_UNCHECKED = "NONFINITE_RESERVED ({}): NaN and Inf in a reserved block, which padding and unused table entries spread"
 
 
 def describe_pools(
@@ -73,7 +75,7 @@ def describe_pools(
     patrols = plan_patrol(config, pools)
     for i, pool in enumerate(pools):
         lines += _pool_lines(config, pool, max_requests, blocks[i] if blocks else None)
-        lines += _patrol_lines(patrols[i])
+        lines += _patrol_lines(patrols[i]) + _reserved_lines(config, pool)
     on = ["CHAIN", "POSITION", "UNWRITTEN", "OUT_OF_RANGE", "DUPLICATE_WRITE"]
     if config.check_write_position:
         on.append("WRITE_POSITION")
@@ -98,7 +100,12 @@ def describe_pools(
             "weaker: CHAIN after a same-forward hit or an adopted prefix (no token_history, no prefix_chain): "
             "judged only between slots of which one was written as the continuation of the other"
         )
-    return "\n".join([*_drill_lines(config), *lines, f"on: {', '.join(on)}", f"off: {_LATER}"])
+    if any(checked_planes(config, pool) for pool in pools):
+        on.append("NONFINITE_RESERVED")
+    else:
+        why = "no reserved block in a plane of floats" if config.check_reserved_every else "check_reserved_every=0"
+        lines.append(f"off: {_UNCHECKED.format(why)}")
+    return "\n".join([*_drill_lines(config), *lines, f"on: {', '.join(on)}"])
 
 
 def _patrol_lines(patrol: Patrol) -> list[str]:
@@ -106,6 +113,24 @@ def _patrol_lines(patrol: Patrol) -> list[str]:
         return []
     pace = f"{patrol.n_blocks} blocks a step with a forward, at most {patrol.n_bytes} bytes"
     return [f"  patrol: {pace}; a full pass every {patrol.n_turns} such steps"]
+
+
+def _reserved_lines(config: CanaryConfig, pool: KvPool) -> list[str]:
+    """Which planes are looked through for NaN and Inf, and which are not."""
+    if not config.check_reserved_every or not pool.reserved_blocks or not pool.planes:
+        return []
+    checked = [plane for _, plane in checked_planes(config, pool)]
+    types = sorted({plane.element.name for plane in checked if plane.element})
+    which = f"{len(checked)} of {len(pool.planes)} planes" + (f" ({', '.join(types)})" if types else "")
+    blocks = ", ".join(map(str, pool.reserved_blocks))
+    lines = [
+        f"  reserved blocks {blocks}: looked through for NaN and Inf every {config.check_reserved_every} steps, {which}"
+    ]
+    others = sorted({p.dtype or p.view.dtype or "unknown" for p in pool.planes if p.element is None})
+    if others:
+        n = len(pool.planes) - len(checked)
+        lines.append(f"  off: NaN and Inf in {n} planes of type {', '.join(others)}: give dtype= if they hold floats")
+    return lines
 
 
 def _pool_lines(

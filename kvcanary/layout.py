@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE
+from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, zeros_of
 from kvcanary.arrays import ArrayView, host_array, view_of
 from kvcanary.errors import LayoutError
 from kvcanary.planes import Plane, axes_of, blocks_that_fit, check_addresses, plane_address
@@ -149,20 +149,34 @@ class KvPool:
             base_of: address of the first element of a plane's array; None = as the array itself tells it.
         """
         records = np.zeros(len(self.planes) if real_data != "none" else 0, PLANE)
-        rows: Iterator[Any] = iter(records)
+        i = 0
         for planes in self._units if real_data != "none" else ():
             byte_offset = 0
             for plane in planes:
-                row, n = next(rows), plane.digested_chunk_bytes(real_data)
-                base = (plane.view.pointer if base_of is None else base_of(plane)) + plane.offset
-                steps = [stride for stride, _ in axes_of(plane, self.n_blocks, self.page_size)]
-                row["base"], row["page_stride"], row["token_stride"] = base, plane.page_stride, plane.token_stride
-                row["chunk_stride"], row["n_chunks"], row["chunk_bytes"] = plane.chunk_stride, plane.n_chunks, n
-                row["load_bytes"] = math.gcd(_MAX_LOAD_BYTES, base, n, byte_offset, *steps)
-                row["byte_offset"], per_chunk = byte_offset, n // int(row["load_bytes"])
-                row["chunk_magic"] = -(-(1 << 32) // per_chunk) if per_chunk > 1 else 0
+                n = plane.digested_chunk_bytes(real_data)
+                first = plane.view.pointer if base_of is None else base_of(plane)
+                records[i] = self.plane_record(plane, n, byte_offset, first)
                 byte_offset += plane.n_chunks * n
+                i += 1
         return records
+
+    def plane_record(self, plane: Plane, n: int, byte_offset: int = 0, first: int | None = None) -> npt.NDArray[Any]:
+        """One PLANE.
+
+        Args:
+            n: bytes of each chunk that count.
+            byte_offset: bytes of its digest before it.
+            first: address of the array's first element; None = as the array itself tells it.
+        """
+        row = zeros_of(PLANE)
+        base = (plane.view.pointer if first is None else first) + plane.offset
+        steps = [stride for stride, _ in axes_of(plane, self.n_blocks, self.page_size)]
+        row["base"], row["page_stride"], row["token_stride"] = base, plane.page_stride, plane.token_stride
+        row["chunk_stride"], row["n_chunks"], row["chunk_bytes"] = plane.chunk_stride, plane.n_chunks, n
+        row["load_bytes"] = math.gcd(_MAX_LOAD_BYTES, base, n, byte_offset, *steps)
+        row["byte_offset"], per_chunk = byte_offset, n // int(row["load_bytes"])
+        row["chunk_magic"] = -(-(1 << 32) // per_chunk) if per_chunk > 1 else 0
+        return row
 
     # ---- host memory -------------------------------------------------------------------------------------------------
     def host_bytes(self, plane: Plane, real_data: str = "all") -> npt.NDArray[np.uint8]:

@@ -36,6 +36,7 @@ def nhd(
     v: Sequence[Any] | None = None,
     page_size: int | None = None,
     layers: Sequence[int] | None = None,
+    dtype: Any = "",
     **pool: Any,
 ) -> KvPool:
     """Tokens before heads: [n_blocks, page_size, heads, dim], or [n_slots, heads, dim].
@@ -45,20 +46,26 @@ def nhd(
         v: likewise, or None.
         page_size: slots per block; needed only where the arrays have no block axis (default 16).
         layers: numbers of the layers; None = 0, 1, ...
+        dtype: name or type object of the elements, where the arrays do not tell it (uint8, uint16, raw pointers).
         pool: further fields of `KvPool`: name, kind, window, reserved_blocks, token_offset, slot_lut, ...
     """
-    return _pool(_NHD, [("k", Half.K, k), ("v", Half.V, v)], page_size, layers, pool)
+    return _pool(_NHD, [("k", Half.K, k), ("v", Half.V, v)], page_size, layers, dtype, pool)
 
 
 def hnd(
-    *, k: Sequence[Any], v: Sequence[Any] | None = None, layers: Sequence[int] | None = None, **pool: Any
+    *,
+    k: Sequence[Any],
+    v: Sequence[Any] | None = None,
+    layers: Sequence[int] | None = None,
+    dtype: Any = "",
+    **pool: Any,
 ) -> KvPool:
     """Heads before tokens: [n_blocks, heads, page_size, dim]; a static cache has one block per sequence.
 
     Args:
-        k, v, layers, pool: as in `nhd`; a static cache has no reserved block: ``reserved_blocks=()``.
+        k, v, layers, dtype, pool: as in `nhd`; a static cache has no reserved block: ``reserved_blocks=()``.
     """
-    return _pool(_HND, [("k", Half.K, k), ("v", Half.V, v)], None, layers, pool)
+    return _pool(_HND, [("k", Half.K, k), ("v", Half.V, v)], None, layers, dtype, pool)
 
 
 def token_major(
@@ -67,15 +74,16 @@ def token_major(
     page_size: int | None = None,
     half: Half = Half.K,
     layers: Sequence[int] | None = None,
+    dtype: Any = "",
     **pool: Any,
 ) -> KvPool:
     """One row per token, as in latent (MLA) caches: [n_blocks, page_size, row], or [n_slots, row].
 
     Args:
         latent: one array per layer.
-        page_size, layers, pool: as in `nhd`.
+        page_size, layers, dtype, pool: as in `nhd`.
     """
-    return _pool(_TOKEN_MAJOR, [("latent", half, latent)], page_size, layers, pool)
+    return _pool(_TOKEN_MAJOR, [("latent", half, latent)], page_size, layers, dtype, pool)
 
 
 def _pool(
@@ -83,6 +91,7 @@ def _pool(
     parts: Sequence[tuple[str, Half, Sequence[Any] | None]],
     page_size: int | None,
     layers: Sequence[int] | None,
+    dtype: Any,
     pool: dict[str, Any],
 ) -> KvPool:
     numbers = _layer_numbers(parts, layers)
@@ -102,7 +111,7 @@ def _pool(
                     f"{first.page_size}: one pool has one slot index space, make a pool of each kind"
                 )
             geometry = {field: getattr(place, field) for field in _Place._fields[2:]}
-            planes.append(Plane(data=view, half=half, layer=layer, name=name, **geometry))
+            planes.append(Plane(data=view, half=half, layer=layer, name=name, dtype=dtype, **geometry))
     assert first is not None
     return KvPool(planes=tuple(planes), page_size=first.page_size, n_blocks=first.n_blocks, **pool)
 

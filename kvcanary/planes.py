@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvcanary.arrays import ArrayView, view_of
+from kvcanary.elements import ELEMENTS, Element, dtype_name
 from kvcanary.errors import LayoutError
 from kvcanary.tags import Half
 
@@ -43,6 +44,8 @@ class Plane:
         layer: number of the layer, as `verify_layer` and the reports call it.
         name: "k", "v", "k_scale", ...; empty = the half's.
         group: planes (< 256 bytes) of one layer and half with the same label share one digest.
+        dtype: name or type object of the elements, where the array does not tell it (uint8 or uint16 arrays, raw
+            pointers); "uint8" for what holds no floats; empty = as the array says.
     """
 
     data: Any
@@ -56,6 +59,7 @@ class Plane:
     layer: int = 0
     name: str = ""
     group: int | str | None = None
+    dtype: Any = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "half", Half(self.half))
@@ -70,6 +74,12 @@ class Plane:
             object.__setattr__(self, "n_chunks", 1)
         if self.n_chunks == 1:
             object.__setattr__(self, "chunk_stride", 0)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.dtype in ELEMENTS and self.element is None:
+            raise LayoutError(
+                f"{self.label}: dtype {self.dtype} in chunks of {self.chunk_bytes} bytes: give the type whose size "
+                "divides them, or an integer type (uint8) for what holds no floats"
+            )
 
     @property
     def label(self) -> str:
@@ -80,6 +90,18 @@ class Plane:
     def view(self) -> ArrayView:
         """The resolved ``data``."""
         return view_of(self.data, self.label, LayoutError)
+
+    @property
+    def element(self) -> Element | None:
+        """The type of the elements; None if they are integers, or of no known type.
+
+        What the array says counts only where the plane lies on its elements: it may be a buffer of something else.
+        """
+        found = ELEMENTS.get(self.dtype or self.view.dtype)
+        if found is None or self.chunk_bytes % found.n_bytes:
+            return None
+        steps = (self.offset, self.page_stride, self.token_stride, self.chunk_stride)
+        return found if self.dtype or not any(step % found.n_bytes for step in steps) else None
 
     @property
     def n_bytes(self) -> int:

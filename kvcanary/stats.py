@@ -32,6 +32,7 @@ class CanaryStats:
             their block (each counts once per visit).
         scrub_passes: full passes of the patrol so far, over the pool that is furthest behind; a pass takes
             ``scrub_steps_per_pass`` steps with a forward. 0 without scrub_bytes_per_step.
+        reserved_checks: (plane, reserved block) pairs that were looked through for NaN and Inf (check_reserved_every).
         live_blocks: blocks that somebody holds, ``shared_blocks`` of them shared, and ``free_blocks`` that nobody
             holds: of all pools, by the ledger, now; all 0 without lifecycle.
     """
@@ -54,6 +55,7 @@ class CanaryStats:
     scrub_orphans: int = 0
     scrub_passes: int = 0
     scrub_steps_per_pass: int = 0
+    reserved_checks: int = 0
     live_blocks: int = 0
     shared_blocks: int = 0
     free_blocks: int = 0
@@ -97,6 +99,7 @@ class CanaryStats:
             unowned_writes=snapshot.word(abi.STATE_UNOWNED_WRITES),
             scrub_slots=snapshot.word(abi.STATE_SCRUB_SLOTS),
             scrub_orphans=snapshot.word(abi.STATE_SCRUB_ORPHANS),
+            reserved_checks=snapshot.word(abi.STATE_RESERVED_CHECKS),
             scrub_passes=min(
                 (int(run) // n for run, n in zip(snapshot.scrub_run_counters, scrub_turns, strict=True) if n), default=0
             )

@@ -68,8 +68,7 @@ class CanaryLaunchTag(IntEnum):
 class Reason(IntFlag):
     """Why a slot, a write or a row was reported.
 
-    STALE_EPOCH and FOREIGN_WRITE need ``lifecycle=True``; NONFINITE_RESERVED belongs to a part of the guard that this
-    version does not have.
+    STALE_EPOCH and FOREIGN_WRITE need ``lifecycle=True``, NONFINITE_RESERVED ``check_reserved_every``.
     """
 
     CHAIN = 1
@@ -91,7 +90,7 @@ class Reason(IntFlag):
 
 
 class Detail(IntEnum):
-    """What an OUT_OF_RANGE or UNWRITTEN record speaks of, when it is not a slot of the pool."""
+    """What a record speaks of, when it is not a slot of the pool that a row reads or writes."""
 
     SLOT = 0  #: the record's slot is a slot of the pool
     TABLE_ENTRY = 1  #: a block table (or slot LUT) entry; `slot` holds the raw entry
@@ -101,8 +100,11 @@ class Detail(IntEnum):
     REQUEST_SLOT = 5  #: request slot >= max_requests; `slot` holds it
     UNFINISHED = 6  #: UNWRITTEN at TAIL: HEAD and TAIL stamps are of different, completed forwards
     SCRUB = 7  #: a slot of the pool, which the patrol has looked at, for no row
+    #: the first slot of a reserved block with an element that is not finite; ``plane`` counts in
+    #: `KvPool.ordered_planes`, ``found_digest`` is the element's offset in the slot (bytes), ``stored_digest`` its bits
+    RESERVED = 8
 
     @property
     def is_slot(self) -> bool:
         """Whether `slot` is a slot of the pool, if it is not negative."""
-        return self in (Detail.SLOT, Detail.UNFINISHED, Detail.SCRUB)
+        return self in (Detail.SLOT, Detail.UNFINISHED, Detail.SCRUB, Detail.RESERVED)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
+from kvcanary.elements import Element
 from kvcanary.hashing import mix64_int
 from kvcanary.ledger import owner_name
 from kvcanary.tags import CanaryLaunchTag, Detail, Reason, Stage
@@ -62,8 +63,8 @@ READINGS: dict[Reason, tuple[str, str]] = {
         "a kernel or copy that wrote outside its own slots, a late or partial transfer, or bits that flipped in memory",
     ),
     Reason.NONFINITE_RESERVED: (
-        "a reserved block holds NaN or Inf",
-        "padded rows that write there; a masked attention lane turns it into NaN in live rows (0 * NaN)",
+        "whatever gathers it (padding, unused table entries) spreads it, as 0 * NaN is NaN",
+        "padded or dummy rows that write there what they computed from uninitialised memory",
     ),
 }
 _HALF_WRITTEN = (
@@ -106,16 +107,19 @@ _PLACES: dict[Detail, tuple[str, str]] = {
     Detail.REQUEST_SLOT: ("bad_request_slot", "the request slot {} (at or above max_requests)"),
     Detail.UNFINISHED: ("slot", "slot {}"),
     Detail.SCRUB: ("slot", "slot {}"),
+    Detail.RESERVED: ("slot", "slot {}"),
 }
 
 
 @dataclass(frozen=True)
 class PoolNames:
-    """What a pool's numbers mean to a reader: its name, its page size (slots) and (name, layer) of each digest."""
+    """What a pool's numbers mean to a reader: its name, its page size (slots), (name, layer) of each digest, and
+    (name, layer, element type) of each of `KvPool.ordered_planes`."""
 
     name: str
     page_size: int
     digests: tuple[tuple[str, int | None], ...] = ()
+    planes: tuple[tuple[str, int | None, Element | None], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +132,8 @@ class Violation:
         tag: the check that saw it.
         reasons: why it was reported.
         pool: pool index; ``pool_name`` and ``page_size`` (slots) come with it.
-        plane: index of the digest whose bytes differ (``plane_name``, ``layer``), or None when it is not about bytes.
+        plane: index of the digest whose bytes differ (``plane_name``, ``layer``), or None when it is not about bytes;
+            of a reserved block, index of the plane in `KvPool.ordered_planes`.
         slot: slot of the pool; unless ``is_in_pool``, the raw value that ``detail`` names.
         position: position in the request that was being checked.
         row: batch row; -1 outside a batch (sweep).
@@ -144,6 +149,8 @@ class Violation:
         detail: what ``slot`` holds, or which kind of UNWRITTEN it is.
         flags: ``abi.ROW_*`` bits of the row.
         is_redacted: whether token ids were withheld and chains masked.
+        element_offset: of a reserved block: where in the slot its first element that is not finite begins (bytes),
+            ``element_bits`` that element's bits, ``element`` its type; None of anything else.
     """
 
     step: int
@@ -179,6 +186,9 @@ class Violation:
     detail: Detail
     flags: int
     is_redacted: bool
+    element_offset: int | None = None
+    element_bits: int | None = None
+    element: Element | None = None
 
     @property
     def is_in_pool(self) -> bool:
@@ -204,6 +214,8 @@ class Violation:
             f"  chain     {chains}{' (masked)' if self.is_redacted else ''}",
             f"  digest    {_pair(self.stored_digest, self.found_digest, hex, ('at write time', 'now'))}",
         ]
+        if self.detail == Detail.RESERVED:
+            lines.append(f"  element   {self._poison()}")
         for reason in self._in_order():
             what, likely = self._reading(reason)
             lines.append(f"  {reason.name}: {what}. Likely: {likely}.")
@@ -227,7 +239,9 @@ class Violation:
         what = " and ".join(self._reading(reason)[0] for reason in reasons) or "no reason is set in the record"
         who = "the patrol" if self.detail == Detail.SCRUB else _request(self.request_id)
         parts = [f"{who} at position {self.position}, {self._place()}{self._plane()}: {what}"]
-        if self.is_in_pool:
+        if self.detail == Detail.RESERVED:
+            parts = [f"{self._poison()}: {what}"]
+        elif self.is_in_pool:
             parts += [text for text in (self._stamp(), self._block()) if text]
         known = self.expected_token, self.stored_token
         if None not in known and (Reason.TOKEN | Reason.WRITE_TOKEN) & self.reasons:
@@ -284,6 +298,17 @@ class Violation:
             whose = " (the same request)" if self.stamp_owner == self.request_id else " (ANOTHER request)"
         who = f"its stamp says that {_request(self.stamp_owner)}{whose} wrote it in forward {self.stamp_step}"
         return f"{who} as position {self.stored_position}"
+
+    def _poison(self) -> str:
+        """Which element of a reserved block is not finite."""
+        assert self.element_offset is not None and self.element_bits is not None
+        layer = "" if self.layer is None else f" layer {self.layer}"
+        place = f"reserved block {self.slot // self.page_size} of{layer} {self.plane_name}"
+        if self.element is None:
+            bits = f"NaN or Inf (bits {self.element_bits:#x})"
+            return f"{place} holds {bits} at slot {self.slot}, byte {self.element_offset}"
+        value = f"{self.element.word_for(self.element_bits)} ({self.element.name} {self.element_bits:#x})"
+        return f"{place} holds {value} at slot {self.slot}, element {self.element_offset // self.element.n_bytes}"
 
     def _block(self) -> str:
         """Whose the slot's block is; "" where that is not known."""
@@ -371,7 +396,11 @@ def _decode(r: dict[str, int], pools: Sequence[PoolNames], secret: int, log_toke
     plane = r["plane"] if r["plane"] >= 0 else None
     name: str | None = None
     layer: int | None = None
-    if plane is not None:
+    element: Element | None = None
+    is_reserved = r["detail"] == Detail.RESERVED
+    if plane is not None and is_reserved:
+        name, layer, element = pool.planes[plane] if plane < len(pool.planes) else (f"plane-{plane}", None, None)
+    elif plane is not None:
         name, layer = pool.digests[plane] if plane < len(pool.digests) else (f"plane-{plane}", None)
 
     def chain(value: int) -> int | None:
@@ -397,9 +426,12 @@ def _decode(r: dict[str, int], pools: Sequence[PoolNames], secret: int, log_toke
         expected_token=token(r["expected_token"]),
         stored_chain=chain(r["stored_chain"]),
         expected_chain=chain(r["expected_chain"]),
-        stored_digest=r["stored_digest"] or None,
-        found_digest=r["found_digest"] or None,
+        stored_digest=None if is_reserved else r["stored_digest"] or None,
+        found_digest=None if is_reserved else r["found_digest"] or None,
         is_redacted=not log_tokens,
+        element_offset=r["found_digest"] if is_reserved else None,
+        element_bits=r["stored_digest"] if is_reserved else None,
+        element=element,
     )
 
 

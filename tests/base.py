@@ -18,6 +18,7 @@ EVERY_FIELD: dict[str, Any] = {
     "verify_data_every": 7,
     "full_verify_min_tokens": 16,
     "scrub_bytes_per_step": 0,
+    "check_reserved_every": 0,
     "sweep_interval": 0,
     "stats_print_every_n_steps": 10,
     "health_check_every_n_steps": 10,

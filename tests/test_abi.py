@@ -21,6 +21,7 @@ SIZES = {
     "Register": 152,
     "Plane": 56,
     "Digest": 24,
+    "FloatPlane": 80,
     "Row": 56,
     "Due": 16,
     "BlockState": 16,
@@ -33,6 +34,7 @@ SIZES = {
     "StepParams": 496,
     "LayerParams": 560,
     "SweepParams": 344,
+    "ReservedParams": 320,
     "LifecycleParams": 4048,
     "MoveParams": 400,
 }
@@ -41,6 +43,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "Register": abi.REGISTER,
     "Plane": abi.PLANE,
     "Digest": abi.DIGEST,
+    "FloatPlane": abi.FLOAT_PLANE,
     "Row": abi.ROW,
     "Due": abi.DUE,
     "BlockState": abi.BLOCK_STATE,

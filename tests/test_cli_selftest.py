@@ -49,7 +49,9 @@ def test_the_host_backend_passes() -> None:
 
 def test_a_deaf_host_backend_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        selftest, "_config", lambda on_unwritten: selftest.CanaryConfig(real_data="none", lifecycle=True)
+        selftest,
+        "_config",
+        lambda on_unwritten: selftest.CanaryConfig(real_data="none", lifecycle=True, check_reserved_every=1),
     )
     assert host_self_test() == "it does not report DATA"
 

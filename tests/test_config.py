@@ -19,6 +19,7 @@ OTHER: dict[str, tuple[Any, str]] = {
     "verify_data_every": (7, "7"),
     "full_verify_min_tokens": (0, "0"),
     "scrub_bytes_per_step": (1 << 20, "1048576"),
+    "check_reserved_every": (7, "7"),
     "sweep_interval": (10, "10"),
     "stats_print_every_n_steps": (0, "0"),
     "health_check_every_n_steps": (1, "1"),

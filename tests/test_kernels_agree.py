@@ -103,7 +103,7 @@ def test_the_faults_are_met(library: SimtLibrary) -> None:
             reasons |= Reason(int(np.bitwise_or.reduce(twins.records["reasons"], initial=0)))
 
         drive(twins, engine, rng, 8, after, Faults(rng, KINDS))
-    assert reasons == ~Reason.NONFINITE_RESERVED, "a part that this version does not have"
+    assert reasons == ~Reason.NONFINITE_RESERVED, "which is off here"
 
 
 # ---- what random engines seldom do -----------------------------------------------------------------------------------

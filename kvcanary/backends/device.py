@@ -24,6 +24,7 @@ from kvcanary.deferred import Staging
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
 from kvcanary.patrol import plan_patrol
+from kvcanary.reserved import plane_table
 from kvcanary.state import CanaryDeviceState, CounterLayout
 
 KERNELS = {
@@ -39,6 +40,7 @@ KERNELS = {
         "kvc_digests_sweep",
     ),
     "scrub": ("kvc_scrub",),
+    "reserved": ("kvc_reserved_check",),
     "moves": (
         *("kvc_moves_gather", "kvc_moves_scatter", "kvc_moves_commit"),
         *("kvc_moves_localize", "kvc_moves_adopt", "kvc_moves_digest"),
@@ -223,6 +225,10 @@ class DeviceBackend:
             arrays[key] = driver.zeros(max(1, len(records)), records.dtype)
             if len(records):
                 driver.upload(arrays[key], records, None)
+        checked = plane_table(self._config, pool)
+        if len(checked):
+            arrays["float_planes"] = driver.zeros(len(checked), checked.dtype)
+            driver.upload(arrays["float_planes"], checked, None)
         return arrays
 
     def _make_state(self, ring_capacity: int) -> tuple[CanaryDeviceState, Array, Any]:
@@ -303,10 +309,21 @@ class DeviceBackend:
             return BoundKernel(self._driver, self._kernels[name], grids[name], packed)
 
         other, first = (kernel("kvc_begin", b[()]) for b in begin)
-        forward = BoundForward(
-            first, other, tuple(kernel(n, params) for n in head), tuple(kernel(n, params) for n in tail), bound
-        )
+        launches = [kernel(n, params) for n in head]
+        if is_first_forward and "float_planes" in self._arrays[pool]:
+            launches.append(self._reserved_check(pool))
+        forward = BoundForward(first, other, tuple(launches), tuple(kernel(n, params) for n in tail), bound)
         return BoundCall(pool, forward)
+
+    def _reserved_check(self, pool: int) -> BoundKernel:
+        params, planes = abi.zeros_of(abi.PARAMS["ReservedParams"]), self._arrays[pool]["float_planes"]
+        params["guard"], params["pool"] = self._guard, self._pools[pool]
+        params["planes"], params["n_planes"] = self._driver.pointer(planes), len(planes)
+        params["every"] = self._config.check_reserved_every
+        name = "kvc_reserved_check"
+        most = self._driver.n_multiprocessors * self._resident[name]
+        grid = (min(len(planes) * int(self._pools[pool]["n_reserved"]), most), 1)
+        return BoundKernel(self._driver, self._kernels[name], grid, params[()])
 
     @staticmethod
     def _step_params(guard: Array, pool: Array, batch: Array) -> Any:

@@ -16,6 +16,7 @@ from kvcanary.backends import BoundCall, ProbeTarget, Resident, ownership
 from kvcanary.backends import reference as ref
 from kvcanary.backends import reference_moves as ref_moves
 from kvcanary.backends import reference_patrol as patrol
+from kvcanary.backends import reference_reserved as ref_reserved
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
@@ -24,6 +25,7 @@ from kvcanary.deferred import HostStaging, Staging
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
 from kvcanary.patrol import plan_patrol
+from kvcanary.reserved import checked_planes
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
 
@@ -104,6 +106,7 @@ class HostBackend:
         plans = plan_patrol(config, pools)
         self._pools = [_pool_arrays(i, p, config, max_requests, plans[i].n_blocks) for i, p in enumerate(pools)]
         self._units = [p.digest_units(config.real_data) for p in pools]
+        self._checked = [checked_planes(config, p) for p in pools]
         self.state = make_state(CounterLayout(len(pools)), max_requests, config.ring_capacity)
         self._recorder = Recorder(self.state, self._pools)
         self._rows: list[Array] = [np.zeros(0, abi.ROW) for _ in pools]
@@ -127,6 +130,8 @@ class HostBackend:
                 self._adopt(pool, batch, ref.entries_of(pool, batch, self._rows[call.pool]))
             if batch.is_first_forward and pool.scrub_blocks and self._is_judging:
                 self._scrub(pool)
+            if batch.is_first_forward and self._is_judging:
+                self._check_reserved(pool)
 
     def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for call in calls:
@@ -350,6 +355,15 @@ class HostBackend:
         self._compare_digests(recorder, pool, slots, about, self._forward)
         for half in range(len(pool.head)):
             recorder.report(patrol.judge_links(pool, half, slots))
+
+    def _check_reserved(self, pool: PoolArrays) -> None:
+        """NaN and Inf in the reserved blocks, in the steps that are due."""
+        checked = self._checked[pool.index]
+        if not checked or int(self.state.words[abi.STATE_STEP]) % self._config.check_reserved_every:
+            return
+        self._recorder.add(abi.STATE_RESERVED_CHECKS, len(checked) * len(pool.reserved))
+        for index, plane in checked:
+            self._recorder.report(ref_reserved.judge_reserved(pool, self._kv_pools[pool.index], index, plane))
 
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:

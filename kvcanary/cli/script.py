@@ -31,9 +31,10 @@ N_NEW = (
 
 
 def pools_over(planes: Sequence[Any]) -> list[KvPool]:
-    """A FULL and a sliding-window pool of different layouts over copies of `Script.planes`."""
-    full = layouts.nhd(k=list(planes[0:2]), v=list(planes[2:4]), name="full")
-    window = layouts.hnd(k=[planes[4]], v=[planes[5]], name="window", kind=PoolKind.SWA, window=WINDOW)
+    """A FULL and a sliding-window pool of different layouts and types over copies of `Script.planes`."""
+    full = layouts.nhd(k=list(planes[0:2]), v=list(planes[2:4]), dtype="bfloat16", name="full")
+    kind: dict[str, Any] = {"kind": PoolKind.SWA, "window": WINDOW, "dtype": "float8_e5m2"}
+    window = layouts.hnd(k=[planes[4]], v=[planes[5]], name="window", **kind)
     return [full, window]
 
 
@@ -164,6 +165,8 @@ class Script:
             slots[1], slots[3] = -1, slots[4]
         elif self.step == 6:  # entries that name no slot
             table[4, 0], table[4, 1], slots[2] = N_BLOCKS + 3, -1, N_BLOCKS * PAGE_SIZE + 5
+            for plane in (self.planes[1], self.planes[3], self.planes[4]):  # and NaN in the reserved block
+                self._bytes_of(plane, PAGE_SIZE - 3)[-1, 5:] = (1 << 8 * plane.itemsize) - 1
         elif self.step == 7:  # a request goes on with blocks that it has lost to another one
             blocks, owner = self._table[2], int(self.arrays["request_ids"][2])
             self.block_changes += [self._ledger.free(blocks, owner), self._ledger.allocate(blocks, owner + 50)]

@@ -33,6 +33,7 @@ MakeBackend: TypeAlias = Callable[..., Backend]
 EXPECTED = (
     *(Reason.CHAIN, Reason.POSITION, Reason.DATA, Reason.WRITE_POSITION, Reason.TOKEN, Reason.UNWRITTEN),
     *(Reason.OUT_OF_RANGE, Reason.DUPLICATE_WRITE, Reason.STALE_EPOCH, Reason.FOREIGN_WRITE),
+    Reason.NONFINITE_RESERVED,
 )
 
 
@@ -135,7 +136,7 @@ class Side:
         words = self.backend.snapshot_words()
         layout, records = self.backend.state.layout, self.records()
         runs, slots, data = layout.kernel_runs(words), layout.slot_runs(words), layout.data_runs(words)
-        is_patrol = records["detail"] == Detail.SCRUB
+        is_patrol, is_reserved = (records["detail"] == detail for detail in (Detail.SCRUB, Detail.RESERVED))
         is_layer = (records["row"] == PENDING_ROW) & (records["step"] == PENDING_STEP + 1)
         stage, is_data = records["tag"] // 4, records["reasons"] & Reason.DATA != 0
         taint = self._device.to_host(self.backend.state.taint)
@@ -144,7 +145,8 @@ class Side:
             return np.concatenate([c[:, 4 * of : 4 * of + 4] for c in (runs, slots)], axis=None)
 
         def about(of: Stage, has_data: bool) -> Array:
-            found: Array = records[(stage == of) & (is_data == has_data) & ~is_patrol & ~(is_layer & has_data)]
+            apart = is_patrol | is_reserved | (is_layer & has_data)
+            found: Array = records[(stage == of) & (is_data == has_data) & ~apart]
             return found.view(np.uint8)
 
         return {
@@ -177,6 +179,10 @@ class Side:
                 "turns": layout.scrub_runs(words),
                 "slots": words[abi.STATE_SCRUB_SLOTS : abi.STATE_SCRUB_ORPHANS + 1],
                 "violations": records[is_patrol].view(np.uint8),
+            },
+            "kvc_reserved_check": {
+                "blocks": words[abi.STATE_RESERVED_CHECKS : abi.STATE_RESERVED_CHECKS + 1],
+                "violations": records[is_reserved].view(np.uint8),
             },
         }
 
@@ -303,6 +309,7 @@ def _config(on_unwritten: str) -> CanaryConfig:
         verify_data_every=2,
         lifecycle=True,
         scrub_bytes_per_step=1 << 14,
+        check_reserved_every=2,
         on_unwritten=on_unwritten,
         ring_capacity=1 << 14,
     )

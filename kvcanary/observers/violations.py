@@ -34,7 +34,8 @@ class ViolationObserver:
 
     A finding is (pool, slot, plane, reasons) under one stamp: checks of K and V, at HEAD, TAIL and SWEEP, at every
     forward, see the same one until the slot is rewritten. A value that is no slot of the pool has no stamp; it is one
-    finding per request.
+    finding per request. Of a reserved block each plane is one finding until another of its slots is the
+    first that is not finite.
 
     `step` belongs to the host thread, everything else may be called from any thread: the lock is held while records are
     read and decoded, never while a callback or a log handler runs.

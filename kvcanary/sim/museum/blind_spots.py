@@ -23,7 +23,7 @@ def short_attention(s: Stage) -> None:
     s.forward(Row(A, n, n + 1, [1, 2], noise=9))  # what it computes from half of its context is written as it comes
 
 
-@blind("C10-null-block", "NaN in the reserved block that padding writes")
+@blind("C10-null-block", "NaN in the reserved block that padding writes, without `check_reserved_every`")
 def null_block(s: Stage) -> None:
     """Writes there are legal; readers that gather the null block are poisoned.
 

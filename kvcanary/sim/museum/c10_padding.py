@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvcanary.sim.museum.memory import fill
 from kvcanary.sim.museum.rows import A, B, C, Row, padding
 from kvcanary.sim.museum.scenario import positive
 from kvcanary.sim.museum.stage import Stage
@@ -76,3 +77,25 @@ def finished_stamped(s: Stage) -> None:
     Sources: vllm-project/vllm-ascend#15417
     """
     _finished(s, is_stamped=True)
+
+
+@positive(
+    "C10-null-block-checked",
+    "a dummy forward leaves NaN in the reserved block",
+    config={"check_reserved_every": 1},
+    shapes=("nhd4", "hnd16", "latent8", "scales4"),
+)
+def null_block(s: Stage) -> None:
+    """The write is legal; whatever gathers the block, for padding or an unused table entry, is poisoned.
+
+    Sources: vllm-project/vllm#57156, vllm-project/vllm#39444, sgl-project/sglang#32477, huggingface/transformers#46765
+    """
+    page = s.page
+    s.allocate([1, 2], A)
+    s.forward(Row(A, 0, page, [1, 2]))
+    s.fault()
+    s.forward(padding(0))
+    s.memory.edit(s.of(0), fill(0xFF))
+    s.forward(Row(A, page, page + 1, [1, 2]))
+    s.expect(None, [0], Reason.NONFINITE_RESERVED, latency=1, layers=s.layers)
+    s.expect_silence(A)

@@ -61,15 +61,16 @@ class Shape:
     def pool(self, arrays: dict[str, Any], slot_lut: Any = None) -> KvPool:
         """The pool over such arrays, wherever they lie."""
         n_layers = range(N_LAYERS)
+        dtype = {"latent": "float8_e4m3fn", "scales": "int8"}.get(self.layout, "bfloat16")
         fields: dict[str, Any] = {"window": self.window, "token_offset": self.token_offset, "slot_lut": slot_lut}
         fields["kind"] = PoolKind.FULL if self.window is None else PoolKind.SWA
         k = [arrays[f"k{i}"] for i in n_layers]
         if self.layout == "latent":
-            return layouts.token_major(latent=k, **fields)
+            return layouts.token_major(latent=k, dtype=dtype, **fields)
         v = [arrays[f"v{i}"] for i in n_layers]
         if self.layout == "hnd":
-            return layouts.hnd(k=k, v=v, **fields)
-        pool = layouts.nhd(k=k, v=v, **fields)
+            return layouts.hnd(k=k, v=v, dtype=dtype, **fields)
+        pool = layouts.nhd(k=k, v=v, dtype=dtype, **fields)
         if self.layout != "scales":
             return pool
         scales = [
@@ -81,6 +82,7 @@ class Shape:
                 half=half,
                 layer=layer,
                 name=f"{name}_scale",
+                dtype="float32",
             )
             for layer in n_layers
             for name, half in (("k", Half.K), ("v", Half.V))

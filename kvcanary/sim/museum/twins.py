@@ -299,3 +299,19 @@ def turnover(s: Stage) -> None:
         s.forward(Row(request, 0, n, blocks))
         s.forward(Row(request, n, n + 1, blocks), padding(i % 2 - 1))
         s.free(blocks, request)
+
+
+@negative(
+    "N32",
+    "padding rows leave finite values in the reserved block, while it is looked through for NaN",
+    config={"check_reserved_every": 1},
+    shapes=("nhd4", "hnd16", "latent8", "scales4"),
+)
+def finite_padding(s: Stage) -> None:
+    """Twin of C10. Sources: vllm-project/vllm#39444, sgl-project/sglang#32477"""
+    page = s.page
+    s.allocate([1, 2], A)
+    s.forward(Row(A, 0, page, [1, 2]))
+    for k in range(page, page + 3):
+        s.memory.edit(s.of(0), fill(0x7E - k % 2))  # the largest that fp8 has, and ordinary ones of the other types
+        s.forward(Row(A, k, k + 1, [1, 2]), padding(-1))

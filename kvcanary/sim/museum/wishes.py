@@ -23,8 +23,8 @@ class Expected:
         slots: each of them; what is no slot of the pool is the raw value that the engine handed in.
         reasons: at least these, on each slot.
         latency: steps after the fault, the first and the last that will do.
-        layers: for DATA, exactly these layers; None = any.
-        halves: for DATA, exactly these planes by name; None = any.
+        layers: of findings about bytes, exactly these layers; None = any.
+        names: likewise, exactly these planes by name; None = any.
         tainted: requests whose rows the guard must have marked in that step.
     """
 
@@ -149,13 +149,13 @@ class Wishes:
             if wanted.reasons not in said:
                 names = "+".join(said.names()) or "nothing"
                 problems.append(f"slot {slot}: {names} reported, {'+'.join(wanted.reasons.names())} expected")
-            data = [v for v in here if Reason.DATA in v.reasons]
+            data = [v for v in here if v.reasons & (Reason.DATA | Reason.NONFINITE_RESERVED)]
             for field, want, got in (
                 ("layers", wanted.layers, {v.layer for v in data}),
                 ("planes", wanted.names, {v.plane_name for v in data}),
             ):
                 if want is not None and got != set(want):
-                    problems.append(f"slot {slot}: DATA on {field} {sorted(map(str, got))}, {list(want)} expected")
+                    problems.append(f"slot {slot}: reported on {field} {sorted(map(str, got))}, {list(want)} expected")
         if wanted.tainted and self.taints:
             step = (self.fault_step or 1) + first
             taint, requests = self.taints.get(step, (np.zeros(0, np.uint32), []))
