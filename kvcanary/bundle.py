@@ -206,6 +206,8 @@ class SlotBundle:
         Raises:
             BundleError: they are of something else, of another version, too few, too many, or damaged.
         """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise BundleError(f"{type(data).__name__}: give the to_bytes() of a bundle")
         data = bytes(data)
         if len(data) < _HEADER.size + _CHECKSUM_BYTES or not data.startswith(MAGIC):
             raise BundleError(f"{len(data)} bytes that do not begin with {MAGIC!r}: give the to_bytes() of a bundle")

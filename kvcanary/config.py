@@ -136,6 +136,11 @@ class CanaryConfig:
         return self.health_policy == "raise" or (self.health_policy == "as-mode" and self.mode == "raise")
 
 
+def given_by_environment() -> list[str]:
+    """The settings that `CanaryConfig.from_env` would take from the environment now, as NAME=value."""
+    return sorted(f"{key}={text}" for key, text in os.environ.items() if key.startswith(ENV_PREFIX) and text.strip())
+
+
 def _refuse_unbuilt(config: CanaryConfig) -> None:
     """Settings whose part of the guard this version does not have are refused, so that nobody relies on them."""
     for name, unset in (("black_box_path", None),):

@@ -78,7 +78,8 @@ class Lifecycle:
                 self._do(kind, ids, owner, pool, stream, step)
             except (LifecycleError, ConfigError) as error:  # ConfigError: there is no such pool
                 blocks = getattr(error, "blocks", ())
-                raise LifecycleError(f"event {i} of lifecycle.apply(): {error}", blocks, i) from error
+                before = f" The {i} events before it were applied." if i else ""
+                raise LifecycleError(f"event {i} of lifecycle.apply(): {error}{before}", blocks, i) from error
 
     def _do(self, kind: str, ids: Any, owner: int, pool: str | int, stream: Any, step: int) -> None:
         if kind not in KINDS:

@@ -90,6 +90,7 @@ class CanaryManager(MoveCalls):
         self._open_forward: tuple[list[BoundCall], Any] | None = None
         self._lifecycle: Lifecycle | None = None
         self._layers: dict[int, set[int | None]] = {}
+        self._synced: StateSnapshot | None = None  # taken by the last `synchronize`
         if config.mode == "off":
             self._lifecycle = Lifecycle()
             return
@@ -401,10 +402,12 @@ class CanaryManager(MoveCalls):
         )
 
     def _newest_snapshot(self) -> StateSnapshot | None:
-        ours, other = self._health.latest, self._stats_logger.latest
-        if ours is None or (other is not None and other.step > ours.step):
-            return other
-        return ours
+        newest = self._synced
+        for observer in (self._health, self._stats_logger):
+            latest = observer.latest
+            if latest is not None and (newest is None or latest.step > newest.step):
+                newest = latest
+        return newest
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
@@ -554,7 +557,10 @@ class CanaryManager(MoveCalls):
         return self._violations.violations() if self._backend is not None else ()
 
     def stats(self) -> CanaryStats:
-        """What is known on the host now, without asking the device; from any thread."""
+        """What is known on the host now, without asking the device; from any thread.
+
+        The device's counters are those of the last snapshot: of the health check, the stats line, or `synchronize`.
+        """
         if self._backend is None:
             return CanaryStats()
         return CanaryStats.of(
@@ -588,7 +594,7 @@ class CanaryManager(MoveCalls):
 
     # ---- end ---------------------------------------------------------------------------------------------------------
     def synchronize(self) -> None:
-        """Wait for all that the guard has launched, then deliver all snapshots and read all violations.
+        """Wait for all that was launched, deliver all snapshots, read all violations, and bring `stats` up to date.
 
         Violations are not raised here (the next `end_step` does); a stall that a delivered snapshot shows is.
         """
@@ -598,7 +604,9 @@ class CanaryManager(MoveCalls):
             self._violations.poll()
             for handler in self._handlers:
                 handler.drain()
-            self._violations.note_dropped(int(self._backend.snapshot_words()[abi.STATE_DROPPED]))
+            words = self._backend.snapshot_words()
+            self._synced = StateSnapshot(self._step, self._backend.state.layout, words)
+            self._violations.note_dropped(int(words[abi.STATE_DROPPED]))
 
     def close(self) -> None:
         """Give everything back; waits for the device. Graphs with the guard's launches must not be replayed after."""

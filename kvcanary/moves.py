@@ -151,6 +151,9 @@ class MoveCalls:
         if self._backend is None:
             return
         kv = self.pools[self._pool_index(pool)]
+        if not isinstance(bundle, SlotBundle):
+            given = type(bundle).__name__
+            raise BundleError(f"import_slots(): {given} is no SlotBundle: make it one with SlotBundle.from_bytes()")
         lists = _Lists("import_slots()", kv, blocks)
         if not bundle.geometry.halves:
             raise BundleError("the bundle was exported with mode='off' and is empty: stamp with adopt_slots() instead")
@@ -273,6 +276,8 @@ class _Lists:
 
     def slots(self, name: str, values: Any, *, is_target: bool = False) -> Array | ArrayView:
         """Slots or blocks; ``is_target``: each once."""
+        if values is None:
+            raise BatchError(f"{self.call}: {name} is None: give a list of slots")
         pool = self.pool
         kind, n = ("blocks", pool.n_blocks) if self.blocks else ("slots", pool.n_slots)
         found = self.numbers(name, values, 0, n - 1, f"the {kind} of pool {pool.name!r}")

@@ -197,7 +197,7 @@ def test_every_flipped_byte_of_a_held_block_is_found_within_a_pass(sides: Sides,
 
 
 def test_a_predecessor_without_a_place_is_no_predecessor(sides: Sides) -> None:
-    """Of a prefill beyond the window only the last tokens are stored; the table still names what was there before them."""
+    """Of a prefill beyond the window only the last tokens are stored; the table still names what was there before."""
     s = script(sides, window=4)
     s.own("allocate", [1], 3)
     assert s.forward(Row(3, B, 0, 4, [1])) == []

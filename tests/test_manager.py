@@ -439,6 +439,14 @@ class TestKnowing:
             assert tuple(v.slot for v in found) == expected
             assert all(v.reasons == Reason.CHAIN for v in found)
 
+    def test_synchronize_brings_the_stats_up_to_date(self) -> None:
+        engine = ToyEngine(stats_print_every_n_steps=0, health_check_every_n_steps=0)
+        engine.step((0, 0, 6))
+        assert engine.manager.stats().forwards == 0, "nothing was asked of the device yet"
+        engine.manager.synchronize()
+        stats = engine.manager.stats()
+        assert (stats.step, stats.snapshot_step, stats.forwards) == (1, 1, 1) and stats.protected_tokens > 0
+
     def test_callbacks_and_polling_from_another_thread(self) -> None:
         engine = ToyEngine(verify_data_every=1)
         seen: list[int] = []

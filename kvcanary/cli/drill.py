@@ -12,6 +12,7 @@ from typing import Any
 from kvcanary.cli.drill_readme import render
 from kvcanary.cli.drill_report import as_json, causes_ok, print_causes, print_sdc, print_table, sdc_as_json, verdict_of
 from kvcanary.cli.rig import choose_backend
+from kvcanary.config import given_by_environment
 from kvcanary.errors import ConfigError
 from kvcanary.sim import soak
 from kvcanary.sim.museum import SCENARIOS, Outcome, Scenario, play
@@ -74,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = choose(arguments.scenario)
     choice = choose_backend(arguments.backend)
     print(f"backend {choice.backend}: {choice.why}")
+    given = given_by_environment()
+    if given:
+        print(f"with settings of the environment: {', '.join(given)} (unset them to drill the defaults)")
     if arguments.soak:
         arguments.backend = choice.backend
         return soak.run(arguments)
