@@ -276,10 +276,12 @@ import random, sys
 from pathlib import Path
 from agree import Side, SimtSide, simt_library
 from test_kernels_agree import KINDS, run
+from test_kernels_reserved import test_any_layout_with_random_bytes as check_reserved_blocks
 
 library = simt_library(Path(sys.argv[1]), sanitize=True)
 for seed in range(25):
     run(seed, [Side(), SimtSide(library, 1 + seed % 2)], KINDS, 4, 0.5)
+    check_reserved_blocks(lambda: [Side(), SimtSide(library)], seed)
 print("no finding")
 """
 
