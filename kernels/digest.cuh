@@ -399,22 +399,14 @@ template <typename Then>
 KVC_DEVICE void kvc_each_sum(const Pool& pool, const DigestRange& range, const LaneSlot& at, Then then) {
     bool is_crumb = range.first < range.last && kvc_is_crumb(pool, range.first);
     Crumb crumb = {0, 0};
-    uint64_t ahead = 0;
-    if (is_crumb) {
-        crumb = kvc_load_crumb(pool, range.first, at);
-        ahead = then.before(range.first);
-    }
+    if (is_crumb) crumb = kvc_load_crumb(pool, range.first, at);
 #pragma unroll 1
     for (uint32_t d = range.first; d < range.last; ++d) {
         const bool is_now = is_crumb;
         const Crumb now = crumb;
-        uint64_t stored = ahead;
-        if (!is_now) stored = then.before(d);
         is_crumb = d + 1 < range.last && kvc_is_crumb(pool, d + 1);
-        if (is_crumb) {
-            crumb = kvc_load_crumb(pool, d + 1, at);
-            ahead = then.before(d + 1);
-        }
+        if (is_crumb) crumb = kvc_load_crumb(pool, d + 1, at);
+        const uint64_t stored = then.before(d);
         then.after(d, stored, is_now ? kvc_crumb_sum(pool, d, now) : kvc_sums(pool, d, at));
     }
 }

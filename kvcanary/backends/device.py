@@ -468,6 +468,7 @@ class DeviceBackend:
         pool = self._pools[call.pool].copy()
         pool["due"] = 0
         on_device = {"rows": driver.zeros(rows.shape, rows.dtype), "work": driver.zeros(work.shape, work.dtype)}
+        driver.synchronize()  # memory is zeroed on a stream of the driver's
         for name, values in (("rows", rows), ("work", work)):
             driver.upload(on_device[name], values, stream)
             pool[name] = driver.pointer(on_device[name])
