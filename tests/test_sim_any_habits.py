@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kvcanary.sim.engine import SimEngine
+from kvcanary.sim.engine import SimEngine, StepInfo
 from kvcanary.sim.habits import Habits
 from kvcanary.sim.model import ModelConfig
+from kvcanary.sim.requests import Request
 from kvcanary.sim.step_arrays import StepArrays
 
 
@@ -23,6 +24,7 @@ class EchoModel:
         self.n_blocks, self.page_size = n_blocks, page_size
         self.config = ModelConfig(window=window)
         self.cache = np.full(n_blocks * page_size, -1, np.int32)
+        self.k_cache = self.v_cache = [self.cache.reshape(n_blocks, page_size, 1, 1)]  # moved as one
 
     def forward(self, arrays: StepArrays) -> NDArray[np.int32]:
         return self.forward_all(arrays)[np.maximum(arrays.query_start_loc[1:] - 1, 0)]
@@ -62,6 +64,10 @@ some_habits = st.fixed_dictionaries(
         "keeps_stale_ids": st.booleans(),
         "hits_window": st.booleans(),
         "shares_early": st.booleans(),
+        "cache_owns": st.booleans(),
+        "zeroes": st.booleans(),
+        "n_offload": st.sampled_from([0, 3, 20]),
+        "in_flight": st.booleans(),
     }
 )
 
@@ -106,6 +112,8 @@ def test_any_schedule_with_any_habits(
 ) -> None:
     if window is None:
         habits |= {"frees_window": False}
+    if habits["in_flight"]:
+        habits |= {"n_draft": 0}
     if not habits["frees_window"]:
         habits |= {"hits_window": False}
     engine = SimEngine(
@@ -118,5 +126,26 @@ def test_any_schedule_with_any_habits(
     )
     engine.before_forward.append(lambda arrays: check_books(engine, arrays))
     expected = [echo_output(text.encode(), limit, window) for text, limit in work]
+    forks: list[tuple[Request, bytes]] = []
+
+    def fork_one(info: StepInfo) -> None:
+        """After every third step the oldest request goes on in a second way."""
+        parent = engine.scheduler.running[0] if engine.scheduler.running and info.step % 3 == 0 else None
+        if parent is not None and (fork := engine.fork(parent, ord("d"))) is not None:
+            forks.append((fork, bytes(fork.known.astype(np.uint8))))
+
+    def drop_one(info: StepInfo) -> None:
+        """After every tenth the youngest fork is dropped."""
+        if info.step % 10 == 0 and forks and not forks[-1][0].is_finished:
+            engine.scheduler.abort(forks.pop()[0])
+
+    engine.after_step += [fork_one, drop_one]
     assert engine.run([text.encode() for text, _ in work], [limit for _, limit in work]) == expected
+    engine.after_step.clear()
+    while engine.has_work:
+        engine.step()
+    engine.in_flight.resolve()
+    for fork, start in forks:
+        text = bytes(fork.known.astype(np.uint8))
+        assert text == start + echo_output(start, len(fork.tokens) - len(start), window)
     assert not engine.allocator.ref_counts.any()

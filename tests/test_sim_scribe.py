@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from simt.runner import SimtLibrary
 from test_sim_cuda import SimtCupy, host, library  # noqa: F401  # the kernels of the sim, built for the CPU
 from test_sim_model import N_BLOCKS, PAGE, SMALL, make_arrays
 
@@ -118,10 +119,12 @@ def test_layer_by_layer_is_never_a_graph() -> None:
     assert arrived == [0, 1] and not runner._graphs
 
 
-def test_numbers_agree_with_the_source() -> None:
+def test_numbers_agree_with_the_source(library: SimtLibrary) -> None:  # noqa: F811
     for name, value in {"OF_TOKEN": OF_TOKEN, "OF_SLOT": OF_SLOT, "OF_WORD": OF_WORD, "OF_MIX": OF_MIX}.items():
         assert f"{name} = 0x{value:08X}u" in SOURCE
     assert f"SCRIBE_THREADS = {cuda_model.THREADS};" in SOURCE
+    info = library.info["kvc_sim_scribe"]
+    assert (info.params_bytes, info.max_block) == (PARAMS.itemsize, cuda_model.THREADS)
     struct = re.search(r"struct ScribeParams \{(.*?)\};", SOURCE, re.DOTALL)
     assert struct is not None
     fields = re.findall(r"^\s*(.*?)(\w+);", struct[1], re.MULTILINE)

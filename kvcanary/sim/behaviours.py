@@ -18,24 +18,9 @@ BEHAVIOURS = (
     *("hits in the forward that writes", "evictions", "evictions by a cache that owns", "blocks behind the window"),
     *("stale table entries", "prefix hits of the window alone", "accepted drafts", "rejected drafts"),
     *("committed tree paths", "forks", "copies of a shared tail", "aborted requests", "blocks offloaded"),
-    *(
-        "blocks restored",
-        "rows that load layer by layer",
-        "handoffs",
-        "placeholders",
-        "late writes",
-        "fresh blocks zeroed",
-    ),
-    *(
-        "refreshed requests",
-        "reloads",
-        "adapters",
-        "adopted slots",
-        "sweeps",
-        "patrols",
-        "lifecycle on",
-        "lifecycle off",
-    ),
+    *("blocks restored", "rows that load layer by layer", "handoffs", "placeholders", "late writes"),
+    *("fresh blocks zeroed", "refreshed requests", "reloads", "pauses", "failed forwards", "adapters"),
+    *("adopted slots", "sweeps", "patrols", "lifecycle on", "lifecycle off"),
     *("real data all", "real data partial", "real data none"),
 )
 
@@ -47,7 +32,6 @@ class Watch:
         self.did: Counter[str] = Counter()
         self._engine = engine
         self._n_known: dict[int, int] = {}
-        self._preempted: dict[int, int] = {}
         self._seen: set[int] = set()
         engine.before_forward.append(self._note_batch)
 

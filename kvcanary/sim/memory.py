@@ -126,6 +126,12 @@ class Mover:
         if layer == self._n_layers - 1:
             self._late.clear()
 
+    def finish_loading(self) -> None:
+        """All that is late arrives: its forward has failed, the next one will find it there."""
+        for slots, stored in self._late:
+            self.memory.write(slots, stored.kv)
+        self._late.clear()
+
     def _copy(self, move: Move, guard: MovingGuard) -> None:
         assert move.targets is not None
         guard.copied(move.slots, move.targets)

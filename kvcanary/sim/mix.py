@@ -38,6 +38,8 @@ class Mix:
     refresh_rate: float = 0.0
     reload_rate: float = 0.0
     handoff_rate: float = 0.0  # of prompts that a prefill engine computes
+    pause_rate: float = 0.0
+    failure_rate: float = 0.0  # of forwards that raise, before or after the model has written
     end_byte_rate: float = 0.0  # of requests that may end at some byte before their room is used up
 
 
@@ -68,6 +70,8 @@ def draw(seed: int, backend: str = "host") -> Mix:
         refresh_rate=_rate(rng, 0.1),
         reload_rate=_rate(rng, 0.004),
         handoff_rate=_rate(rng, 0.4),
+        pause_rate=_rate(rng, 0.02),
+        failure_rate=_rate(rng, 0.03),
         end_byte_rate=_rate(rng, 0.5),
     )
 

@@ -6,8 +6,9 @@ import argparse
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +50,27 @@ class FalseAlarmError(AssertionError):
     """The guard reported an honest engine; the text has the seed, the step and what was drawn."""
 
 
+class ForwardFailedError(Exception):
+    """A model that raises now and then."""
+
+
+class FailingGuard(CanaryGuard):
+    """A guard around forwards of which some raise, when `will_fail` says so: "before" or "after" the model wrote."""
+
+    will_fail = ""
+
+    @contextmanager
+    def forward(self, arrays: Any) -> Iterator[None]:
+        """HEAD; then TAIL, unless the forward fails."""
+        fails = self.will_fail if arrays.max_rows != arrays.max_tokens else ""  # no graph is captured half-way
+        with super().forward(arrays):
+            if fails == "before":
+                raise ForwardFailedError
+            yield
+            if fails == "after":
+                raise ForwardFailedError
+
+
 class OnlyOwners(NoGuard):
     """A guard that is not there yet, and is told all the same who owns which blocks."""
 
@@ -69,6 +91,7 @@ class Soak:
         self.rng = np.random.default_rng([seed, 2])
         self.engine, self.manager, self.guard = self._make(self.mix.page_size, self.mix.n_blocks, is_prefill=False)
         self.watch = Watch(self.engine)
+        self.is_paused = False
         self.prefill: PrefillEngine | None = None
         if self.mix.handoff_rate:
             engine, self.prefill_manager, guard = self._make(8, self.mix.max_len // 8 + 8, is_prefill=True)
@@ -91,6 +114,10 @@ class Soak:
                 self._queue()
                 self._between_steps()
                 info = self.engine.step(self.guard if step >= 0 else absent)
+            except ForwardFailedError:
+                self.watch.did["failed forwards"] += 1
+                self.engine.mover.finish_loading()
+                continue
             except KvCanaryError as error:
                 raise FalseAlarmError(f"seed {self.seed}, step {step} ({self.backend}): {error}\n{self.mix}") from error
             self.watch.note(info)
@@ -116,7 +143,9 @@ class Soak:
         did["real data " + self.mix.config.real_data] += n_steps
         return SoakResult(self.seed, n_steps, len(self.asked), protected, data, stats.live_blocks, dict(did))
 
-    def _make(self, page_size: int, n_blocks: int, *, is_prefill: bool) -> tuple[SimEngine, CanaryManager, CanaryGuard]:
+    def _make(
+        self, page_size: int, n_blocks: int, *, is_prefill: bool
+    ) -> tuple[SimEngine, CanaryManager, FailingGuard]:
         mix, config = self.mix, self.mix.config
         if is_prefill:
             config = replace(config, on_unwritten="violation", sweep_interval=0)
@@ -142,7 +171,7 @@ class Soak:
         )
         if runner is not None:
             runner.engine = engine
-        return engine, manager, CanaryGuard(manager, stream, () if is_prefill else mix.leave_out)
+        return engine, manager, FailingGuard(manager, stream, () if is_prefill else mix.leave_out)
 
     # ---- load --------------------------------------------------------------------------------------------------------
     def _queue(self) -> None:
@@ -174,6 +203,15 @@ class Soak:
             self.engine.refresh(request)
         if rng.random() < mix.reload_rate:
             self.engine.reload()
+        if self.is_paused and rng.random() < 0.5:
+            self.manager.resume()
+            self.is_paused = False
+        elif rng.random() < mix.pause_rate:
+            self.manager.pause()
+            self.is_paused = True
+            did["pauses"] += 1
+        fails = rng.random() < mix.failure_rate
+        self.guard.will_fail = str(rng.choice(["before", "after"])) if fails else ""
 
     def _any_running(self) -> Request | None:
         running = self.engine.scheduler.running
