@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from simt.build import build
 from simt.driver import simt_backend
+from simt.exact import exact_copy, exact_rows
 from simt.runner import SimtLibrary
 
 from kvcanary import CanaryConfig, CanaryManager, KvPool, LifecycleError, StepBatch, abi
@@ -54,6 +55,12 @@ class Side:
     def to_device(self, array: Array) -> Any:
         """A copy in the memory of this side's engine."""
         return np.array(array, order="C")
+
+    def to_device_rows(self, array: Array, row_bytes: int) -> Any:
+        """A copy whose rows lie ``row_bytes`` apart, with something between them."""
+        wide = np.full((array.shape[0], row_bytes // array.itemsize), 7, array.dtype)
+        wide[:, : array.shape[1]] = array
+        return self.to_device(wide)[:, : array.shape[1]]
 
     def to_host(self, array: Any) -> Array:
         """A copy in host memory."""
@@ -146,6 +153,12 @@ class SimtSide(DeviceSide):
         self.backend = functools.partial(
             simt_backend, library=library, n_multiprocessors=n_multiprocessors, seed=seed << 32
         )
+
+    def to_device(self, array: Array) -> Any:
+        return exact_copy(array)
+
+    def to_device_rows(self, array: Array, row_bytes: int) -> Any:
+        return exact_rows(array, row_bytes)
 
 
 def simt_library(base: Path, sanitize: bool = False) -> SimtLibrary:
@@ -459,9 +472,7 @@ def _place(side: Side, value: Any) -> Any:
     if not isinstance(value, np.ndarray):
         return value
     if value.ndim == 2 and value.size and not value.flags.c_contiguous:
-        wide = np.full((value.shape[0], value.strides[0] // value.itemsize), 7, value.dtype)
-        wide[:, : value.shape[1]] = value
-        return side.to_device(wide)[:, : value.shape[1]]
+        return side.to_device_rows(value, value.strides[0])
     return side.to_device(value)
 
 

@@ -15,11 +15,15 @@ from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
 from kvcanary.layout import KvPool
 
+from .exact import exact_array, exact_copy
 from .runner import SimtLibrary
 
 
 class SimtDriver:
-    """See `kvcanary.backends.device.Driver`; every launch runs its blocks in an order of its own seed."""
+    """See `kvcanary.backends.device.Driver`; every launch runs its blocks in an order of its own seed.
+
+    Whatever the kernels see is an allocation of its own and of exactly its size: `simt.exact`.
+    """
 
     def __init__(self, library: SimtLibrary, seed: int = 0, n_multiprocessors: int = 1) -> None:
         self.n_multiprocessors = n_multiprocessors
@@ -29,13 +33,13 @@ class SimtDriver:
         self._seed = seed
 
     def zeros(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-        return np.zeros(shape, dtype)
+        return exact_array(shape, dtype)
 
     def pointer(self, array: Any) -> int:
         return int(array.ctypes.data)
 
     def mapped(self, n: int, dtype: Any) -> tuple[np.ndarray[Any, Any], int]:
-        array = np.zeros(n, dtype)
+        array = exact_array(n, dtype)
         return array, int(array.ctypes.data)
 
     def kernel(self, source: str, name: str) -> str:
@@ -75,21 +79,15 @@ class SimtDriver:
         return HostStaging(n_words, depth)
 
     def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
-        self._lists = [None if a is None else np.ascontiguousarray(a, np.int32) for a in lists]
+        self._lists = [None if a is None else exact_copy(np.asarray(a, np.int32)) for a in lists]
         return [0 if a is None else int(a.ctypes.data) for a in self._lists]
 
     @contextlib.contextmanager
     def lend(self, arrays: Sequence[Any], n_scratch: int, stream: Any) -> Iterator[tuple[list[int], int]]:
-        held = [np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a for a in arrays]
-        memory = np.full(n_scratch + 32, 0xA5, np.uint8)  # whoever reads it before writing it finds no zeros
+        held = [exact_copy(a) if isinstance(a, np.ndarray) else a for a in arrays]
+        scratch = exact_array(n_scratch, np.uint8, fill=0xA5)  # whoever reads it before writing it finds no zeros
         addresses = [a.pointer if isinstance(a, ArrayView) else 0 if a is None else int(a.ctypes.data) for a in held]
-        aligned = {}  # stamps are aligned to 32 bytes
-        for i, array in enumerate(held):
-            if isinstance(array, np.ndarray) and array.dtype == abi.STAMP:
-                aligned[i] = np.zeros(array.nbytes + 32, np.uint8)
-                addresses[i] = (int(aligned[i].ctypes.data) + 31) // 32 * 32
-                host_array(addresses[i], (array.nbytes,), (1,), np.uint8)[:] = array.reshape(-1).view(np.uint8)
-        yield addresses, (int(memory.ctypes.data) + 31) // 32 * 32
+        yield addresses, int(scratch.ctypes.data)
 
     def synchronize(self) -> None:
         pass

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .exact import exact_array
 from .runner import SimtLibrary
 
 Work = Callable[[], bool]  # False: not yet, try again later
@@ -185,12 +186,12 @@ class FakeCuda:
     # ---- memory ------------------------------------------------------------------------------------------------------
     def _zeros(self, shape: Any, dtype: Any) -> FakeArray:
         self.calls["allocate"] += 1
-        return FakeArray(np.zeros(shape, dtype))
+        return FakeArray(exact_array(shape, dtype))
 
     def _pinned(self, n_bytes: int) -> SimpleNamespace:
         self.calls["allocate"] += 1
-        memory = ctypes.create_string_buffer(b"\xa5" * n_bytes, n_bytes + 64)
-        return SimpleNamespace(handle=(ctypes.addressof(memory) + 63) // 64 * 64, memory=memory)
+        memory = exact_array(n_bytes, np.uint8, fill=0xA5)
+        return SimpleNamespace(handle=int(memory.ctypes.data), memory=memory)
 
     def _memcpy_async(self, target: int, source: int, n_bytes: int, kind: int, stream: int) -> None:
         self.calls["copy"] += 1
