@@ -198,7 +198,8 @@ KVC_DEVICE void kvc_register_path(Register& reg, const PathStart& start, int32_t
 // A path by a warp: its few entries one after the other, the digests of each by the lanes.
 KVC_DEVICE bool kvc_commit_path(const MoveParams& p, int64_t first, int64_t last, int64_t prefix, int64_t request_slot) {
     const Pool& pool = p.pool;
-    if (first < 0 || last < first || last > p.n || prefix < 0 || prefix + (last - first) > KVC_MAX_POSITIONS) return false;
+    if (first < 0 || last < first || last > p.n) return false;
+    if (prefix < 0 || prefix > KVC_MAX_POSITIONS - (last - first)) return false;  // not the sum, which may overflow
     if (first == last) return true;
     const uint32_t lane = kvc_lane();
     const bool has_register = request_slot >= 0 && request_slot < (int64_t)pool.max_requests;

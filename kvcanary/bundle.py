@@ -6,6 +6,7 @@ A bundle holds token ids, which are user content: store and send it as you would
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -219,12 +220,27 @@ class SlotBundle:
         body = data[:-_CHECKSUM_BYTES]
         if _checksum(body) != data[-_CHECKSUM_BYTES:]:
             raise BundleError("the bundle's checksum is not that of its bytes: it was damaged on the way; export anew")
+        try:
+            return cls._from_body(body, n_geometry, n)
+        except BundleError:
+            raise
+        except (struct.error, IndexError, ValueError, OverflowError) as error:
+            raise BundleError(
+                f"the bundle's checksum is right, but not its contents ({error}): made by something else; export anew"
+            ) from error
+
+    @classmethod
+    def _from_body(cls, body: bytes, n_geometry: int, n: int) -> SlotBundle:
+        """The parts behind the header; ValueError and the like if they are not of the sizes that it tells."""
         geometry = Geometry._from_bytes(body[_HEADER.size : _HEADER.size + n_geometry])
         at, planes, arrays = _HEADER.size + n_geometry, 2 * geometry.halves, []
         shapes: tuple[tuple[Any, tuple[int, ...]], ...]
         shapes = ((PORTABLE, (planes, n)), ("i1", (planes, n)), ("u1", (n,)), ("<u8", (len(geometry.units), n)))
+        wanted = at + sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in shapes)
+        if wanted != len(body):
+            raise ValueError(f"{n} entries take {wanted} bytes, there are {len(body)}")
         for dtype, shape in shapes:
-            count = int(np.prod(shape))
+            count = math.prod(shape)
             arrays.append(np.frombuffer(body, dtype, count, at).reshape(shape) if count else np.zeros(shape, dtype))
             at += count * np.dtype(dtype).itemsize
         return cls(geometry, *arrays)

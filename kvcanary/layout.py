@@ -231,10 +231,11 @@ class KvPool:
     def _check_numbers(self) -> None:
         if not 1 <= self.n_slots <= MAX_SLOTS:
             raise self._error(f"{self.n_blocks} blocks x {self.page_size} = {self.n_slots} slots; 1 to {MAX_SLOTS} fit")
-        if (self.kind is PoolKind.SWA) != (self.window is not None) or (self.window is not None and self.window < 1):
+        is_window = self.window is None or 1 <= self.window <= MAX_SLOTS
+        if (self.kind is PoolKind.SWA) != (self.window is not None) or not is_window:
             raise self._error(
-                f"kind {self.kind.name} with window={self.window}: an SWA pool needs a window >= 1 (tokens, "
-                "the query's own included), a FULL pool has None"
+                f"kind {self.kind.name} with window={self.window}: an SWA pool needs a window of 1 to {MAX_SLOTS} "
+                "(tokens, the query's own included), a FULL pool has None"
             )
         blocks = self.reserved_blocks
         if len(blocks) > MAX_RESERVED or len(set(blocks)) != len(blocks):

@@ -469,13 +469,20 @@ class Engine:
 
 # ---- guards, and an engine to drive them -----------------------------------------------------------------------------
 def random_scenario(
-    rng: random.Random, sides: Sequence[Side], *, max_len: int = 0, is_odd: bool = False, **config: Any
+    rng: random.Random,
+    sides: Sequence[Side],
+    *,
+    max_len: int = 0,
+    is_odd: bool = False,
+    make: Callable[..., Twins] = Twins,
+    **config: Any,
 ) -> tuple[Twins, Engine]:
     """Guards on these sides, and an engine over their pools.
 
     Args:
         max_len: tokens of the longest request; 0 = any of the small ones.
         is_odd: pools may be such that an honest engine is reported.
+        make: what makes the guards.
         config: fields of `CanaryConfig` that are not left to chance.
     """
     habits = random_habits(rng)
@@ -496,7 +503,7 @@ def random_scenario(
     chosen |= config
     if chosen["lifecycle"]:
         chosen.setdefault("scrub_bytes_per_step", rng.choice((0, 1, 4096, 1 << 20)))
-    twins = Twins(specs, sides, max_requests, max_new_tokens, **chosen)
+    twins = make(specs, sides, max_requests, max_new_tokens, **chosen)
     luts = [buffers.get("lut") for buffers in twins.buffers]
     engine = Engine(twins.pools, luts, habits, rng.getrandbits(32), max_requests, max_new_tokens, max_len)
     engine.tells_owners = twins.config.lifecycle

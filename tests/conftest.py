@@ -15,9 +15,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-# Shared runners stall for seconds: no deadline, in either profile. "ci" tries more, the same each time.
+# Shared runners stall for seconds: no deadline, in any profile. "suite" tries more, the same each time; "ci" ten times
+# as much, for the properties of the kernels alone (`strategies.examples`): all tests would take hours.
 settings.register_profile("default", deadline=None)
-settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True, print_blob=True)
+settings.register_profile("suite", deadline=None, max_examples=200, derandomize=True, print_blob=True)
+settings.register_profile("ci", deadline=None, max_examples=2000, derandomize=True, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -6,11 +6,27 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvcanary import layouts
 from kvcanary.layout import KvPool, Plane, plane_address
+
+N_AT_LEAST = 2000  # examples of a property of the kernels, in the profile that has as many
+
+
+def examples(percent: int, *, is_variant: bool = False) -> settings:
+    """A share of the profile's examples; the engine is a seed's business, so there is little to shrink.
+
+    Args:
+        is_variant: of a property that is tested elsewhere: a share is enough, even of many.
+    """
+    most = settings.default.max_examples
+    n = most * percent // 100
+    if most >= N_AT_LEAST and not is_variant:
+        n = max(n, N_AT_LEAST)
+    return settings(max_examples=max(1, n), suppress_health_check=[HealthCheck.too_slow])
 
 
 class Form(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -120,6 +121,19 @@ def test_every_cut_and_every_addition_is_refused() -> None:
 def test_the_message_says_what_is_wrong(change: Any, text: str) -> None:
     with pytest.raises(BundleError, match=text):
         SlotBundle.from_bytes(change(small().to_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(16, 3), (16, 1), (19, 1), (20, 255), (24, 1 << 40), (32, 3), (32, 0), (36, 7), (44, 1 << 30), (44, 0), (56, 255)],
+)
+def test_contents_that_do_not_fit_under_a_right_checksum(at: int, value: int) -> None:
+    """Whoever made it knows how checksums are made: entries, halves, real data, digests and planes of other numbers."""
+    body = bytearray(small().to_bytes()[:-32])
+    width = 8 if at == 24 else 1 if value < 256 else 4
+    body[at : at + width] = value.to_bytes(width, "little")
+    with pytest.raises(BundleError, match=r"checksum is right, but not its contents|cut off|shape|unknown values"):
+        SlotBundle.from_bytes(bytes(body) + hashlib.blake2b(body, digest_size=32).digest())
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

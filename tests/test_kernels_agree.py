@@ -15,21 +15,16 @@ from agree_engine import drive, random_scenario
 from agree_faults import KINDS, Faults
 from agree_pools import random_pool
 from agree_script import A, B, Row, Script, batch_of, kinds, pool_spec
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simt.build import sanitizer_environment
 from simt.runner import SimtLibrary
+from strategies import examples
 
 from kvcanary import Reason, abi
 
 HERE = Path(__file__).resolve().parent
 SEEDS = st.integers(0, (1 << 32) - 1)
-
-
-def examples(percent: int) -> settings:
-    """A share of the profile's examples; the engine is a seed's business, so there is little to shrink."""
-    n = max(1, settings.default.max_examples * percent // 100)
-    return settings(max_examples=n, suppress_health_check=[HealthCheck.too_slow])
 
 
 def run(
@@ -43,23 +38,23 @@ def run(
 
 
 # ---- random engines --------------------------------------------------------------------------------------------------
-@examples(200)
+@examples(100)
 @given(SEEDS, st.sets(st.sampled_from(KINDS)), st.integers(1, 10))
 def test_with_some_faults(library: SimtLibrary, seed: int, kinds: set[str], n_steps: int) -> None:
     run(seed, [Side(), SimtSide(library, seed=seed % 99)], tuple(sorted(kinds)), n_steps, 0.2)
 
 
-@examples(120)
+@examples(60)
 @given(SEEDS, st.integers(1, 6))
 def test_fed_with_noise(library: SimtLibrary, seed: int, n_steps: int) -> None:
     run(seed, [Side(), SimtSide(library)], KINDS, n_steps, 0.6)
 
 
-@examples(40)
+@examples(20)
 @given(SEEDS, st.integers(0, 1000), st.integers(0, 1000))
 def test_neither_grid_nor_order_matter(library: SimtLibrary, seed: int, first: int, second: int) -> None:
     sides = [SimtSide(library, 1, first), SimtSide(library, 2, second), SimtSide(library, 3)]
-    run(seed, [Side(), *sides], KINDS, 5)
+    run(seed, [Side(), *sides], KINDS, 4)
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 7, 10**4])
@@ -78,13 +73,13 @@ def test_however_short_the_list_of_due_slots_is(
     assert n_compared > 100
 
 
-@examples(10)
+@examples(10, is_variant=True)
 @given(SEEDS)
 def test_more_positions_than_a_warp_takes_at_once(library: SimtLibrary, seed: int) -> None:
     run(seed, [Side(), SimtSide(library, 2)], ("bytes", "guard", "table", "lengths"), 6, max_len=400)
 
 
-@examples(3)
+@examples(3, is_variant=True)
 @given(SEEDS)
 def test_long_requests(library: SimtLibrary, seed: int) -> None:
     twins = run(seed, [Side(), SimtSide(library, 3)], ("bytes", "guard", "table"), 3, max_len=4500)

@@ -9,21 +9,16 @@ from collections.abc import Sequence
 from agree import Side, SimtSide
 from agree_engine import drive, random_scenario
 from agree_faults import Faults
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from simt.runner import SimtLibrary
+from strategies import examples
 
 from kvcanary import abi
 from kvcanary.violations import PoolNames, decode
 
 N_STEPS = 12
 SEEDS = st.integers(0, (1 << 32) - 1)
-
-
-def examples(percent: int) -> settings:
-    """A share of the profile's examples; the engine is a seed's business, so there is little to shrink."""
-    n = max(1, settings.default.max_examples * percent // 100)
-    return settings(max_examples=n, suppress_health_check=[HealthCheck.too_slow])
 
 
 def run(seed: int, sides: Sequence[Side], max_len: int = 0, n_steps: int = N_STEPS) -> Counter[str]:
@@ -49,10 +44,10 @@ def test_reference_is_silent(seed: int) -> None:
 @examples(15)
 @given(SEEDS)
 def test_kernels_are_silent(library: SimtLibrary, seed: int) -> None:
-    run(seed, [Side(), SimtSide(library)])
+    run(seed, [Side(), SimtSide(library)], n_steps=8)
 
 
-@examples(4)
+@examples(4, is_variant=True)
 @given(SEEDS)
 def test_kernels_are_silent_over_long_requests(library: SimtLibrary, seed: int) -> None:
     run(seed, [Side(), SimtSide(library, n_multiprocessors=2)], max_len=300, n_steps=6)

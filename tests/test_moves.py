@@ -412,6 +412,14 @@ def test_rows_on_the_device_that_cannot_be_are_skipped(sides: Sides) -> None:
     assert s.forward(Row(1, A, 9, 10, [1, 2, 3])) == []
 
 
+def test_a_prefix_on_the_device_that_no_sum_can_hold_is_skipped(sides: Sides) -> None:
+    s = Script(sides())
+    s.forward(Row(1, A, 0, 6, [1, 2, 3]))
+    paths = {"row_starts": np.array([0, 1, 2]), "prefix_lens": np.array([(1 << 63) - 1, (1 << 31) - 1])}
+    s.twins.move(MoveOp.COMMIT, 0, np.array([12, 13]), is_wide=True, sources=np.array([8, 9]), **paths)
+    assert skipped(s) == 2
+
+
 # ---- layouts, random moves -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(12))
 def test_random_moves_in_random_layouts_agree(sides: Sides, seed: int) -> None:

@@ -49,10 +49,13 @@ public:
     void prepare(Stack stack, size_t index, void (*entry)());
     void resume();   // scheduler: runs the fibre until it suspends or finishes
     void suspend();  // fibre: back to the scheduler, returns at the next resume()
-    void finish();   // fibre: back to the scheduler for good
+    void finish();   // fibre, all of whose calls but entry() have returned: back to the scheduler for good
+    void abandon();  // fibre: the same from anywhere
 
 private:
     void leave(bool for_good);
+
+    bool is_clean_ = false;  // nothing but the frames of entry() was left on the stack
 
     Stack stack_;
 #if defined(KVC_SIMT_UCONTEXT)

@@ -276,7 +276,7 @@ void fail(const char* format, ...) {
     std::vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     launch.error = where() + ", thread " + std::to_string(here.thread) + ": " + text;
-    for (;;) launch.running->finish();
+    for (;;) launch.running->abandon();
 }
 
 }  // namespace kvc_simt
