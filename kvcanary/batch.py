@@ -220,7 +220,7 @@ def _check_device(name: str, view: ArrayView, pool: KvPool, device_kind: str) ->
 
 # ---- the arrays together ---------------------------------------------------------------------------------------------
 def _check_choices(batch: StepBatch) -> None:
-    if batch.table_entries not in ("blocks", "slots"):
+    if not isinstance(batch.table_entries, str) or batch.table_entries not in ("blocks", "slots"):
         raise BatchError(f"table_entries={batch.table_entries!r}: give 'blocks' or 'slots'")
     missing = [name for name in _REQUIRED if getattr(batch, name) is None]
     if missing:

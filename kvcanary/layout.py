@@ -65,9 +65,7 @@ class KvPool:
     expected_every_step: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "planes", tuple(self.planes))
-        object.__setattr__(self, "kind", PoolKind(self.kind))
-        object.__setattr__(self, "reserved_blocks", tuple(int(b) for b in self.reserved_blocks))
+        self._check_types()
         if self.page_size < 1 or self.n_blocks < 0:
             raise self._error(f"page_size={self.page_size}, n_blocks={self.n_blocks}: give both >= 1, or n_blocks=0")
         if not self.planes and not self.n_blocks:
@@ -227,6 +225,40 @@ class KvPool:
 
     def _error(self, text: str) -> LayoutError:
         return LayoutError(f"pool {self.name!r}: {text}")
+
+    def _check_types(self) -> None:
+        """Every field of its type, integers of any kind as Python's."""
+        kinds = [kind for kind in PoolKind if isinstance(self.kind, int) and kind == self.kind]
+        if not isinstance(self.name, str):
+            raise LayoutError(f"pool name={self.name!r}: give a string")
+        planes = self._items("planes", self.planes, "Planes")
+        if not all(isinstance(p, Plane) for p in planes):
+            raise self._error(f"planes={self.planes!r}: give a tuple of Planes")
+        if not kinds:
+            raise self._error(f"kind={self.kind!r}: choose one of {', '.join(map(str, PoolKind))}")
+        if not isinstance(self.expected_every_step, bool):
+            raise self._error(f"expected_every_step={self.expected_every_step!r}: give True or False")
+        numbers = {name: self._integer(name, getattr(self, name)) for name in ("page_size", "n_blocks", "token_offset")}
+        if self.window is not None:
+            numbers["window"] = self._integer("window", self.window)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
+        blocks = self._items("reserved_blocks", self.reserved_blocks, "block numbers")
+        reserved = tuple(self._integer("a block of reserved_blocks", b) for b in blocks)
+        object.__setattr__(self, "reserved_blocks", reserved)
+        object.__setattr__(self, "planes", planes)
+        object.__setattr__(self, "kind", kinds[0])
+
+    def _items(self, name: str, values: Any, what: str) -> tuple[Any, ...]:
+        try:
+            return tuple(values)
+        except TypeError:
+            raise self._error(f"{name}={values!r}: give a tuple of {what}") from None
+
+    def _integer(self, name: str, value: Any) -> int:
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise self._error(f"{name}={value!r}: give an integer")
+        return int(value)
 
     def _check_numbers(self) -> None:
         if not 1 <= self.n_slots <= MAX_SLOTS:

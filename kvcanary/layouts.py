@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from kvcanary.arrays import ArrayView, view_of
@@ -119,13 +120,15 @@ def _pool(
 def _layer_numbers(parts: Sequence[tuple[str, Half, Sequence[Any] | None]], layers: Sequence[int] | None) -> list[int]:
     counts: dict[str, int] = {}
     for name, _, arrays in parts:
-        if arrays is None:
+        if arrays is None and name != parts[0][0]:
             continue
         is_one_array = not isinstance(arrays, (list, tuple)) or (len(arrays) > 0 and isinstance(arrays[0], int))
         if is_one_array or not arrays:
             raise LayoutError(f"{name}={type(arrays).__name__}: give a list with one array per layer, at least one")
         counts[name] = len(arrays)
     if layers is not None:
+        if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
+            raise LayoutError(f"layers={layers!r}: give a list with the number of each layer, or None for 0, 1, ...")
         counts["layers"] = len(layers)
     if len(set(counts.values())) != 1:
         raise LayoutError(f"{', '.join(f'{n} for {c} layers' for n, c in counts.items())}: give as many of each")
@@ -138,6 +141,8 @@ def _place(view: ArrayView, axes: tuple[str, ...], page_size: int | None, label:
         known = " or ".join(f"{len(a)} axes ({a})" for a in axes)
         raise LayoutError(f"{label} has shape {view.shape}: give {known}; slice a fused array, kv[:, 0] and kv[:, 1]")
     size, step = dict(zip(letters, view.shape, strict=True)), dict(zip(letters, view.strides, strict=True))
+    if page_size is not None and (isinstance(page_size, bool) or not isinstance(page_size, Integral)):
+        raise LayoutError(f"page_size={page_size!r}: give the slots of a block, an integer")
     if "s" in letters:
         page = DEFAULT_PAGE_SIZE if page_size is None else page_size
         if page < 1 or size["s"] % page:

@@ -82,7 +82,7 @@ class Lifecycle:
                 raise LifecycleError(f"event {i} of lifecycle.apply(): {error}{before}", blocks, i) from error
 
     def _do(self, kind: str, ids: Any, owner: int, pool: str | int, stream: Any, step: int) -> None:
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise LifecycleError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
         assert self._backend is not None and self._pool_index is not None
         index = pool if type(pool) is int and 0 <= pool < len(self._ledgers) else self._pool_index(pool)

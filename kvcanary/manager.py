@@ -232,7 +232,10 @@ class CanaryManager(MoveCalls):
             raise PhaseError("verify_layer() must come between head() and tail() of the same StepBatch object")
         if batch.pending is None:
             raise BatchError("verify_layer(): the batch has no pending rows; give pending u8[rows] to StepBatch")
-        calls = [call for call in self._open_forward[0] if layer in self._layers_of(call.pool)]
+        try:
+            calls = [call for call in self._open_forward[0] if layer in self._layers_of(call.pool)]
+        except TypeError:  # what cannot be looked up is no number
+            calls = []
         if not calls:
             known = {n for call in self._open_forward[0] for n in self._layers_of(call.pool) if n is not None}
             raise BatchError(
@@ -411,9 +414,16 @@ class CanaryManager(MoveCalls):
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
-        key = (is_first, None if pools is None else tuple(pools))
-        known = self._bound.setdefault(batch, {})
-        if key not in known:
+        try:
+            key = (is_first, None if pools is None else tuple(pools))
+            known = self._bound.setdefault(batch, {})
+            is_known = key in known
+        except TypeError as error:
+            raise ConfigError(
+                f"head() came with {type(batch).__name__} and pools={pools!r} ({error}): give a StepBatch, and a list "
+                "of pool names or numbers, or None for all"
+            ) from error
+        if not is_known:
             self._phases.need_open("head()")
             chosen = range(len(self.pools)) if pools is None else self._choose_pools(pools)
             bound = batch.validate(

@@ -263,6 +263,8 @@ class _Lists:
     """The lists of one call, each as i64 NumPy array (checked) or as a view of device memory."""
 
     def __init__(self, call: str, pool: KvPool, blocks: bool) -> None:
+        if not isinstance(blocks, bool):
+            raise BatchError(f"{call}: blocks={blocks!r}: give True for lists of blocks, False for slots")
         self.call, self.pool, self.blocks = call, pool, blocks
         self.per_entry = pool.page_size if blocks else 1
         self.widths: set[int] = set()
@@ -313,13 +315,16 @@ class _Lists:
     def _resolve(self, name: str, values: Any) -> Array | ArrayView:
         is_raw = isinstance(values, tuple) and len(values) in (4, 5) and isinstance(values[1], (tuple, list))
         if isinstance(values, (Sequence, range)) and not is_raw:
-            values = np.array(values) if len(values) else np.zeros(0, np.int64)
+            try:
+                values = np.array(values) if len(values) else np.zeros(0, np.int64)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise BatchError(f"{self.call}: {name} is no list of numbers ({error}): give integers") from error
         view = view_of(values, f"{self.call}: {name}", BatchError)
         if len(view.shape) != 1:
             raise BatchError(f"{self.call}: {name} has shape {view.shape}: give a flat list")
         if view.is_host and view.host is not None:
             host = view.host
-            if host.dtype.kind == "V":
+            if host.dtype.kind == "V" and view.itemsize in (1, 2, 4, 8):
                 host = host.view(f"i{view.itemsize}")
             if host.dtype.kind not in "iu":
                 raise BatchError(f"{self.call}: {name} is {host.dtype}: give integers")

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvcanary.errors import ConfigError
 
+_MAX_DIGITS = 100  # Python refuses to read numbers of thousands
 _MAX_STEPS, _MAX_FAULTS, _MAX_SEED = (1 << 31) - 1, 1 << 20, (1 << 63) - 1
 
 
@@ -94,7 +95,7 @@ def _probability(pair: str, text: str) -> float:
 
 def _integer(low: int, high: int) -> Callable[[str, str], int]:
     def read(pair: str, text: str) -> int:
-        is_number = text.isascii() and text.isdecimal()
+        is_number = text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS
         if not is_number or not low <= int(text) <= high:
             raise ConfigError(f"perturb: {pair!r}: give an integer from {low} to {high}")
         return int(text)

@@ -18,7 +18,6 @@ from simt.build import sanitizer_environment
 from .worker import Journal
 
 TESTS = Path(__file__).resolve().parents[1]
-MAX_FINDINGS = 10
 _KEPT = 3000  # characters of what a dead child has said: a sanitizer's report, less its map of the memory
 
 
@@ -69,8 +68,13 @@ class Campaign:
                 raise SystemExit("no address sanitizer: install libasan for the C++ compiler, or leave --sanitize out")
             self._environment |= found
 
-    def run(self, first_seed: int, n_runs: int, seconds: float) -> Outcome:
-        """Raises SystemExit when there is no sanitizer; see `Outcome` for the rest."""
+    def run(self, first_seed: int, n_runs: int, seconds: float, max_findings: int = 10) -> Outcome:
+        """What came of it; SystemExit where not even the first run could be made.
+
+        Args:
+            max_findings: after so many, a process that died has no successor.
+        """
+        self._max_findings = max_findings
         outcome, start = Outcome(), time.monotonic()
         end = start + seconds
         with tempfile.TemporaryDirectory() as name:
@@ -120,6 +124,6 @@ class Campaign:
         outcome.n_runs += place.n_runs
         outcome.findings.append((place.seed, f"{what}\n{complaint[:_KEPT]}"))
         n_left = child.n_left - place.n_runs
-        if n_left <= 0 or now >= end or len(outcome.findings) >= MAX_FINDINGS:
+        if n_left <= 0 or now >= end or len(outcome.findings) >= self._max_findings:
             return None
         return self._start(folder, place.seed + self._processes, n_left, end)
