@@ -60,6 +60,7 @@ class Campaign:
 
     def __init__(self, library: Path, processes: int, max_silence: float, is_sanitized: bool) -> None:
         self._library, self._processes, self._max_silence = library, processes, max_silence
+        self._max_findings = 0
         self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
         self._environment.setdefault("OPENBLAS_NUM_THREADS", "1")
         if is_sanitized:

@@ -11,38 +11,32 @@ from agree import PoolSpec
 
 from kvcanary import Half, KvPool, LayoutError, Plane, PoolKind
 
-_SIZES = (0, 1, 2, 3, 4, 6, 8, 15, 16, 17, 20, 24, 32, 33, 48, 64, 96, 128)
-_FAR = (-(1 << 62), -64, -1, 257, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 32, (1 << 62), (1 << 63) - 1, 1 << 64)
+_CHUNKS = (1, 2, 3, 4, 6, 8, 16, 16, 20, 32, 48, 96)
+_NUMBERS = (0, 1, 2, 3, 4, 8, 15, 16, 17, 24, 33, 64, 100, 257, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 32)
+_FAR = (-(1 << 62), -64, -1, (1 << 62), (1 << 63) - 1, 1 << 64)
+_DTYPES = ("", "uint8", "float16", "bfloat16", "float8_e5m2", "float8_e4m3fn", "float32")
 
 
 def hostile_pool(rng: random.Random) -> PoolSpec | None:
-    """A pool of planes that noise describes; None where the description was refused."""
-    n_planes = rng.randint(1, 3)
-    page, n_blocks = rng.choice((1, 2, 3, 4, 16)), rng.choice((0, 1, 2, 4, 6))
-    sizes = [rng.choice((0, 1, 64, 257, 1024, 4096)) for _ in range(n_planes)]
-    numbers = [_numbers(rng, page, max(1, n_blocks)) for _ in range(n_planes)]
-    if rng.random() < 0.4:  # one number of a plane that may have been right
-        spoiled = rng.choice(numbers)
-        spoiled[rng.choice(sorted(spoiled))] = rng.choice((*_SIZES, *_FAR))
-    window = rng.choice((None, 0, 1, 5, 1 << 31))
+    """A pool of planes, mostly with something wrong in what is said of it; None where it was refused."""
+    page, n_blocks = rng.choice((1, 2, 3, 4, 16)), rng.choice((1, 2, 4, 6))
+    planes = [_plane(rng, page, n_blocks, i) for i in range(rng.randint(1, 3))]
+    sizes = [plane.pop("n_bytes") for plane in planes]
+    window = rng.choice((None, None, 1, 5, 40))
     fields: dict[str, Any] = {
         "page_size": page,
-        "n_blocks": n_blocks,
+        "n_blocks": rng.choice((n_blocks, n_blocks, 0)),
         "kind": PoolKind.FULL if window is None else PoolKind.SWA,
         "window": window,
-        "reserved_blocks": rng.choice(((), (0,), (n_blocks - 1,), (0, 0), tuple(range(9)))),
-        "token_offset": rng.choice((0, 0, 0, 1, -2, 1 << 31)),
+        "reserved_blocks": rng.choice(((), (0,), (0,), (n_blocks - 1,))),
+        "token_offset": rng.choice((0, 0, 0, 1, -2)),
     }
-    dtypes = [rng.choice(("", "uint8", "float16", "bfloat16", "float8_e5m2", "float8_e5m2")) for _ in range(n_planes)]
-    groups = [rng.choice((None, None, "g")) for _ in range(n_planes)]
-    halves = [rng.choice((Half.K, Half.K, Half.V)) for _ in range(n_planes)]
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        _spoil(rng, planes, sizes, fields)
 
     def build(given: Mapping[str, Any]) -> KvPool:
-        planes = [
-            Plane(data=given[f"p{i}"], layer=i % 2, half=halves[i], group=groups[i], dtype=dtypes[i], **numbers[i])
-            for i in range(n_planes)
-        ]
-        return KvPool(planes=tuple(planes), **fields)
+        described = [Plane(data=given[f"p{i}"], **plane) for i, plane in enumerate(planes)]
+        return KvPool(planes=tuple(described), **fields)
 
     bytes_of = np.random.default_rng(rng.getrandbits(32))
     spec = PoolSpec({f"p{i}": bytes_of.integers(0, 256, n, np.uint8) for i, n in enumerate(sizes)}, build)
@@ -53,14 +47,38 @@ def hostile_pool(rng: random.Random) -> PoolSpec | None:
     return spec
 
 
-def _numbers(rng: random.Random, page: int, n_blocks: int) -> dict[str, int]:
-    """Strides that nest in some order, mostly."""
+def _plane(rng: random.Random, page: int, n_blocks: int, i: int) -> dict[str, Any]:
+    """Strides that nest in some order, and how many bytes that takes."""
     counts = {"page_stride": n_blocks, "token_stride": page, "chunk_stride": rng.choice((1, 1, 2, 3))}
-    found = {"chunk_bytes": rng.choice(_SIZES[1:]), "n_chunks": counts["chunk_stride"]}
-    found["offset"] = rng.choice((0, 0, 1, 8))
-    extent, axes = found["chunk_bytes"], list(counts)
+    dtype = rng.choice(_DTYPES)
+    whole = 4 if dtype == "float32" else 2 if dtype in ("float16", "bfloat16") else 1
+    chunk = rng.choice([n for n in _CHUNKS if n % whole == 0])
+    plane: dict[str, Any] = {"chunk_bytes": chunk, "n_chunks": counts["chunk_stride"], "dtype": dtype, "layer": i}
+    plane["half"] = Half.V if i and rng.random() < 0.3 else Half.K
+    plane["offset"] = rng.choice((0, 0, 1, 8))
+    extent, axes = chunk, list(counts)
     rng.shuffle(axes)
     for axis in axes:
-        found[axis] = extent + rng.choice((0, 0, 0, 0, 1, 8, 16, -1))
-        extent = max(1, found[axis]) * counts[axis]
-    return found
+        plane[axis] = extent + rng.choice((0, 0, 0, 1, 8, 16))
+        extent = plane[axis] * counts[axis]
+    plane["n_bytes"] = plane["offset"] + extent
+    return plane
+
+
+def _spoil(rng: random.Random, planes: list[dict[str, Any]], sizes: list[int], fields: dict[str, Any]) -> None:
+    """One thing that is said is not so, any more."""
+    i, what = rng.randrange(len(planes)), rng.randrange(5)
+    if what == 0:
+        name = rng.choice(("offset", "page_stride", "token_stride", "chunk_stride", "n_chunks", "chunk_bytes"))
+        planes[i][name] = max(rng.choice((*_NUMBERS, *_FAR, planes[i][name] - 1, planes[i][name] + 1)), -(1 << 70))
+    elif what == 1:
+        sizes[i] = max(0, rng.choice((0, 1, sizes[i] - 1, sizes[i] // 2, sizes[i] + 40)))
+    elif what == 2:
+        fields["window"] = rng.choice((None, 0, 1, (1 << 31) - 1, 1 << 31, -1))
+    elif what == 3:
+        n_blocks = fields["n_blocks"]
+        odd = ((n_blocks,), (0, 0), tuple(range(9)), (-1,), tuple(range(n_blocks)))
+        fields["reserved_blocks"] = rng.choice(odd)
+    else:
+        planes[i] |= rng.choice(({"group": "g"}, {"layer": 0}, {"half": Half.V}, {"dtype": "float32"}))
+        fields["token_offset"] = rng.choice((0, 40, (1 << 31) - 1, -(1 << 31) + 1, 1 << 31, -(1 << 31)))

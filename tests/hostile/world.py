@@ -67,7 +67,7 @@ class World:
             "full_verify_min_tokens": rng.choice((0, 4, 16)),
             "on_unwritten": rng.choice(("violation", "violation", "adopt")),
             "check_write_position": rng.random() < 0.8,
-            "check_reserved_every": rng.choice((0, 1, 2)),
+            "check_reserved_every": rng.choice((0, 1, 1, 2)),
             "ring_capacity": rng.choice((1, 64, 1024)),
             "lifecycle": rng.random() < 0.5 and not has_lut,
         }
