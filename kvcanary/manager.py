@@ -13,12 +13,13 @@ import numpy.typing as npt
 from kvcanary import abi, hashing
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
+from kvcanary.captured import CaptureWatch
 from kvcanary.config import CanaryConfig
 from kvcanary.construct import check_capacities, choose_backend, make_backend, pool_names
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
-from kvcanary.errors import BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
+from kvcanary.errors import BackendError, BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
 from kvcanary.moves import MoveCalls
@@ -37,6 +38,7 @@ from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import ResidentSet, SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Stage
+from kvcanary.turns import Turns, one_at_a_time, watch_forks
 from kvcanary.violations import RingReader, Violation, new_secret
 
 logger = logging.getLogger("kvcanary")
@@ -77,12 +79,13 @@ class CanaryManager(MoveCalls):
         self.max_requests = max_requests
         self.max_new_tokens = max_new_tokens
         self._phases = PhaseChecker()
+        self._turns = Turns()
         self._backend: Backend | None = None
         self._step = 0
         self._n_counted_steps = 0
         self._is_idle = False
         self._inputs_seen: set[str] = set()
-        self.n_observer_errors = 0  #: steps at which an observer raised something that is not ours (a log handler, say)
+        self._n_observer_errors = 0
         self._is_paused = False
         self._perturber: Perturber | None = None  # the fault drill, when armed
         self._stream: Any = None
@@ -101,13 +104,24 @@ class CanaryManager(MoveCalls):
             pool.check(config.real_data, None if callable(kind) else device_kind)
         self._device_kind = next((p.device.split(":")[0] for p in self.pools if p.device), device_kind)
         self._backend = make_backend(kind, config, self.pools, max_requests, max_new_tokens)
+        try:
+            self._complete(config, self._backend)
+        except BaseException:
+            backend_of_this, self._backend, self._lifecycle = self._backend, None, None
+            backend_of_this.close()
+            raise
+        self._captures = CaptureWatch(self, self._backend)
+        watch_forks(self)
+
+    def _complete(self, config: CanaryConfig, backend: Backend) -> None:
+        """All that comes after the backend; what it fails to allocate is not held by anybody."""
         if config.lifecycle:
-            self._lifecycle = Lifecycle(self.pools, self._backend, self._gate, self._pool_index)
+            self._lifecycle = Lifecycle(self.pools, backend, self._gate, self._pool_index, self._turns)
         self._sweep = SweepOrchestrator(config.sweep_interval)
         self._patrols = plan_patrol(config, self.pools)
-        self._make_observers(self._backend)
+        self._make_observers(backend)
         if config.perturb is not None:
-            self._perturber = Perturber(config, self.pools, self._backend)
+            self._perturber = Perturber(config, self.pools, backend)
 
     def _make_observers(self, backend: Backend) -> None:
         config, state = self.config, backend.state
@@ -121,6 +135,12 @@ class CanaryManager(MoveCalls):
         self._observers = (self._violations, self._health, self._stats_logger)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
+    @property
+    def n_observer_errors(self) -> int:
+        """How often something that is not ours raised beside the engine's step: a log handler, a driver, a provider."""
+        n_lines = self._violations.n_errors if self._backend is not None else 0
+        return self._n_observer_errors + n_lines
+
     @property
     def is_on(self) -> bool:
         """Whether the guard runs at all (mode is not "off")."""
@@ -170,6 +190,7 @@ class CanaryManager(MoveCalls):
         return tags
 
     # ---- phases ------------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def begin_step(self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None) -> None:
         """Begin an outer engine step, outside any capture.
 
@@ -185,6 +206,7 @@ class CanaryManager(MoveCalls):
         if self._perturber is not None:
             self._perturb_before(self._perturber, batch)
 
+    @one_at_a_time
     def head(
         self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
     ) -> None:
@@ -207,11 +229,14 @@ class CanaryManager(MoveCalls):
         if self._perturber is not None:
             self._perturber.note(batch)
         try:
+            if not self._captures.was_captured:
+                self._captures.note(self._handlers[0].is_capturing(stream))
             self._backend.head(calls, stream)
         except BaseException:
             self.abandon_forward()
             raise
 
+    @one_at_a_time
     def verify_layer(self, batch: StepBatch, layer: int, stream: Any = None) -> None:
         """Digest one layer of the prefixes of the rows marked ``pending``, right before that layer reads them.
 
@@ -228,6 +253,7 @@ class CanaryManager(MoveCalls):
         """
         if self._backend is None:
             return
+        self._phases.need_open("verify_layer()")
         if self._open_forward is None or self._open_forward[1] is not batch:
             raise PhaseError("verify_layer() must come between head() and tail() of the same StepBatch object")
         if batch.pending is None:
@@ -245,6 +271,7 @@ class CanaryManager(MoveCalls):
             self._layers[pool] = {unit.layer for unit in self.pools[pool].digest_units(self.config.real_data)}
         return self._layers[pool]
 
+    @one_at_a_time
     def tail(self, batch: StepBatch, stream: Any = None) -> None:
         """TAIL of the forward that `head` began, after the model; may run inside a capture."""
         if self._backend is None:
@@ -256,6 +283,7 @@ class CanaryManager(MoveCalls):
         calls, self._open_forward = self._open_forward[0], None
         self._backend.tail(calls, stream)
 
+    @one_at_a_time
     def end_step(self) -> None:
         """End the outer step: sweep if due, count it, then violations, health and stats; never waits for the device.
 
@@ -276,13 +304,13 @@ class CanaryManager(MoveCalls):
 
     def abandon_step(self) -> None:
         """The engine raised inside a step: report what is there without raising, and be ready for the next step."""
-        if self._backend is None:
+        if self._backend is None or self._phases.is_over:
             return
         self.abandon_forward()
         self._phases.abandon_step()
-        if self._perturber is not None:
-            self._perturber.restore(self._stream)
-        self._violations.poll()
+        # Whatever goes wrong here would stand in front of the engine's own error.
+        self._quietly(self._restore_perturbed)
+        self._quietly(self._violations.poll)
 
     def step(
         self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
@@ -312,6 +340,10 @@ class CanaryManager(MoveCalls):
             perturber.note(batch)
         self._perturb(perturber, is_before_forward=True)
 
+    def _restore_perturbed(self) -> None:
+        if self._perturber is not None:
+            self._perturber.restore(self._stream)
+
     def _perturb_after(self, perturber: Perturber) -> None:
         perturber.restore(self._stream)
         self._perturb(perturber, is_before_forward=False)
@@ -340,8 +372,8 @@ class CanaryManager(MoveCalls):
     def _post_ops_outside_graph(self) -> None:
         assert self._backend is not None
         counted = not (self._is_idle or self._is_paused)
-        if not self._is_paused:
-            self._sweep.step(self._step + 1, self._backend, self._stream)
+        if not self._is_paused and self._sweep.is_sweeping:
+            self._quietly(self._sweep_now)
         self._step += 1
         self._n_counted_steps += counted
         step = self._step
@@ -351,6 +383,19 @@ class CanaryManager(MoveCalls):
             due = list(self._observers)
         if due:
             self._observe(due, self._backend)
+
+    def _sweep_now(self) -> None:
+        assert self._backend is not None
+        self._sweep.step(self._step + 1, self._backend, self._stream)
+
+    def _quietly(self, work: Callable[[], object]) -> None:
+        """Do something that is not worth the engine's step: whatever it raises is counted and logged."""
+        try:
+            work()
+        except Exception:
+            self._n_observer_errors += 1
+            with suppress(Exception):
+                logger.exception("[canary] the guard could not do all of its work; the engine goes on")
 
     def _has_odd_stream(self) -> bool:
         """A stream that is captured, or whose context died: for the handlers to refuse, so all observers are asked."""
@@ -364,7 +409,7 @@ class CanaryManager(MoveCalls):
         # The order is violations, health, stats; the totals in the facts are those after the first.
         facts: StepFacts | None = None
         for observer in due:
-            if self._phases.phase is Phase.CLOSED:  # a callback closed the manager
+            if self._phases.is_over:  # a callback closed the manager, or this is a child that it forked
                 return
             try:
                 facts = facts or self._facts(backend)
@@ -372,7 +417,7 @@ class CanaryManager(MoveCalls):
             except KvCanaryError as error:  # the others still get their step; the first error is the one raised
                 errors.append(error)
             except Exception:  # a log handler that raises is not the engine's problem
-                self.n_observer_errors += 1
+                self._n_observer_errors += 1
                 with suppress(Exception):
                     logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
             if observer is self._violations:
@@ -448,6 +493,7 @@ class CanaryManager(MoveCalls):
             )
         return self._lifecycle
 
+    @one_at_a_time
     def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
 
@@ -464,6 +510,7 @@ class CanaryManager(MoveCalls):
         """
         self.lifecycle.call("allocate", ids, owner, pool, stream)
 
+    @one_at_a_time
     def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
 
@@ -471,6 +518,7 @@ class CanaryManager(MoveCalls):
         """
         self.lifecycle.call("share", ids, owner, pool, stream)
 
+    @one_at_a_time
     def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
 
@@ -486,11 +534,20 @@ class CanaryManager(MoveCalls):
     # ---- host-driven calls -------------------------------------------------------------------------------------------
     def _host_driven(self, call: str, stream: Any = None) -> Backend:
         stream = self._stream if stream is None else stream
-        if self._phases.phase is not Phase.CLOSED and self._handlers[0].is_capturing(stream):
+        self._phases.need_open(call)
+        try:
+            is_capturing = self._handlers[0].is_capturing(stream)
+        except Exception as error:  # of the driver: the stream, or its context, is gone
+            raise BackendError(
+                f"{call}: stream {stream!r} cannot be used ({error}); without one of its own, a call is ordered on the "
+                "stream of the last step: if that was destroyed, call it within step() on one that lives"
+            ) from error
+        if is_capturing:
             raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
         self._phases.need_outside_forward(call)
         return self.backend
 
+    @one_at_a_time
     def pause(self) -> None:
         """Stop judging from the next forward on, also in captured graphs; stamps and digests are still written.
 
@@ -500,12 +557,14 @@ class CanaryManager(MoveCalls):
             self._host_driven("pause()").set_paused(True, self._stream)
             self._is_paused = True
 
+    @one_at_a_time
     def resume(self) -> None:
         """Judge again, from the next forward on."""
         if self._backend is not None:
             self._host_driven("resume()").set_paused(False, self._stream)
             self._is_paused = False
 
+    @one_at_a_time
     def reset(self, pool: str | int | None = None) -> None:
         """Forget all stamps, digests and registers (of one pool): for cache flush, sleep and wake, weight reload.
 
@@ -516,6 +575,7 @@ class CanaryManager(MoveCalls):
             self._host_driven("reset()").reset(index, self._stream)
             self._violations.forget()
 
+    @one_at_a_time
     def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
         """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
         if self._backend is not None:
@@ -527,6 +587,7 @@ class CanaryManager(MoveCalls):
         """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix."""
         return hashing.prefix_chain(tokens, salt)
 
+    @one_at_a_time
     def prove(self, batch: StepBatch, stream: Any = None) -> Proof:
         """Show that the wiring is right: flip one bit in each plane of a live slot and see that exactly it is named.
 
@@ -550,10 +611,12 @@ class CanaryManager(MoveCalls):
 
     def poll(self) -> tuple[Violation, ...]:
         """Read what is new in the ring now, without waiting and without raising; from any thread."""
+        self._phases.need_parent("poll()")
         return self._violations.poll() if self._backend is not None else ()
 
     def violations(self) -> tuple[Violation, ...]:
         """Recent first sightings, oldest first; from any thread."""
+        self._phases.need_parent("violations()")
         return self._violations.violations() if self._backend is not None else ()
 
     def stats(self) -> CanaryStats:
@@ -563,6 +626,7 @@ class CanaryManager(MoveCalls):
         """
         if self._backend is None:
             return CanaryStats()
+        self._phases.need_parent("stats()")
         return CanaryStats.of(
             self._step,
             self._sweep.sweep_passes,
@@ -593,6 +657,7 @@ class CanaryManager(MoveCalls):
         return self._backend.memory_bytes if self._backend is not None else 0
 
     # ---- end ---------------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def synchronize(self) -> None:
         """Wait for all that was launched, deliver all snapshots, read all violations, and bring `stats` up to date.
 
@@ -608,18 +673,24 @@ class CanaryManager(MoveCalls):
             self._synced = StateSnapshot(self._step, self._backend.state.layout, words)
             self._violations.note_dropped(int(words[abi.STATE_DROPPED]))
 
+    @one_at_a_time
     def close(self) -> None:
         """Give everything back; waits for the device. Graphs with the guard's launches must not be replayed after."""
-        if self._backend is None or self._phases.phase is Phase.CLOSED:
+        if self._backend is None or self._phases.is_over:
             return
         self._phases.close()
         self._open_forward = None
-        if self._perturber is not None:
-            self._perturber.restore(self._stream)
-        self._violations.poll()
+        self._quietly(self._restore_perturbed)
+        self._quietly(self._violations.poll)
+        self._captures.end()
         for handler in self._handlers:
             handler.close()
         self._backend.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: every call but `close` is refused, and nothing of the parent's device state is touched."""
+        self._phases.phase = Phase.FORKED
+        self._turns.renew()
 
     def __enter__(self) -> CanaryManager:
         return self

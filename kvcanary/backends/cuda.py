@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.lending import Lender
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging, Words
+from kvcanary.describe import estimate_bytes
 from kvcanary.errors import BackendError, BatchError
 from kvcanary.layout import KvPool
 
@@ -37,14 +39,15 @@ def make_cuda_backend(
     """
     device = next((int(p.device.split(":")[1]) for p in pools if p.device), None)
     driver = CudaDriver(device)
+    driver.wanted = estimate_bytes(config, pools, max_requests)
     try:
         with driver.current():
             return DeviceBackend("cuda", driver, config, pools, max_requests, max_new_tokens)
-    except driver.out_of_memory as error:
-        driver.close()
-        raise BackendError(
-            f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes"
-        ) from error
+    except BackendError as error:
+        text = str(error)  # the error itself holds frames, and they hold what was allocated before it
+    driver.close()
+    driver.give_back()
+    raise BackendError(text)
 
 
 def check_driver() -> None:
@@ -90,7 +93,8 @@ class CudaDriver:
         self._device = self._core.Device(self.device_id)
         with self.current():
             self.n_multiprocessors = int(self._cupy.cuda.Device().attributes["MultiProcessorCount"])
-        self.out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
+        self.wanted = 0  #: bytes that all of the guard takes, for messages
+        self._out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
         self._modules: dict[str, Any] = {}
         self._streams: dict[int, Any] = {}
         self._lists: _ListUploader | None = None
@@ -107,16 +111,31 @@ class CudaDriver:
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else shape
-        if dtype.fields is None:
-            return self._cupy.zeros(shape, dtype)
-        return self._cupy.zeros((*shape, dtype.itemsize), np.uint8)
+        shape, of = (shape, dtype) if dtype.fields is None else ((*shape, dtype.itemsize), np.dtype(np.uint8))
+        try:
+            return self._cupy.zeros(shape, of)
+        except self._out_of_memory:
+            pass
+        free, total = self._runtime.memGetInfo()
+        raise BackendError(
+            f"not enough GPU memory: {math.prod(shape) * of.itemsize} bytes more are wanted, {free} of {total} are "
+            f"free on cuda:{self.device_id}. The whole guard takes {self.wanted}, as CanaryManager.estimate_bytes says: "
+            "leave it as much (a smaller KV cache), or guard fewer pools, or with real_data='none'"
+        )
 
     def pointer(self, array: Any) -> int:
         return int(array.data.ptr)
 
     def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
         dtype = np.dtype(dtype)
-        buffer = self._core.LegacyPinnedMemoryResource().allocate(max(1, n * dtype.itemsize))
+        n_bytes = max(1, n * dtype.itemsize)
+        try:
+            buffer = self._core.LegacyPinnedMemoryResource().allocate(n_bytes)
+        except Exception as error:  # noqa: BLE001  cuda.core's errors have no public base class
+            raise BackendError(
+                f"no pinned host memory of {n_bytes} bytes ({error}): see `ulimit -l` and what else is pinned, or "
+                "lower ring_capacity"
+            ) from None
         address = int(buffer.handle)  # the device sees pinned memory at its host address
         # The view keeps the buffer alive: a host thread may still poll the ring when the driver is closed.
         memory = host_array(address, (n * dtype.itemsize,), (1,), np.uint8, owner=buffer)
@@ -221,6 +240,11 @@ class CudaDriver:
     def synchronize(self) -> None:
         with self.current():
             self._runtime.deviceSynchronize()
+
+    def give_back(self) -> None:
+        """Give memory that nothing uses any more back to the device: CuPy would keep it for itself."""
+        with self.current():
+            self._cupy.get_default_memory_pool().free_all_blocks()
 
     def close(self) -> None:
         self._streams.clear()

@@ -28,6 +28,7 @@ from kvcanary.patrol import plan_patrol
 from kvcanary.reserved import checked_planes
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
+from kvcanary.violations import places_of
 
 
 def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> CanaryDeviceState:
@@ -74,9 +75,8 @@ class Recorder:
         np.bitwise_or.at(self.state.taint, records["row"][in_batch], records["reasons"][in_batch])
         capacity, claimed = len(ring) - 1, int(words[abi.STATE_CLAIMED])
         n = min(len(records), capacity - (claimed - int(control[abi.CONTROL_READ])))
-        claims = np.arange(claimed, claimed + n)
-        records["commit"][:n] = claims + 1
-        ring[np.where(claims == 0, 0, 1 + (claims - 1) % capacity)] = records[:n]
+        records["commit"][:n] = np.arange(n, dtype=np.uint64) + np.uint64(claimed + 1)
+        ring[places_of(claimed, n, capacity)] = records[:n]
         words[abi.STATE_CLAIMED] = claimed + n
         self.add(abi.STATE_OBSERVATIONS, len(records))
         self.add(abi.STATE_DROPPED, len(records) - n)

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -61,6 +62,7 @@ class ViolationObserver:
         self._callbacks: tuple[Callback, ...] = ()
         self._n_dropped = 0
         self._n_lines: dict[int, int] = {}
+        self.n_errors = 0  #: log handlers that raised
 
     @property
     def observations_total(self) -> int:
@@ -107,12 +109,11 @@ class ViolationObserver:
             n_new = n_dropped - self._n_dropped
             self._n_dropped = max(self._n_dropped, n_dropped)
         if n_new > 0:
-            logger.warning(
+            text = (
                 "[canary] %d violations more found the ring full: counted, but without a record (%d so far); "
-                "raise ring_capacity, or look at the records before them",
-                n_new,
-                n_dropped,
+                "raise ring_capacity, or look at the records before them"
             )
+            self._quietly(partial(logger.warning, text, n_new, n_dropped))
 
     def forget(self) -> None:
         """Forget which findings were reported (the cache was flushed); the counts and the history stay."""
@@ -128,7 +129,7 @@ class ViolationObserver:
                 self._unraised.extend(new)
         for violation in new:
             self._call(violation)
-        self._log(new)
+        self._quietly(lambda: self._log(new))
         return new
 
     def _take(self) -> tuple[Violation, ...]:
@@ -155,8 +156,15 @@ class ViolationObserver:
         for callback in self._callbacks:
             try:
                 callback(violation)
-            except Exception:
-                logger.exception("[canary] a violation callback raised: %r", callback)
+            except Exception:  # noqa: BLE001  logged in the next line, which may raise too
+                self._quietly(partial(logger.exception, "[canary] a violation callback raised: %r", callback))
+
+    def _quietly(self, log: Callable[[], None]) -> None:
+        """A log handler that raises costs a line, never a violation or the caller's own error."""
+        try:
+            log()
+        except Exception:  # noqa: BLE001  there is nobody left to tell
+            self.n_errors += 1
 
     def _log(self, new: tuple[Violation, ...]) -> None:
         lines = [line for line in fold_runs(new) if self._is_worth_a_line(line[0])]

@@ -1,0 +1,103 @@
+"""Who may use a manager: one thread at a time, and only in the process that made it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+
+from kvcanary.errors import PhaseError
+
+MAX_WAIT_S = 1.0  # for another thread's call to end; most take microseconds
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+Turn: TypeAlias = tuple[Any, str]  # the lock that was taken, and the call around this one
+
+
+class Turns:
+    """A lock that threads take for the time of a call, and what is done under it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a callback may call the manager that calls it
+        self._thread = 0
+        self._call = ""
+
+    def renew(self) -> None:
+        """In a forked child: the thread that holds the lock may not be in this process."""
+        self._lock = threading.RLock()
+
+    def take(self, call: str) -> Turn:
+        """Begin ``call``; returns what `give` wants. Raises PhaseError."""
+        lock = self._lock
+        if not (lock.acquire(blocking=False) or lock.acquire(timeout=MAX_WAIT_S)):
+            mine = threading.current_thread().name
+            other = next((t.name for t in threading.enumerate() if t.ident == self._thread), "that ended")
+            raise PhaseError(
+                f"{call} came in thread {mine!r} while thread {other!r} has been in {self._call} for {MAX_WAIT_S} s: "
+                "use a manager from one thread at a time (poll(), violations() and stats() may come from any)"
+            )
+        before, self._call, self._thread = self._call, call, threading.get_ident()
+        return lock, before
+
+    def give(self, turn: Turn) -> None:
+        """End the call."""
+        lock, self._call = turn
+        lock.release()
+
+
+class TakesTurns(Protocol):
+    """What `one_at_a_time` needs of an object."""
+
+    _turns: Turns
+
+
+S = TypeVar("S", bound=TakesTurns)
+
+
+def one_at_a_time(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method that waits for its turn: it never runs beside another one of its object, in another thread."""
+    call = f"{method.__name__}()"
+
+    @wraps(method)
+    def in_turn(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        turns = self._turns
+        turn = turns.take(call)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            turns.give(turn)
+
+    return in_turn
+
+
+# ---- forks -----------------------------------------------------------------------------------------------------------
+class Forkable(Protocol):
+    """What `watch_forks` needs of an object."""
+
+    def after_fork(self) -> None:
+        """In a forked child: refuse everything from now on; touch nothing of the device."""
+
+
+_watched: weakref.WeakSet[Any] = weakref.WeakSet()
+_kept: list[Any] = []  # in a child: what must not be freed there, as it is the parent's
+
+
+def watch_forks(owner: Forkable) -> None:
+    """Call ``owner.after_fork()`` in every child that is forked from here on, as long as it lives."""
+    _watched.add(owner)
+
+
+def _in_child() -> None:
+    for owner in list(_watched):
+        _kept.append(owner)
+        owner.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
