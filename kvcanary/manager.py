@@ -86,6 +86,7 @@ class CanaryManager(MoveCalls):
         self._is_idle = False
         self._inputs_seen: set[str] = set()
         self._n_observer_errors = 0
+        self._is_out_of_numbers = False
         self._is_paused = False
         self._perturber: Perturber | None = None  # the fault drill, when armed
         self._stream: Any = None
@@ -374,6 +375,8 @@ class CanaryManager(MoveCalls):
         counted = not (self._is_idle or self._is_paused)
         if not self._is_paused and self._sweep.is_sweeping:
             self._quietly(self._sweep_now)
+        if self._backend.state.control[abi.CONTROL_RENUMBER]:  # once in two thousand million forwards
+            self._quietly(self._renumber)
         self._step += 1
         self._n_counted_steps += counted
         step = self._step
@@ -383,6 +386,23 @@ class CanaryManager(MoveCalls):
             due = list(self._observers)
         if due:
             self._observe(due, self._backend)
+
+    def _renumber(self) -> None:
+        """Numbers of forwards have 32 bits: move them down. Records told before have the old ones."""
+        assert self._backend is not None
+        if self._has_odd_stream() or self._is_out_of_numbers:  # else it is asked for again
+            return
+        self._is_out_of_numbers = bool(self._backend.state.control[abi.CONTROL_RENUMBER] == abi.LAST_FORWARD)
+        if self._is_out_of_numbers:
+            logger.error(
+                "[canary] step %d: more than %d forwards since the last end_step(), so that their numbers ran out: "
+                "nothing is judged any more. Make a new manager, and end a step now and then",
+                self._step + 1,
+                abi.LAST_FORWARD - abi.RENUMBER_AT,
+            )
+            return
+        self._backend.renumber(self._stream)
+        logger.info("[canary] step %d: the numbers of forwards were moved down", self._step + 1)
 
     def _sweep_now(self) -> None:
         assert self._backend is not None

@@ -34,6 +34,7 @@ SIZES = {
     "StepParams": 496,
     "LayerParams": 560,
     "SweepParams": 344,
+    "RenumberParams": 312,
     "ReservedParams": 320,
     "LifecycleParams": 4048,
     "MoveParams": 400,

@@ -119,7 +119,7 @@ class CudaDriver:
         free, total = self._runtime.memGetInfo()
         raise BackendError(
             f"not enough GPU memory: {math.prod(shape) * of.itemsize} bytes more are wanted, {free} of {total} are "
-            f"free on cuda:{self.device_id}. The whole guard takes {self.wanted}, as CanaryManager.estimate_bytes says: "
+            f"free on cuda:{self.device_id}. The whole guard takes {self.wanted}, see CanaryManager.estimate_bytes: "
             "leave it as much (a smaller KV cache), or guard fewer pools, or with real_data='none'"
         )
 
