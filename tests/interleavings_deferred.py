@@ -1,8 +1,8 @@
 """All ways in which a device may run beside the deferred handler: the real handler over a staging that is a model.
 
 A device has two queues, the step's stream and the side stream, and runs the head of either whenever it likes, or never.
-The handler is driven a step at a time; before each of its calls into the staging the device may have done nothing, or all
-that it can.
+The handler is driven a step at a time; before each of its calls into the staging the device may have done nothing, or
+all that it can.
 """
 
 from __future__ import annotations

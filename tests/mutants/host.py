@@ -117,4 +117,44 @@ REFERENCE = [
     ),
 ]  # fmt: skip
 
-HOST = [*RING, *OBSERVERS, *MANAGER_LOGIC, *REFERENCE]
+ABUSE_TESTS = "tests/test_abuse.py tests/test_abuse_cuda.py"
+ABUSE = [
+    *_in(
+        "turns.py",
+        ABUSE_TESTS,
+        ("child is not told", "        owner.after_fork()\n", "        pass\n"),
+        ("child frees what is the parent's", "        _kept.append(owner)\n", ""),
+        ("waits too long", "lock.acquire(timeout=MAX_WAIT_S)", "lock.acquire(timeout=25)"),
+    ),
+    *_in(
+        "manager.py",
+        ABUSE_TESTS,
+        ("lock of a thread that is not there", "        self._turns.renew()\n", ""),
+        ("engine's error behind ours", "        self._quietly(self._violations.poll)\n\n    def step", "        self._violations.poll()\n\n    def step"),
+        ("driver's error comes through", "        except Exception as error:  # of the driver", "        except ZeroDivisionError as error:  # of the driver"),
+        ("half a manager left behind", "            backend_of_this.close()\n", ""),
+        ("sweep on a dead stream", "            self._quietly(self._sweep_now)\n", "            self._sweep_now()\n"),
+    ),
+    *_in(
+        "observers/violations.py",
+        ABUSE_TESTS,
+        ("log handler takes the violation along", "        self._quietly(lambda: self._log(new))\n", "        self._log(new)\n"),
+        ("callback takes the next one along", "            except Exception:  # noqa: BLE001  logged", "            except ZeroDivisionError:  # logged"),
+    ),
+    *_in(
+        "captured.py",
+        ABUSE_TESTS,
+        ("memory of a live graph freed", "        _orphans.append(backend)\n", ""),
+        ("memory of no graph kept", "        if not self.was_captured:\n            return\n", ""),
+        ("closed, and kept all the same", "        self._finalizer.detach()\n", "        pass\n"),
+    ),
+    *_in(
+        "backends/cuda.py",
+        ABUSE_TESTS,
+        ("memory not given back", "            self._cupy.get_default_memory_pool().free_all_blocks()\n", "            pass\n"),
+        ("memory stays in the error", "    driver.close()\n    driver.give_back()\n    raise BackendError(text)\n",
+         "        driver.close()\n        driver.give_back()\n        raise\n"),
+    ),
+]  # fmt: skip
+
+HOST = [*RING, *OBSERVERS, *MANAGER_LOGIC, *REFERENCE, *ABUSE]

@@ -10,14 +10,15 @@ SHAPES, RESERVED, OWNERSHIP, SCRUB = (
 )
 MOVES = "tests/test_moves.py tests/test_moves_museum.py"
 MODEL, OVERFLOW = "tests/test_interleavings.py", "tests/test_overflow.py"
+LIMITS, RENUMBER = "tests/test_kernels_limits.py", "tests/test_renumber.py"
 
 
 def _in(file: str, tests: str, *mutants: tuple[str, str, str]) -> list[Mutant]:
     return [Mutant(name, f"kernels/{file}", old, new, tests) for name, old, new in mutants]
 
 
-# Whether a fence is there, or a race is lost, nothing on a CPU can tell: the explorer refutes the protocol that is then left,
-# and the kernel's text is held against the explorer's model.
+# Whether a fence is there, or a race is lost, nothing on a CPU can tell: the explorer refutes the protocol that is then
+# left, and the kernel's text is held against the explorer's model.
 _FENCE, _COMMIT = "    kvc_fence_system();\n", "    kvc_store_volatile_u64(&record->commit, claim + 1);\n"
 RACES = [
     Mutant(name, "kernels/report.cuh", old, new, MODEL, twin=twin)
@@ -51,7 +52,7 @@ REPORT = [
 
 BEGIN = _in(
     "begin.cu",
-    f"{CATCH} {AGREE}",
+    f"{CATCH} {LIMITS} {AGREE}",
     ("stale step", "state[KVC_STATE_STEP_DONE] + (p.batch.is_first_forward ? 1 : 0)", "state[KVC_STATE_STEP_DONE]"),
     ("padding test skipped", "    if (q1 - q0 > e.length) return e;  // padding\n", ""),
     ("window off by one", "e.prefix - pool.window + 1 : 0", "e.prefix - pool.window : 0"),
@@ -62,12 +63,12 @@ BEGIN = _in(
      "(uint64_t)forward << 32 | (uint64_t)t;\n        if (any_fresh)"),
     ("taint not cleared", "i += n) taint[i] = 0;", "i += n) taint[i] |= 0;"),
     ("failed forward forgotten", "        pool_state.n_aborted += 1;\n", ""),
-    ("judges while paused", "is_judging = state[KVC_STATE_PAUSE] == 0;", "is_judging = 1;"),
+    ("judges while paused", "is_judging = state[KVC_STATE_PAUSE] == 0 &&", "is_judging ="),
 )  # fmt: skip
 
 STAMPS = _in(
     "stamps.cu",
-    f"{CATCH} {MUSEUM} {AGREE}",
+    f"{CATCH} {LIMITS} {MUSEUM} {AGREE}",
     ("composed the wrong way round", "second.a * first.b + second.b}", "first.a * second.b + first.b}"),
     ("lanes left out of the scan", "d < (uint32_t)row.n_new; d <<= 1", "2 * d < (uint32_t)row.n_new; d <<= 1"),
     ("K not stamped", "half = 0; half < p.pool.n_halves; ++half) {\n        kvc_mutable_pointer<Stamp>(p.pool.head[half])",
@@ -90,7 +91,7 @@ VERIFY = [
     ),
     *_in(
         "judge.cuh",
-        f"{CATCH} {AGREE}",
+        f"{CATCH} {LIMITS} {MUSEUM} {AGREE}",
         ("floor of failed forwards off by one", "forward <= s.aborted_floor", "forward < s.aborted_floor"),
         ("link before the window judged", "may_link = position > row.verify_start ||", "may_link = true ||"),
     ),
@@ -98,7 +99,7 @@ VERIFY = [
 
 BYTES = [
     *_in("mix.cuh", CATCH, ("wrong shift", "(x ^ (x >> 27)) * KVC_MIX_2;", "(x ^ (x >> 28)) * KVC_MIX_2;")),
-    *_in("mix.cuh", AGREE, ("power off by one", "kvc_pow(KVC_CHAIN_P, (n - 1 - own)", "kvc_pow(KVC_CHAIN_P, (n - own)")),
+    *_in("mix.cuh", f"{LIMITS} {AGREE}", ("power off by one", "kvc_pow(KVC_CHAIN_P, (n - 1 - own)", "kvc_pow(KVC_CHAIN_P, (n - own)")),
     *_in(
         "digest.cuh",
         f"{SHAPES} {CATCH}",
@@ -146,4 +147,14 @@ BLOCKS = [
     *_in("reserved.cu", RESERVED, ("every step is due", " || state[KVC_STATE_STEP] % p.every) return;", ") return;")),
 ]  # fmt: skip
 
-KERNELS = [*RACES, *REPORT, *BEGIN, *STAMPS, *VERIFY, *BYTES, *BLOCKS]
+RENUMBERING = _in(
+    "renumber.cu",
+    RENUMBER,
+    ("old predecessors still named", "if (stamp.step && stamp.step <= old) stamp.prev_slot =", "if (false) stamp.prev_slot ="),
+    ("claims keep their numbers", "claims[slot] = kvc_renumbered_claim(claims[slot], old);", ""),
+    ("failed forwards forgotten", "if (of_head == 2 && kvc_was_left(guard, pool, head.step)) of_head = 1;", ""),
+    ("halves made whole", "if (of_tail == of_head) of_tail = 3 - of_head;", ""),
+    ("one off", "number > old ? number - old + 2", "number > old ? number - old + 1"),
+)  # fmt: skip
+
+KERNELS = [*RACES, *REPORT, *BEGIN, *STAMPS, *VERIFY, *BYTES, *BLOCKS, *RENUMBERING]
