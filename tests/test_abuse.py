@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from logging.handlers import QueueHandler
 from pathlib import Path
@@ -110,6 +111,19 @@ def test_a_log_handler_that_raises_does_not_stand_before_the_engines_error(
         step()
     assert [v.slot for v in engine.manager.violations()] == [5], "and what was found is not lost"
     assert engine.manager.n_observer_errors > 0
+
+
+def test_of_two_errors_at_once_the_first_is_raised_and_the_other_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    engine = served(mode="raise", health_check_every_n_steps=1, health_check_warmup_steps=1)
+    engine.step((0, 6, 1))
+    engine.manager.state.kernel_run_counters[...] = 0  # a stray write
+    flip(engine)
+    with pytest.raises(KvCanaryViolation, match="DATA"):
+        engine.step((0, 7, 1))  # the snapshot that shows the stray write is delivered at the next step
+    flip(engine, 6)
+    with pytest.raises(KvCanaryViolation, match="DATA"):
+        engine.step((0, 8, 1))
+    assert "launch counters fell" in caplog.text
 
 
 # ---- callbacks and log handlers --------------------------------------------------------------------------------------
@@ -308,6 +322,7 @@ class TestFork:
     def test_a_child_may_close_collect_and_make_its_own(self) -> None:
         engine = served()
         closed: list[str] = []
+        backend = weakref.ref(engine.manager.backend)
         engine.manager.backend.close = lambda: closed.append("closed")  # type: ignore[method-assign]
 
         def work() -> None:
@@ -317,7 +332,7 @@ class TestFork:
             engine.manager.abandon_step()
             del engine.manager
             gc.collect()
-            assert not closed, "the parent has it still"
+            assert not closed and backend() is not None, "the parent has it still"
             served().step((0, 0, 4))
 
         assert in_child(work) == ""

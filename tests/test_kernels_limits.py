@@ -67,3 +67,49 @@ def test_more_failed_forwards_than_a_pool_remembers(sides: Sides) -> None:
     s.twins.edit_guard(0, "head0", lambda head: head["step"].__setitem__(slice(8, 12), 4))
     assert s.forward(Row(2, A, 5, 6, [2, 4])) == []
     assert s.twins.words[abi.STATE_UNJUDGED_SLOTS] == before + 8
+
+
+def test_taint_is_that_of_the_step_at_hand(sides: Sides) -> None:
+    s = Script(sides())
+    s.forward(Row(1, A, 0, 4, [1]), Row(2, A, 0, 4, [2]))
+    s.damage(0, 9)
+    s.forward(Row(1, A, 4, 5, [1, 3]), Row(2, A, 4, 5, [2, 4]))
+    taint = s.twins.sides[0].manager.taint
+    assert taint.tolist()[:2] == [0, Reason.DATA]
+    s.damage(0, 9)  # as it was
+    s.forward(Row(1, A, 5, 6, [1, 3]), Row(2, A, 5, 6, [2, 4]))
+    assert not taint.any()
+
+
+def test_a_row_of_more_new_tokens_than_it_is_long_is_padding(sides: Sides) -> None:
+    s = Script(sides())
+    s.forward(Row(1, A, 0, 4, [1]))
+    lengths = np.array([5, 2], np.int32)
+    assert s.forward(Row(1, A, 4, 5, [1, 3]), Row(2, A, 0, 3, [5]), seq_lens=lengths) == []
+    head = s.twins.sides[0].read_guard(0, "head0")
+    assert head["step"][12] == 2 and not head["step"][20:24].any(), "nor is it stamped"
+
+
+def test_bytes_of_a_forward_that_failed_are_nobodys(sides: Sides) -> None:
+    """A digest is there from the forward before it, and the bytes are new: neither vouches for the other."""
+    s = Script(sides())
+    s.forward(Row(1, A, 0, 6, [1, 2]))
+    s.forward(Row(1, A, 4, 6, [1, 2]), has_tail=False)
+    s.damage(1, 8)
+    assert s.forward(Row(1, A, 6, 7, [1, 2])) == []
+    assert s.twins.words[abi.STATE_UNJUDGED_SLOTS] == 2
+    s.damage(1, 5)
+    assert kinds(s.forward(Row(1, A, 7, 8, [1, 2]))) == {5: Reason.DATA}
+
+
+def test_what_was_written_before_its_block_was_allocated_is_not_carried_along(sides: Sides) -> None:
+    s = Script(sides(), lifecycle=True)
+    s.own("allocate", [1, 2], 1)
+    s.own("allocate", [4, 5], 2)
+    assert s.forward(Row(1, A, 0, 8, [1, 2])) == []
+    s.own("free", [2], 1)
+    s.own("allocate", [2], 2)
+    s.twins.call("copy_slots", range(8, 12), range(16, 20))
+    assert not s.twins.sides[0].read_guard(0, "head0")["step"][16:20].any()
+    found = kinds(s.forward(Row(2, A, 4, 5, [4, 5])))
+    assert {found[slot] & Reason.UNWRITTEN for slot in range(16, 20)} == {Reason.UNWRITTEN}

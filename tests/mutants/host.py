@@ -6,7 +6,8 @@ from .mutant import Mutant
 
 OBSERVER, MANAGER = "tests/observers/test_violation_observer.py", "tests/test_manager.py"
 HEALTH, DEFERRED = "tests/observers/test_health.py", "tests/test_deferred.py tests/test_interleavings.py"
-CATCH, OWNERSHIP = "tests/test_kernels_catch.py", "tests/test_kernels_ownership.py"
+LIMITS, OWNERSHIP = "tests/test_kernels_limits.py", "tests/test_kernels_ownership.py"
+CATCH = f"tests/test_kernels_catch.py {LIMITS}"
 LEDGER = "tests/test_ledger.py tests/test_lifecycle.py"
 
 
@@ -72,11 +73,10 @@ MANAGER_LOGIC = [
         "manager.py",
         MANAGER,
         ("idle steps counted", "self._n_counted_steps += counted", "self._n_counted_steps += 1"),
-        ("first error lost", "            raise errors[0]\n\n    def _note", "            raise errors[-1]\n\n    def _note"),
         ("dropped not told", "            self._violations.note_dropped(int(words[abi.STATE_DROPPED]))\n", ""),
     ),
     *_in("contexts.py", MANAGER, ("engine's error masked", "self._manager.abandon_step()", "self._manager.end_step()")),
-    *_in("config.py", "tests/test_config.py", ("switch does not win", "return cls(mode=\"off\")", "pass")),
+    *_in("config.py", f"tests/test_config.py {MANAGER}", ("switch does not win", "return cls(mode=\"off\")", "pass")),
     *_in(
         "ledger.py",
         LEDGER,
@@ -119,6 +119,7 @@ REFERENCE = [
 
 ABUSE_TESTS = "tests/test_abuse.py tests/test_abuse_cuda.py"
 ABUSE = [
+    *_in("manager.py", ABUSE_TESTS, ("first error lost", "            raise errors[0]\n\n    def _note", "            raise errors[-1]\n\n    def _note")),
     *_in(
         "turns.py",
         ABUSE_TESTS,

@@ -8,7 +8,7 @@ AGREE, CATCH, MUSEUM = (f"tests/test_kernels_{name}.py" for name in ("agree", "c
 SHAPES, RESERVED, OWNERSHIP, SCRUB = (
     f"tests/test_kernels_{n}.py" for n in ("shapes", "reserved", "ownership", "scrub")
 )
-MOVES = "tests/test_moves.py tests/test_moves_museum.py"
+MOVES = "tests/test_moves.py tests/test_moves_museum.py tests/test_kernels_limits.py"
 MODEL, OVERFLOW = "tests/test_interleavings.py", "tests/test_overflow.py"
 LIMITS, RENUMBER = "tests/test_kernels_limits.py", "tests/test_renumber.py"
 
