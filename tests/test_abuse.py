@@ -113,6 +113,24 @@ def test_a_log_handler_that_raises_does_not_stand_before_the_engines_error(
     assert engine.manager.n_observer_errors > 0
 
 
+def test_a_ring_that_was_overwritten_does_not_stand_before_the_engines_error() -> None:
+    engine = served()
+    flip(engine)
+
+    def step() -> None:
+        with engine.manager.step():
+            batch = engine.batch((0, 6, 1))
+            with engine.manager.forward(batch):
+                engine.write(batch)
+            engine.manager.state.violation_log["tag"] = 99  # a stray write: there is no such tag
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        step()
+    assert engine.manager.n_observer_errors == 1
+    engine.step((0, 7, 1))
+
+
 def test_of_two_errors_at_once_the_first_is_raised_and_the_other_is_told(caplog: pytest.LogCaptureFixture) -> None:
     engine = served(mode="raise", health_check_every_n_steps=1, health_check_warmup_steps=1)
     engine.step((0, 6, 1))
