@@ -112,6 +112,7 @@ class CanaryManager(MoveCalls):
             backend_of_this.close()
             raise
         self._captures = CaptureWatch(self, self._backend)
+        self._control = memoryview(self._backend.state.control)  # type: ignore[arg-type]  # the cheapest way to read a word of it
         watch_forks(self)
 
     def _complete(self, config: CanaryConfig, backend: Backend) -> None:
@@ -375,7 +376,7 @@ class CanaryManager(MoveCalls):
         counted = not (self._is_idle or self._is_paused)
         if not self._is_paused and self._sweep.is_sweeping:
             self._quietly(self._sweep_now)
-        if self._backend.state.control[abi.CONTROL_RENUMBER]:  # once in two thousand million forwards
+        if self._control[abi.CONTROL_RENUMBER]:  # once in two thousand million forwards
             self._quietly(self._renumber)
         self._step += 1
         self._n_counted_steps += counted

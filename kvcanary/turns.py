@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from kvcanary.errors import PhaseError
 
@@ -17,38 +17,28 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-Turn: TypeAlias = tuple[Any, str]  # the lock that was taken, and the call around this one
-
-
 class Turns:
-    """A lock that threads take for the time of a call, and what is done under it."""
+    """A lock that threads take for the time of a call, and which call that is."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a callback may call the manager that calls it
-        self._thread = 0
-        self._call = ""
+        self.lock = threading.RLock()  # a callback may call the manager that calls it
+        self.thread = 0
+        self.call = ""
 
     def renew(self) -> None:
         """In a forked child: the thread that holds the lock may not be in this process."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
-    def take(self, call: str) -> Turn:
-        """Begin ``call``; returns what `give` wants. Raises PhaseError."""
-        lock = self._lock
-        if not (lock.acquire(blocking=False) or lock.acquire(timeout=MAX_WAIT_S)):
-            mine = threading.current_thread().name
-            other = next((t.name for t in threading.enumerate() if t.ident == self._thread), "that ended")
-            raise PhaseError(
-                f"{call} came in thread {mine!r} while thread {other!r} has been in {self._call} for {MAX_WAIT_S} s: "
-                "use a manager from one thread at a time (poll(), violations() and stats() may come from any)"
-            )
-        before, self._call, self._thread = self._call, call, threading.get_ident()
-        return lock, before
-
-    def give(self, turn: Turn) -> None:
-        """End the call."""
-        lock, self._call = turn
-        lock.release()
+    def wait(self, call: str) -> None:
+        """Take the lock, which another thread has. Raises PhaseError."""
+        if self.lock.acquire(timeout=MAX_WAIT_S):
+            return
+        mine = threading.current_thread().name
+        other = next((t.name for t in threading.enumerate() if t.ident == self.thread), "that ended")
+        raise PhaseError(
+            f"{call} came in thread {mine!r} while thread {other!r} has been in {self.call} for {MAX_WAIT_S} s: "
+            "use a manager from one thread at a time (poll(), violations() and stats() may come from any)"
+        )
 
 
 class TakesTurns(Protocol):
@@ -62,16 +52,19 @@ S = TypeVar("S", bound=TakesTurns)
 
 def one_at_a_time(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """A method that waits for its turn: it never runs beside another one of its object, in another thread."""
-    call = f"{method.__name__}()"
+    call, get_ident = f"{method.__name__}()", threading.get_ident
 
     @wraps(method)
     def in_turn(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         turns = self._turns
-        turn = turns.take(call)
+        lock = turns.lock  # the same one is given back, also where a callback has forked and this is the child
+        if not lock.acquire(False):
+            turns.wait(call)
+        turns.call, turns.thread = call, get_ident()
         try:
             return method(self, *args, **kwargs)
         finally:
-            turns.give(turn)
+            lock.release()
 
     return in_turn
 

@@ -125,7 +125,7 @@ ABUSE = [
         ABUSE_TESTS,
         ("child is not told", "        owner.after_fork()\n", "        pass\n"),
         ("child frees what is the parent's", "        _kept.append(owner)\n", ""),
-        ("waits too long", "lock.acquire(timeout=MAX_WAIT_S)", "lock.acquire(timeout=25)"),
+        ("waits too long", "self.lock.acquire(timeout=MAX_WAIT_S)", "self.lock.acquire(timeout=25)"),
     ),
     *_in(
         "manager.py",
