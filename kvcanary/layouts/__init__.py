@@ -15,9 +15,11 @@ from kvcanary.layouts import (
 )
 from kvcanary.layouts.build import DEFAULT_PAGE_SIZE
 from kvcanary.layouts.generic import hnd, nhd, token_major
+from kvcanary.layouts.picture import describe
 
 __all__ = [
     "DEFAULT_PAGE_SIZE",
+    "describe",
     "flashinfer",
     "hnd",
     "jax",
