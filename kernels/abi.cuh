@@ -58,7 +58,8 @@
 #define KVC_OP_LEAVE 2
 #define KVC_OP_UNSHARE 3
 #define KVC_OP_FREE 4
-#define KVC_N_BLOCK_OPS 5
+#define KVC_OP_CLAIM 5
+#define KVC_N_BLOCK_OPS 6
 #define KVC_MAX_BLOCK_IDS 1000
 #define KVC_MAX_LAYER_DIGESTS 15
 #define KVC_STATE_FORWARD 0
@@ -380,8 +381,7 @@ struct LifecycleParams {
     uint64_t blocks;
     uint32_t n_blocks;
     uint32_t owner;
-    uint32_t ends[5];
-    uint32_t unused;
+    uint32_t ends[6];
     int32_t ids[1000];
 };
 static_assert(sizeof(LifecycleParams) == 4048, "the layout of kvcanary/abi.py");

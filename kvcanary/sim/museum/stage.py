@@ -237,6 +237,11 @@ class Stage(Wishes):
         if self.lifecycle:
             self._ask("share_blocks")(list(blocks), owner)
 
+    def claim(self, blocks: Sequence[int], owner: int) -> None:
+        """The last holder of blocks writes them from now on."""
+        if self.lifecycle:
+            self._ask("claim_blocks")(list(blocks), owner)
+
     def free(self, blocks: Sequence[int], owner: int) -> None:
         """A request lets go of its blocks."""
         if self.lifecycle:
