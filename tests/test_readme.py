@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcanary import PREFIX_CACHE, CanaryConfig, CanaryManager, KvPool, Reason, SlotBundle, StepBatch
+from kvcanary import PREFIX_CACHE, CanaryConfig, CanaryManager, KvPool, Reason, SlotBundle, StepBatch, layouts
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
     pytest.skip("README.md is not beside the tests", allow_module_level=True)
 TEXT = README.read_text()
-LOOP, CAPTURE, MOVES, OWNERS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+LOOP, CAPTURE, LAYOUTS, MOVES, OWNERS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 PAGE, ROWS, MAX_LEN = 16, 2, 64
 
 
@@ -75,6 +75,25 @@ def test_the_ten_lines_see_swapped_tables() -> None:
     found = run(tamper_at=20).violations()
     assert {v.request_id for v in found} == {1, 2}
     assert Reason.TOKEN in {r for v in found for r in Reason if r in v.reasons}
+
+
+def test_the_layouts_are_there_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"layouts": layouts, "kv_caches": [np.zeros((9, 2, PAGE, 16), np.float16)]}
+    exec(LAYOUTS, names)
+    assert names["pool"].n_blocks == 9
+    assert capsys.readouterr().out.startswith("pool 'full' (FULL): 9 blocks of 16 slots, 1 layer")
+    for path in re.findall(
+        r"`((?:[a-z]+_?[a-z]+)\.[a-z0-9_]+)`", TEXT[TEXT.index("| `layouts.` |") : TEXT.index("## Moves")]
+    ):
+        module, name = path.split(".")
+        assert callable(getattr(getattr(layouts, module), name)), path
+
+
+def test_every_constructor_is_in_the_table() -> None:
+    for module in (getattr(layouts, name) for name in layouts.__all__):
+        for name, value in vars(module).items() if hasattr(module, "__file__") else ():
+            if callable(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                assert f"`{module.__name__.removeprefix('kvcanary.layouts.')}.{name}`" in TEXT
 
 
 def test_the_moves_carry_what_is_known() -> None:

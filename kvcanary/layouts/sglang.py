@@ -7,6 +7,7 @@ has its scales outside the pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from kvcanary.errors import LayoutError
@@ -196,7 +197,6 @@ def swa(
         full_to_swa_index_mapping: int64 [slots]: the slot in ``swa``; 0 = evicted, a trailing -1.
         window: tokens that a query sees, its own included: one more than the server's sliding_window_size.
     """
-    lut = {"slot_lut": full_to_swa_index_mapping, "kind": PoolKind.SWA, "window": window}
     name = "swa" if swa.name == full.name else swa.name
-    fields = {f: getattr(swa, f) for f in ("planes", "page_size", "n_blocks", "reserved_blocks", "token_offset")}
-    return full, KvPool(**fields, name=name, expected_every_step=swa.expected_every_step, **lut)
+    windowed = replace(swa, name=name, kind=PoolKind.SWA, window=window, slot_lut=full_to_swa_index_mapping)
+    return full, windowed
