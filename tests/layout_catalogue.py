@@ -163,6 +163,9 @@ ENGINES: dict[str, Engine] = {
     "onnxruntime.combined": one_array((2, Q, H, S, D), OX.combined, lambda x, h, s: x[h, s // S, :, s % S], [ROWS] * 2),
     "onnxruntime.genai_paged": separate((B, N, H, D), OX.genai_paged, in_block, [FLASH] * 2),
     "tensorrt.kv_cache_update": separate((Q, H, S, D), TR.kv_cache_update, in_static, [ROWS] * 2),
+    "tensorrt.edge_llm_paged": one_array(
+        (2, B, N, H, D), TR.edge_llm_paged, lambda x, h, s: x[h, s // N, s % N], [FLASH] * 2
+    ),
     "jax.pallas": separate((H, B, N, D), JX.pallas, lambda x, s: x[:, s // N, s % N], [((2, 256, 12288), 16)] * 2),
     "jax.pallas scales": with_scales(
         (H, B, N, D),
@@ -175,6 +178,15 @@ ENGINES: dict[str, Engine] = {
     ),
     "jax.maxtext": maxtext("1,2,0,3"),
     "jax.maxtext batch first": maxtext("0,1,2,3"),
+    "jax.maxtext scales": with_scales(
+        (S, H, Q, D),
+        (S, H, Q, 1),
+        JX.maxtext,
+        lambda x, s: x[s % S, :, s // S],
+        lambda x, s: x[s % S, :, s // S],
+        [((2, 128, 384), 16)] * 2 + [((2, 2, 6), 2)] * 2,
+        F16,
+    ),
     "tinygrad.cache_kv": one_array((2, Q, H, S, D), TG.cache_kv, lambda x, h, s: x[h, s // S, :, s % S], [ROWS] * 2),
     "tinygrad.cache_k": rows((Q, 1, S, 576), TG.cache_k, in_static, [((1, 1152, 0), 16)], dtype=F16),
     "llama_cpp.cache": llama(v_trans=False),

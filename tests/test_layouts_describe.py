@@ -250,7 +250,7 @@ GUESSES: dict[str, tuple[Any, str]] = {
     "K and V first": (np.zeros((2, 3, 16, 2, 128), np.float16), """
 float16[2, 3, 16, 2, 128] on cpu, 49152 bytes, in C order
   as [2, blocks, tokens, heads, dim]: 3 blocks of 16 slots, 512 bytes of each of K and V a slot
-      layouts.vllm.flash_attn
+      layouts.vllm.flash_attn, layouts.tensorrt.edge_llm_paged
   as [2, blocks, heads, tokens, dim]: 3 blocks of 2 slots, 4096 bytes of each of K and V a slot in 16 chunks
       layouts.onnxruntime.combined, layouts.tinygrad.cache_kv
 """),

@@ -53,7 +53,7 @@ GENERIC: dict[str, Case] = {
 VLLM: dict[str, Case] = {
     "an older shape": (
         lambda: layouts.vllm.packed([f16(2, 3, 16, 2, 8)]),
-        r"\(2, 3, 16, 2, 8\): give \[blocks, heads, tokens, content\]; 5 axes .* layouts.vllm.flash_attn .*flashinfer",
+        r"\(2, 3, 16, 2, 8\): give \[blocks, heads, tokens, content\]; 3 axes .* 5 axes .* layouts.vllm.flash_attn",
     ),
     "an unknown order": (
         lambda: layouts.vllm.packed_tensor(u8(10), layout="BNLHC", **ORDER),
@@ -158,6 +158,10 @@ OTHERS: dict[str, Case] = {
         "kv_layout='TRT': give 'NHD' or 'HND'",
     ),
     "TensorRT-LLM kv_factor": (lambda: layouts.tensorrt_llm.buffers([f16(3, 3, 16, 2, 8)]), "2 wide, not 3"),
+    "TensorRT-LLM layers of two factors": (
+        lambda: layouts.tensorrt_llm.buffers([f16(3, 2, 16, 2, 8), f16(3, 1, 16, 2, 8)]),
+        r"buffers\[1\] has shape \(3, 1, 16, 2, 8\): axis 1 is K and V, so 2 wide, not 1",
+    ),
     "TensorRT-LLM pool as buffers": (
         lambda: layouts.tensorrt_llm.buffers([f16(3, 2, 2, 256)]),
         "the whole pool of 4 axes goes to .pool",
@@ -180,6 +184,9 @@ OTHERS: dict[str, Case] = {
     "MaxText order in words": (
         lambda: layouts.jax.maxtext([f16(2, 2, 2, 2)], [f16(2, 2, 2, 2)], ar_cache_axis_order="b,s,h,d"),
         "give an order of 0,1,2,3",
+    ),
+    "Edge-LLM pages of one half": (
+        lambda: layouts.tensorrt.edge_llm_paged([f16(3, 16, 2, 8)]), r"give \[2, blocks, tokens, heads, dim\]",
     ),
     "tinygrad MLA": (lambda: layouts.tinygrad.cache_kv([f16(3, 1, 32, 8)]), "layouts.tinygrad.cache_k"),
     "transposed V": (

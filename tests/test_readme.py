@@ -6,6 +6,7 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_the_layouts_are_there_and_described(capsys: pytest.CaptureFixture[str])
 
 def test_every_constructor_is_in_the_table() -> None:
     for module in (getattr(layouts, name) for name in layouts.__all__):
-        for name, value in vars(module).items() if hasattr(module, "__file__") else ():
+        for name, value in vars(module).items() if isinstance(module, ModuleType) else ():
             if callable(value) and value.__module__ == module.__name__ and not name.startswith("_"):
                 assert f"`{module.__name__.removeprefix('kvcanary.layouts.')}.{name}`" in TEXT
 

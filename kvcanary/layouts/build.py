@@ -86,28 +86,27 @@ def fused(source: str, arrays: Any, axes: str, hint: str = "", may_be_latent: bo
         may_be_latent: the axis may also be 1 wide: then there is K alone.
     """
     views = views_of(source, arrays)
-    axis, wide = axes.index("2"), {2}
-    for i, view in enumerate(views):
-        n = view.shape[axis] if len(view.shape) == len(axes) else 2
-        if n != 2 and not (may_be_latent and n == 1):
+    axis = axes.index("2")
+    sizes = [view.shape[axis] if len(view.shape) == len(axes) else 2 for view in views]
+    for i, n in enumerate(sizes):
+        if n != 2 and not (may_be_latent and n == sizes[0] == 1):
             raise LayoutError(
-                f"{source}[{i}] has shape {view.shape}: axis {axis} is K and V, so 2 wide, not {n}; give "
+                f"{source}[{i}] has shape {views[i].shape}: axis {axis} is K and V, so 2 wide, not {n}; give "
                 f"{shape_words(axes)}{'; ' + hint if hint else ''}"
             )
-        wide = {n} if i == 0 else wide | {n}
-    return [Part("kv"[at], Half(at), source, views, (axes,), at=at, hint=hint) for at in range(min(wide))]
+    return [Part("kv"[at], Half(at), source, views, (axes,), at=at, hint=hint) for at in range(min(sizes))]
 
 
 def row_parts(
-    source: str, arrays: Any, page_size: int, rows: Sequence[tuple[str, int]], page_size_bytes: int, hint: str
+    source: str, arrays: Any, page_size: int, rows: Sequence[tuple[str, int]], block_bytes: int, hint: str
 ) -> list[Part]:
     """Pages of ``page_size`` rows of each kind, (name, bytes of a row), one kind after the other, padded at the end."""
     pages = [page_bytes(view, f"{source}[{i}]") for i, view in enumerate(views_of(source, arrays))]
     for i, view in enumerate(pages):
-        if view.shape[1] != page_size_bytes:
+        if view.shape[1] != block_bytes:
             raise LayoutError(
                 f"{source}[{i}] has pages of {view.shape[1]} bytes; {page_size} tokens of "
-                f"{' + '.join(str(n) for _, n in rows)} bytes take {page_size_bytes}: {hint}"
+                f"{' + '.join(str(n) for _, n in rows)} bytes take {block_bytes}: {hint}"
             )
     is_small = all(n < GROUP_PLANE_BYTES for _, n in rows)
     parts, start = [], 0

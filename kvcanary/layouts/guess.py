@@ -13,7 +13,7 @@ from kvcanary.layouts.views import select
 
 # Axes (see build.py), and whose they are.
 _FORMS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("2bthd", ("vllm.flash_attn",)),
+    ("2bthd", ("vllm.flash_attn", "tensorrt.edge_llm_paged")),
     ("b2thd", ("vllm.flashinfer", "flashinfer.paged_kv_cache (NHD)", "tensorrt_llm.buffers (NHD)")),
     ("b2htd", ("flashinfer.paged_kv_cache (HND)", "tensorrt_llm.buffers (HND)", "tvm.paged_kv_cache")),
     ("2bhtd", ("onnxruntime.combined", "tinygrad.cache_kv")),

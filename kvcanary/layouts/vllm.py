@@ -27,7 +27,10 @@ ORDERS = (
 )  # physical order of layers, blocks, heads, tokens, content
 _LEGACY = {"NHD": "LBNHC", "HND": "LBHNC"}
 _ROW_BYTES = {"fp8_ds_mla": 656, "nvfp4_ds_mla": 352}
-_OLDER = "5 axes are a shape before 0.28: layouts.vllm.flash_attn ([2, blocks, ...]) or .flashinfer ([blocks, 2, ...])"
+_OTHERS = (
+    "3 axes are latent rows, layouts.vllm.mla; 5 axes are a shape before 0.28, "
+    "layouts.vllm.flash_attn ([2, blocks, ...]) or .flashinfer ([blocks, 2, ...])"
+)
 
 
 def packed(kv_caches: Sequence[Any], *, layers: Sequence[int] | None = None, dtype: Any = "", **pool: Any) -> KvPool:
@@ -40,7 +43,7 @@ def packed(kv_caches: Sequence[Any], *, layers: Sequence[int] | None = None, dty
         kv_caches: one view per layer, as ``forward_context[layer].kv_cache``; int8 ones do not tell their ``dtype``.
         layers, dtype, pool: as in `kvcanary.layouts.nhd`.
     """
-    part = Part("kv", Half.K, "kv_caches", views_of("kv_caches", kv_caches), ("bhtc",), hint=_OLDER)
+    part = Part("kv", Half.K, "kv_caches", views_of("kv_caches", kv_caches), ("bhtc",), hint=_OTHERS)
     return pool_of([part], layers=layers, dtype=dtype, pool=pool)
 
 
