@@ -27,8 +27,12 @@ def check_arguments(config: object, pools: object) -> tuple[KvPool, ...]:
         )
     given = (pools,) if isinstance(pools, KvPool) else tuple(pools) if isinstance(pools, (list, tuple)) else None
     if given is None or not all(isinstance(p, KvPool) for p in given) or not (given or config.mode == "off"):
-        held = type(pools).__name__ if given is None else f"a list of {', '.join(type(p).__name__ for p in given)}"
-        raise ConfigError(f"pools is {held or 'empty'}: give a list of at least one KvPool, see kvcanary.layouts")
+        held = (
+            type(pools).__name__
+            if given is None
+            else f"a list of {', '.join(type(p).__name__ for p in given) or 'none'}"
+        )
+        raise ConfigError(f"pools is {held}: give a list of at least one KvPool, see kvcanary.layouts")
     return given
 
 
