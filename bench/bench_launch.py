@@ -1,7 +1,7 @@
 """What a launch costs the host, by the size of its parameters and the way it is made. Needs a GPU.
 
-``PYTHONPATH=. python bench/bench_launch.py``. The guard's kernels take one struct by value: about 0.6 KB in a step, 4 KB
-in a call about block ownership. Compared: a CuPy RawKernel, and the driver's own call over parameters that stay put.
+``PYTHONPATH=. python bench/bench_launch.py``. The guard's kernels take one struct by value: about 0.6 KB in a step,
+4 KB in a call about block ownership. Compared: a CuPy RawKernel, and the driver's own call over parameters that stay.
 """
 
 from __future__ import annotations
