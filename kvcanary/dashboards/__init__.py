@@ -1,4 +1,4 @@
-"""Files for operators: a Grafana dashboard and Prometheus alert rules over the metrics of `kvcanary.observers.metrics`."""
+"""Files for operators: a Grafana dashboard and Prometheus alert rules over `kvcanary.observers.metrics`."""
 
 from pathlib import Path
 

@@ -1,0 +1,164 @@
+"""Reads a black box: the lines of one file, sorted by the manager that wrote them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvcanary.black_box import SCHEMA
+from kvcanary.errors import BlackBoxError
+from kvcanary.records import from_dict
+from kvcanary.violations import Violation
+
+KINDS = ("start", "violation", "stall", "counters", "end")
+_SHOWN = 40  # bytes of a bad line that an error shows
+
+
+@dataclass
+class BoxRun:
+    """What one manager wrote.
+
+    Attributes:
+        run: its id; ``pid`` its process.
+        start: the first line, None where it was lost.
+        violations: (time, violation) in the order of their sighting; times are seconds since the epoch.
+        stalls: lines of the health check.
+        counters: the last ones, None if there are none.
+        end: the last line, None where the process did not come to it.
+        first_time: of its lines; ``last_time`` likewise.
+    """
+
+    run: str
+    pid: int
+    first_time: float
+    last_time: float
+    start: dict[str, Any] | None = None
+    violations: list[tuple[float, Violation]] = field(default_factory=list)
+    stalls: list[dict[str, Any]] = field(default_factory=list)
+    counters: dict[str, Any] | None = None
+    end: dict[str, Any] | None = None
+
+    @property
+    def has_findings(self) -> bool:
+        return bool(self.violations or self.stalls)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        found: dict[str, Any] = (self.start or {}).get("config") or {}
+        return found
+
+    @property
+    def pools(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (self.start or {}).get("pools") or []
+        return found
+
+
+@dataclass
+class Box:
+    """A file: its runs in the order in which they began, and what could not be read.
+
+    Attributes:
+        is_cut: the last line breaks off: the process died while it wrote.
+        damaged: numbers of the lines that were left out.
+    """
+
+    path: Path
+    runs: list[BoxRun]
+    is_cut: bool
+    damaged: list[int]
+
+
+def read_box(path: Path, *, skip_damaged: bool = False) -> Box:
+    """Read a black box.
+
+    Args:
+        skip_damaged: leave lines out that cannot be read, instead of refusing the file; a last line that breaks off is
+            always left out.
+
+    Raises:
+        BlackBoxError: no black box, or one of another version, or a line that is damaged.
+        OSError: the file cannot be read.
+    """
+    lines = path.read_bytes().split(b"\n")
+    runs: dict[str, BoxRun] = {}
+    damaged: list[int] = []
+    is_cut = False
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        is_last = number == len(lines)
+        try:
+            _add(runs, _parse(line))
+        except BlackBoxError as error:
+            if isinstance(error, _OtherVersionError):
+                raise BlackBoxError(f"{path}, line {number}: {error}") from None
+            if is_last and (runs or damaged):
+                is_cut = True
+            elif not runs and not damaged and not skip_damaged:
+                raise BlackBoxError(
+                    f"{path} is no black box of kvcanary: line {number} is {error}. Give the file that black_box_path "
+                    "named; if this is one and only begins badly, --skip-damaged reads what is behind it"
+                ) from None
+            elif skip_damaged:
+                damaged.append(number)
+            else:
+                raise BlackBoxError(
+                    f"{path}, line {number} of {len(lines)}, is damaged: {error}. --skip-damaged leaves such lines out"
+                ) from None
+    if not runs:
+        raise BlackBoxError(f"{path} holds no line of a black box of kvcanary: give the file that black_box_path named")
+    return Box(path, list(runs.values()), is_cut, damaged)
+
+
+class _OtherVersionError(BlackBoxError):
+    pass
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:  # of JSON or of UTF-8
+        raise BlackBoxError(f"not JSON ({_start_of(line)})") from None
+    if not isinstance(found, dict) or "black_box" not in found:
+        raise BlackBoxError(f"JSON of something else ({_start_of(line)})")
+    if found["black_box"] != SCHEMA:
+        raise _OtherVersionError(
+            f"schema {found['black_box']!r}, this version of kvcanary reads schema {SCHEMA}: use the one that wrote it"
+        )
+    if found.get("kind") not in KINDS:
+        raise BlackBoxError(f"of kind {found.get('kind')!r}; the kinds are {', '.join(KINDS)}")
+    if not isinstance(found.get("run"), str) or not isinstance(found.get("pid"), int) or not _is_time(found):
+        raise BlackBoxError(f"without a valid run, pid or time ({_start_of(line)})")
+    return found
+
+
+def _start_of(line: bytes) -> str:
+    return repr(line[:_SHOWN].decode(errors="replace"))
+
+
+def _is_time(found: dict[str, Any]) -> bool:
+    return isinstance(found.get("time"), (int, float)) and 0 <= found["time"] < 1 << 40
+
+
+def _add(runs: dict[str, BoxRun], line: dict[str, Any]) -> None:
+    kind, time = line["kind"], float(line["time"])
+    violation = None
+    if kind == "violation":
+        if not isinstance(line.get("violation"), dict):
+            raise BlackBoxError("a violation without its fields")
+        violation = from_dict(line["violation"])
+    run = runs.setdefault(line["run"], BoxRun(line["run"], line["pid"], time, time))
+    run.first_time, run.last_time = min(run.first_time, time), max(run.last_time, time)
+    if violation is not None:
+        run.violations.append((time, violation))
+    elif kind == "start":
+        run.start = line
+    elif kind == "stall":
+        run.stalls.append(line)
+    elif kind == "counters":
+        run.counters = line.get("counters") or run.counters
+    else:
+        run.end = line
+        run.counters = line.get("counters") or run.counters
