@@ -24,6 +24,8 @@ MAX_FILE_BYTES = 16 << 20  # a larger one is put aside (as PATH.old) when a proc
 MAX_PROCESS_BYTES = 4 << 20  # of one process; then only the last event is still written
 MAX_PENDING = 64  # events that wait for the disk
 _RESERVE_BYTES = 64 << 10  # of MAX_PROCESS_BYTES, for the last event
+# O_NONBLOCK: a path that is a pipe without a reader must not hold the thread for ever.
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _MODE = 0o600  # request ids, and tokens where they were asked for
 
 Lines: TypeAlias = Callable[[], Sequence[dict[str, Any]]]
@@ -99,8 +101,7 @@ class BoxFile:
             return
         if not self._has_begun:
             _put_aside(self.path)
-        # O_NONBLOCK: a path that is a pipe without a reader must not hold the thread for ever.
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, _MODE)
+        fd = os.open(self.path, _FLAGS, _MODE)
         try:
             if _is_cut(fd):  # somebody died while writing: begin a line of one's own
                 data = b"\n" + data

@@ -249,6 +249,19 @@ class TestNeverInTheWay:
         assert file.flush(10)
         assert [line["i"] for line in lines_of(tmp_path / "box")] == list(range(20))
 
+    def test_without_new_threads_the_event_is_written_at_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def start(_self: threading.Thread) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        file = BoxFile(str(tmp_path / "box"))
+        for i in range(3):
+            file.put(lambda i=i: [{"i": i}])  # type: ignore[misc]
+            assert lines_of(tmp_path / "box")[-1] == {"i": i}
+        assert file.flush(0)
+
     def test_a_pipe_without_a_reader_is_an_error_like_others(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "box")
         engine = damaged(tmp_path / "box")
