@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvcanary.black_box import SCHEMA
 from kvcanary.errors import BlackBoxError
+from kvcanary.layout import MAX_SLOTS
 from kvcanary.records import from_dict
 from kvcanary.violations import Violation
 
 KINDS = ("start", "violation", "stall", "counters", "end")
+_END_OF_TIME = 250_000_000_000  # in the year 9892: what can be shown as a date
 _SHOWN = 40  # bytes of a bad line that an error shows
 
 
@@ -134,21 +137,58 @@ def _parse(line: bytes) -> dict[str, Any]:
     return found
 
 
+def _need(line: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = line.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise BlackBoxError(f"{name} is {_short(value)}, not a value of type {kind.__name__}")
+    return value
+
+
+def _check_start(line: Mapping[str, Any]) -> None:
+    """What the story and the picture rely on."""
+    _need(_need(line, "config", dict), "verify_data_every", int)
+    _need(line, "versions", dict)
+    for pool in _need(line, "pools", list):
+        if not isinstance(pool, dict):
+            raise BlackBoxError(f"a pool is {_short(pool)}")
+        _need(pool, "name", str)
+        if _need(pool, "page_size", int) < 1 or _need(pool, "n_blocks", int) < 1:
+            raise BlackBoxError(f"pool {_short(pool['name'])} has no slots")
+        if not 1 <= pool["page_size"] * pool["n_blocks"] <= MAX_SLOTS:
+            raise BlackBoxError(f"pool {_short(pool['name'])} has more slots than can be")
+        if not all(type(block) is int for block in _need(pool, "reserved_blocks", list)):
+            raise BlackBoxError(f"reserved_blocks is {_short(pool['reserved_blocks'])}")
+        if not all(isinstance(plane, dict) for plane in _need(pool, "planes", list)):
+            raise BlackBoxError(f"planes is {_short(pool['planes'])}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _start_of(line: bytes) -> str:
     return repr(line[:_SHOWN].decode(errors="replace"))
 
 
 def _is_time(found: dict[str, Any]) -> bool:
-    return isinstance(found.get("time"), (int, float)) and 0 <= found["time"] < 1 << 40
+    return isinstance(found.get("time"), (int, float)) and 0 <= found["time"] < _END_OF_TIME
 
 
 def _add(runs: dict[str, BoxRun], line: dict[str, Any]) -> None:
     kind, time = line["kind"], float(line["time"])
     violation = None
     if kind == "violation":
-        if not isinstance(line.get("violation"), dict):
-            raise BlackBoxError("a violation without its fields")
-        violation = from_dict(line["violation"])
+        violation = from_dict(_need(line, "violation", dict))
+        if violation.page_size < 1:
+            raise BlackBoxError(f"a violation with page_size={violation.page_size}")
+    elif kind == "start":
+        _check_start(line)
+    elif kind == "stall":
+        _need(line, "step", int)
+        _need(line, "text", str)
+    elif line.get("counters") is not None:
+        _need(line, "counters", dict)
     run = runs.setdefault(line["run"], BoxRun(line["run"], line["pid"], time, time))
     run.first_time, run.last_time = min(run.first_time, time), max(run.last_time, time)
     if violation is not None:

@@ -121,6 +121,7 @@ class CanaryManager(MoveCalls):
     def _make_observers(self, backend: Backend) -> None:
         config, state = self.config, backend.state
         names = [pool_names(p, config.real_data) for p in self.pools]
+        self._digest_bytes = digest_bytes(self.pools, config.real_data)
         reader = RingReader(state.violation_log, state.control, config.ring_capacity)
         box = self._box = open_black_box(self)
         self._violations = ViolationObserver(config, reader, names, new_secret(), box.violations if box else None)
@@ -613,7 +614,7 @@ class CanaryManager(MoveCalls):
         intervals = (self.config.stats_print_every_n_steps, self.config.health_check_every_n_steps)
         return replace(
             stats,
-            digested_bytes=round(stats.data_slots * digest_bytes(self.pools, self.config.real_data)),
+            digested_bytes=round(stats.data_slots * self._digest_bytes),
             is_on=self._phases.phase is not Phase.CLOSED,
             is_paused=self._is_paused,
             health=self._health.health.value,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from kvcanary.layout import KvPool
-from kvcanary.state import StateSnapshot
+from kvcanary.state import CounterLayout, StateSnapshot
 from kvcanary.tags import CanaryLaunchTag, Reason, Stage
 from kvcanary.violations import READINGS
 
@@ -74,21 +77,28 @@ def pool_stats(
         blocks: (live, shared, free) by pool; empty without lifecycle.
     """
     found = []
+    runs, entries, data, scrubs = _counters(snapshot, len(pools))  # as Python's integers: cheaper one by one
     for i, pool in enumerate(pools):
         tags = [CanaryLaunchTag.of(stage, half, pool.kind) for stage in Stage for half in pool.halves]
         live, shared, free = blocks[i] if blocks else (0, 0, 0)
-        mine = {reasons: n for (index, reasons), n in counts.items() if index == i}
+        violations, carried = dict.fromkeys(Reason, 0), dict.fromkeys(Reason, 0)
+        for (index, reasons), n in counts.items():
+            if index == i:
+                if reasons:
+                    violations[leading_reason(reasons)] += n
+                for reason in (r for r in Reason if r in reasons):
+                    carried[reason] += n
         found.append(
             PoolStats(
                 name=pool.name,
                 n_slots=pool.n_slots,
-                launches={tag: int(snapshot.kernel_run_counters[i, tag]) if snapshot else 0 for tag in tags},
-                entries={tag: int(snapshot.slot_run_counters[i, tag]) if snapshot else 0 for tag in tags},
-                data_launches={stage: _data_runs(snapshot, i, stage) for stage in Stage},
-                violations={r: sum(n for reasons, n in mine.items() if leading_reason(reasons) == r) for r in Reason},
-                reasons={r: sum(n for reasons, n in mine.items() if r in reasons) for r in Reason},
+                launches={tag: runs[i][tag] for tag in tags},
+                entries={tag: entries[i][tag] for tag in tags},
+                data_launches={stage: data[i][stage] for stage in Stage},
+                violations=violations,
+                reasons=carried,
                 sweeps=n_sweeps.get(i, 0),
-                scrub_turns=int(snapshot.scrub_run_counters[i]) if snapshot else 0,
+                scrub_turns=scrubs[i],
                 scrub_turns_per_pass=turns[i] if turns else 0,
                 sole_blocks=live - shared,
                 shared_blocks=shared,
@@ -98,5 +108,10 @@ def pool_stats(
     return tuple(found)
 
 
-def _data_runs(snapshot: StateSnapshot | None, pool: int, stage: Stage) -> int:
-    return int(snapshot.layout.data_runs(snapshot.words)[pool, stage]) if snapshot else 0
+def _counters(snapshot: StateSnapshot | None, n_pools: int) -> tuple[Any, Any, Any, Any]:
+    """Launches and entries by pool and tag, data launches by pool and stage, turns of the patrol by pool."""
+    layout = CounterLayout(n_pools) if snapshot is None else snapshot.layout
+    words = np.zeros(layout.n_words, np.uint64) if snapshot is None else snapshot.words
+    views = (layout.kernel_runs, layout.slot_runs, layout.data_runs, layout.scrub_runs)
+    runs, entries, data, scrubs = (view(words).tolist() for view in views)
+    return runs, entries, data, scrubs

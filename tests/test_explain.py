@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import numpy as np
 import pytest
 from base import POOL_NAMES, SECRET, make_record
 from engine import PAGE, ToyEngine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvcanary import BlackBoxError, Reason
 from kvcanary.advice import ADVICE, CONTAIN
@@ -189,7 +194,10 @@ class TestFiles:
             (b'{"black_box": 2, "kind": "start"}\n', "line 1: schema 2, this version of kvcanary reads schema 1"),
             (b'{"black_box": 1, "kind": "song", "run": "a", "pid": 1, "time": 1}\n', "of kind 'song'"),
             (b'{"black_box": 1, "kind": "start", "run": 5, "pid": 1, "time": 1}\n', "without a valid run"),
-            (b'{"black_box": 1, "kind": "violation", "run": "a", "pid": 1, "time": 1}\n', "without its fields"),
+            (
+                b'{"black_box": 1, "kind": "violation", "run": "a", "pid": 1, "time": 1}\n',
+                "violation is None, not a value",
+            ),
             (b'{"black_box": 1, "kind": "violation", "run": "a", "pid": 1, "time": 1, "violation": {}}\n', "without '"),
         ],
     )
@@ -204,6 +212,69 @@ class TestFiles:
     def test_a_file_that_is_not_there_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["explain", str(tmp_path / "none")]) == 2
         assert "none" in capsys.readouterr().err
+
+
+@st.composite
+def changed(draw: st.DrawFn, value: Any) -> Any:
+    """A JSON value with one of its parts replaced by something else."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        name = draw(st.sampled_from(sorted(value)))
+        if draw(st.integers(0, 9)) == 0:
+            return {k: v for k, v in value.items() if k != name}
+        return {**value, name: draw(changed(value[name]))}
+    if isinstance(value, list) and value and draw(st.integers(0, 9)):
+        i = draw(st.integers(0, len(value) - 1))
+        return [*value[:i], draw(changed(value[i])), *value[i + 1 :]]
+    numbers = st.integers(-(1 << 70), 1 << 70) | st.floats() | st.sampled_from([0, 1, -1, 1 << 31, 1 << 32])
+    return draw(st.none() | st.booleans() | numbers | st.text(max_size=5) | st.just([]) | st.just({}) | st.just([{}]))
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_stands_in_a_line_it_is_told_or_refused(data: st.DataObject, box: Path, tmp_path: Path) -> None:
+    lines = box.read_bytes().splitlines()
+    i = data.draw(st.integers(0, len(lines) - 1), label="line")
+    lines[i] = json.dumps(data.draw(changed(json.loads(lines[i])))).encode()
+    path = tmp_path / "changed"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        codes = [main(["explain", str(path), *options]) for options in ([], ["--json"], ["--skip-damaged"])]
+    assert set(codes) <= {1, 2} and ("line" in err.getvalue() or out.getvalue())
+    try:
+        runs = read_box(path, skip_damaged=True).runs
+    except BlackBoxError:
+        return
+    for run in runs:
+        for pool in run.pools:
+            map_pool(pool, [v for _, v in run.violations if v.pool_name == pool["name"]])
+
+
+@given(st.binary(max_size=200), st.integers(0, 5000), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_bytes_stand_in_it_it_is_told_or_refused(
+    box: Path, tmp_path: Path, junk: bytes, at: int, skip: bool
+) -> None:
+    whole = box.read_bytes()
+    (tmp_path / "junk").write_bytes(whole[:at] + junk + whole[at + len(junk) :])
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        assert main(["explain", str(tmp_path / "junk"), *(["--skip-damaged"] if skip else [])]) in (1, 2)
+
+
+def test_the_commands_of_the_readme_work(
+    box: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason='pip install "kvcanary[plot]"')
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    if not readme.is_file():
+        pytest.skip("README.md is not beside the tests")
+    monkeypatch.chdir(box.parent)
+    box.rename("kv.jsonl")
+    commands = re.findall(r"^kvcanary (explain [^#\n]*)", readme.read_text(), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        assert main(command.split()) == 1
+        assert "C24" in capsys.readouterr().out
+    assert Path("pool.png").stat().st_size > 1000
 
 
 POOL = {"name": "full", "kind": "FULL", "page_size": 16, "n_blocks": 40, "reserved_blocks": [0]}
@@ -242,9 +313,22 @@ class TestPlot:
             ],
             PAGE,
         )
-        assert found == {4: 1, 5: 3, 6: 1, 7: 1}
+        assert found == ({1: 1}, {5: 3})
+        shown = map_pool(
+            {**POOL, "page_size": PAGE}, [violation(slot=4, block_owner=1), violation(slot=5, stamp_owner=3)]
+        )
+        assert shown.cells.reshape(-1)[3:9].tolist() == [
+            RESERVED,
+            OTHERS + 1,
+            OTHERS + 2,
+            OTHERS + 1,
+            OTHERS + 1,
+            UNKNOWN,
+        ]
 
-    @pytest.mark.parametrize(("page", "n_blocks"), [(16, 100_000), (1, 1_000_000), (4096, 64), (48, 5000), (1, 7)])
+    @pytest.mark.parametrize(
+        ("page", "n_blocks"), [(16, 100_000), (1, 1_000_000), (4096, 64), (48, 5000), (1, 7), (100_003, 2)]
+    )
     def test_a_map_of_any_pool_is_small_and_finds_its_slots(self, page: int, n_blocks: int) -> None:
         n_slots = page * n_blocks
         bad = sorted({0, n_slots // 3, n_slots - 1})
@@ -255,7 +339,7 @@ class TestPlot:
         assert [(r * columns + c) * shown.per_cell for r, c in shown.bad] == [
             s // shown.per_cell * shown.per_cell for s in bad
         ]
-        assert page % shown.per_cell == 0 or shown.per_cell % page == 0
+        assert page % shown.per_cell == 0 or shown.per_cell % page == 0 or page == 100_003  # a prime
         assert (shown.cells >= 0).sum() == -(-n_slots // shown.per_cell)
 
     def test_many_owners_share_a_colour(self) -> None:

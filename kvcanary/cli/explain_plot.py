@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,22 +39,22 @@ class PoolMap(NamedTuple):
     bad: tuple[tuple[int, int], ...]
 
 
-def owners_of(violations: Sequence[Violation], page_size: int) -> dict[int, int]:
-    """Slot -> its owner, as far as the findings know: who wrote it, or else to whom its block was given.
+class Owners(NamedTuple):
+    """Who is where, as far as the findings know; later ones know better than earlier ones."""
 
-    Later findings know better than earlier ones, and a stamp better than a block.
-    """
-    of_blocks: dict[int, int] = {}
-    of_slots: dict[int, int] = {}
+    of_blocks: dict[int, int]  #: block -> the request to which it was given
+    of_slots: dict[int, int]  #: slot -> the request that wrote it: this knows better than the block
+
+
+def owners_of(violations: Sequence[Violation], page_size: int) -> Owners:
+    """The owners that the findings of one pool name."""
+    found = Owners({}, {})
     for v in violations:
-        if not v.is_in_pool:
-            continue
-        if v.block_owner:
-            first = v.slot // page_size * page_size
-            of_blocks |= dict.fromkeys(range(first, first + page_size), v.block_owner)
-        if v.stamp_owner:
-            of_slots[v.slot] = v.stamp_owner
-    return {**of_blocks, **of_slots}
+        if v.is_in_pool and v.block_owner:
+            found.of_blocks[v.slot // page_size] = v.block_owner
+        if v.is_in_pool and v.stamp_owner:
+            found.of_slots[v.slot] = v.stamp_owner
+    return found
 
 
 def map_pool(pool: Mapping[str, Any], violations: Sequence[Violation]) -> PoolMap:
@@ -64,31 +65,40 @@ def map_pool(pool: Mapping[str, Any], violations: Sequence[Violation]) -> PoolMa
         violations: those of this pool.
     """
     page, n_slots = int(pool["page_size"]), int(pool["page_size"]) * int(pool["n_blocks"])
-    per_cell = max(1, -(-n_slots // MAX_CELLS))
-    if 1 < per_cell < page:
-        per_cell = next(n for n in range(per_cell, page + 1) if page % n == 0)
-    elif per_cell > page:
-        per_cell = -(-per_cell // page) * page
+    per_cell = _slots_per_cell(n_slots, page)
     n_cells = -(-n_slots // per_cell)
     block = max(1, page // per_cell)  # cells
     columns = min(n_cells, max(block, round((n_cells * 2.5) ** 0.5) // block * block))
     owners = owners_of(violations, page)
-    counts: dict[int, int] = {}
-    for owner in owners.values():
-        counts[owner] = counts.get(owner, 0) + 1
-    named = tuple(sorted(sorted(counts, key=lambda owner: -counts[owner])[:MAX_OWNERS]))
+    sizes: Counter[int] = Counter(owners.of_slots.values())
+    for owner in owners.of_blocks.values():
+        sizes[owner] += page
+    named = tuple(sorted(owner for owner, _ in sizes.most_common(MAX_OWNERS)))
+    colour = {owner: OTHERS + 1 + i for i, owner in enumerate(named)}
     cells = np.full(-(-n_cells // columns) * columns, -1)
     cells[:n_cells] = UNKNOWN
+
+    def paint(first: int, n: int, value: int) -> None:
+        if 0 <= first < n_slots:
+            cells[first // per_cell : max(first // per_cell + 1, (first + n) // per_cell)] = value
+
     for reserved in pool.get("reserved_blocks", ()):
-        cells[reserved * page // per_cell : max(reserved * page // per_cell + 1, (reserved + 1) * page // per_cell)] = (
-            RESERVED
-        )
-    for slot, owner in owners.items():
-        if slot < n_slots:
-            cells[slot // per_cell] = OTHERS + 1 + named.index(owner) if owner in named else OTHERS
+        paint(reserved * page, page, RESERVED)
+    for block_id, owner in owners.of_blocks.items():
+        paint(block_id * page, page, colour.get(owner, OTHERS))
+    for slot, owner in owners.of_slots.items():
+        paint(slot, 1, colour.get(owner, OTHERS))
     bad = sorted({v.slot // per_cell for v in violations if v.is_in_pool and v.slot < n_slots})
     places = tuple((cell // columns, cell % columns) for cell in bad)
     return PoolMap(cells.reshape(-1, columns), per_cell, named, places)
+
+
+def _slots_per_cell(n_slots: int, page: int) -> int:
+    """As few as there is room for; whole blocks, or whole parts of a block, unless that would be much coarser."""
+    n = max(1, -(-n_slots // MAX_CELLS))
+    if n >= page:
+        return -(-n // page) * page
+    return next((k for k in range(n, min(page, 4 * n) + 1) if page % k == 0), n)
 
 
 def draw(run: BoxRun, path: Path) -> None:

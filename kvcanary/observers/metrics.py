@@ -119,6 +119,7 @@ class ProcessMetrics:
         self._every = every_n_steps
         self._has_news = False
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._series: dict[tuple[str, tuple[str, ...]], Any] = {}
         if names not in _instruments:
             _instruments[names] = _make_instruments(names)
         self._instruments = _instruments[names]
@@ -148,16 +149,18 @@ class ProcessMetrics:
         self._has_news = True
 
     def _set(self, family: Family, own: tuple[str, ...], value: float) -> None:
-        values = (*self._values, *own)
-        instrument = self._instruments[family.name]
-        series = instrument.labels(*values) if values else instrument
+        key = (family.name, own)
+        series = self._series.get(key)
+        if series is None:
+            values, instrument = (*self._values, *own), self._instruments[family.name]
+            series = self._series[key] = instrument.labels(*values) if values else instrument
         if not family.is_counter:
             series.set(value)
             return
-        before = self._counted.get((family.name, own), 0.0)
+        before = self._counted.get(key, 0.0)
         if value > before:  # a counter that fell was overwritten: the health check says so, here it stays
             series.inc(value - before)
-            self._counted[family.name, own] = value
+            self._counted[key] = value
 
 
 def _make_instruments(names: tuple[str, ...]) -> dict[str, Any]:
