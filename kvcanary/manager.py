@@ -293,9 +293,9 @@ class CanaryManager(MoveCalls):
             return
         self.abandon_forward()
         self._phases.abandon_step()
+        self._violations.poll()  # first: it asks nothing of a device that may have died
         if self._perturber is not None:
             self._perturber.restore(self._stream)
-        self._violations.poll()
 
     def step(
         self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
