@@ -195,7 +195,7 @@ def swa(
     Args:
         full, swa: from `mha` or its sisters, each with the numbers of its ``layers``.
         full_to_swa_index_mapping: int64 [slots]: the slot in ``swa``; 0 = evicted, a trailing -1.
-        window: tokens that a query sees, its own included: one more than the server's sliding_window_size.
+        window: tokens that a query sees, its own included: one more than the model runner's sliding_window_size.
     """
     name = "swa" if swa.name == full.name else swa.name
     windowed = replace(swa, name=name, kind=PoolKind.SWA, window=window, slot_lut=full_to_swa_index_mapping)
