@@ -19,8 +19,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
     pytest.skip("README.md is not beside the tests", allow_module_level=True)
 TEXT = README.read_text()
-BLOCKS = re.findall(r"```python
-(.*?)```", TEXT, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 LOOP, CAPTURE, LAYOUTS, MOVES, OWNERS, METRICS = BLOCKS
 PAGE, ROWS, MAX_LEN = 16, 2, 64
 
