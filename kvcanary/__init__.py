@@ -10,6 +10,7 @@ from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import (
     BackendError,
     BatchError,
+    BlackBoxError,
     BundleError,
     CanaryCounterError,
     CanaryStalledError,
@@ -40,6 +41,7 @@ __all__ = [
     "PREFIX_CACHE",
     "BackendError",
     "BatchError",
+    "BlackBoxError",
     "BundleError",
     "CanaryConfig",
     "CanaryCounterError",

@@ -11,7 +11,7 @@ from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockLedger
 from kvcanary.turns import Turns, one_at_a_time
 
-KINDS = ("allocate", "share", "free")
+KINDS = ("allocate", "share", "free", "claim")
 Gate = Callable[[str, Any], tuple[Any, int]]  # (call, stream or None) -> stream to use, step at hand; may refuse
 
 
@@ -19,7 +19,7 @@ class LifecycleEvent(NamedTuple):
     """One call as data, for schedulers in another process; a plain tuple or a mapping of the same does as well.
 
     Attributes:
-        kind: "allocate", "share" or "free".
+        kind: "allocate", "share", "free" or "claim".
         ids: one block id, a sequence of them or an integer array on the host.
         owner: a request id from 1 to 2^32 - 1, or `kvcanary.PREFIX_CACHE`.
         pool: name or number.
@@ -69,7 +69,7 @@ class Lifecycle:
 
     @one_at_a_time
     def apply(self, events: Iterable[LifecycleEvent | tuple[Any, ...] | Mapping[str, Any]], stream: Any = None) -> None:
-        """Do the calls of a batch in order, as `allocate_blocks`, `share_blocks` and `free_blocks` would.
+        """Do the calls of a batch in order, as `allocate_blocks`, `share_blocks`, ... would.
 
         Raises:
             LifecycleError: ``event_index`` is the number of a bad event: those before it were applied, none after it.
@@ -78,6 +78,8 @@ class Lifecycle:
         if self._gate is None:
             return
         stream, step = self._gate("lifecycle.apply()", stream)
+        if not isinstance(events, Iterable):
+            raise LifecycleError(f"lifecycle.apply(): events is {type(events).__name__}: give a list of LifecycleEvent")
         for i, event in enumerate(events):
             try:
                 kind, ids, owner, pool = _event_of(event)
