@@ -225,7 +225,7 @@ def _from_torch(tensor: Any) -> ArrayView:
         dtype=dtype,
         owner=tensor,
     )
-    return _with_host(view, dtype if dtype in np.sctypeDict else f"V{itemsize}")
+    return _with_host(view, _host_dtype(view))
 
 
 def _from_jax(array: Any) -> ArrayView:
@@ -249,7 +249,7 @@ def _from_jax(array: Any) -> ArrayView:
         readonly=True,
         owner=array,
     )
-    return _with_host(view, dtype)
+    return _with_host(view, _host_dtype(view))
 
 
 def _jax_strides(array: Any, itemsize: int) -> tuple[int, ...]:
@@ -312,7 +312,7 @@ def _from_dlpack(obj: Any) -> ArrayView:
         readonly=found.readonly or getattr(obj, "writeable", True) is False,
         owner=(obj, found.capsule),
     )
-    return _with_host(view, found.dtype if found.dtype in np.sctypeDict else f"V{found.itemsize}")
+    return _with_host(view, _host_dtype(view))
 
 
 _READERS: tuple[tuple[tuple[str, ...], Callable[[Any], ArrayView]], ...] = (
@@ -321,6 +321,12 @@ _READERS: tuple[tuple[tuple[str, ...], Callable[[Any], ArrayView]], ...] = (
     (("__cuda_array_interface__",), _from_cuda_array_interface),
     (("__dlpack__", "__dlpack_device__"), _from_dlpack),
 )
+
+
+def _host_dtype(view: ArrayView) -> str:
+    """What NumPy calls the elements: their bytes where it has no such type of its own (ml_dtypes registers more)."""
+    is_own = view.dtype in np.sctypeDict and np.dtype(view.dtype).isbuiltin == 1
+    return view.dtype if is_own else f"V{view.itemsize}"
 
 
 def _with_host(view: ArrayView, dtype: npt.DTypeLike) -> ArrayView:
