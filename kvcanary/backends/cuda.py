@@ -19,6 +19,7 @@ from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.lending import Lender
+from kvcanary.backends.whose import check_devices, foreign_context
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging, Words
 from kvcanary.errors import BackendError, BatchError
@@ -36,8 +37,9 @@ def make_cuda_backend(
     Raises:
         BackendError: no driver, no CuPy or cuda.core, kernels that do not compile, or not enough memory.
     """
-    device = next((int(p.device.split(":")[1]) for p in pools if p.device), None)
-    driver = CudaDriver(device)
+    check_driver()
+    check_devices(pools)
+    driver = make_driver(pools)
     try:
         with driver.current():
             return DeviceBackend("cuda", driver, config, pools, max_requests, max_new_tokens)
@@ -46,6 +48,16 @@ def make_cuda_backend(
         raise BackendError(
             f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes"
         ) from error
+
+
+def make_driver(pools: Sequence[KvPool]) -> CudaDriver:
+    """The driver in the context that the pools lie in: mostly the primary one of their device."""
+    context = foreign_context(pools)
+    if context is None:
+        return CudaDriver(next((int(p.device.split(":")[1]) for p in pools if p.device), None))
+    from kvcanary.backends.context import ContextDriver
+
+    return ContextDriver(context)
 
 
 def check_driver() -> None:
