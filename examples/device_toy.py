@@ -73,7 +73,6 @@ class Toy:
         cupy.cuda.runtime.deviceSynchronize()
 
     def launch(self, kernels: dict[str, Any], stream: Any) -> None:
-        """One decode step on a stream, or into the graph that is captured on it."""
         inputs = (self.table, self.seq_lens, self.ids, self.slots, self.history, self.sampled)
         kernels["next_inputs"](1, inputs, stream)
         with self.manager.forward(self.batch, stream):

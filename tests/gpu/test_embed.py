@@ -145,6 +145,7 @@ class ForeignEngine:
         return pointer, array.shape, None, array.itemsize, "cuda:0"
 
     def step(self, p: int, stream: Any = None) -> None:
+        ok(self.driver.cuStreamSynchronize(stream or 0))  # the copies below are not ordered on it
         self.host["seq_lens"][:] = p + 1
         self.host["input_ids"][:] = self.rng.integers(0, 500, self.ROWS)
         self.host["slot_mapping"][:] = self.host["block_table"][:, p // self.PAGE] * self.PAGE + p % self.PAGE
