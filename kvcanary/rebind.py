@@ -20,7 +20,7 @@ def arrays_of(pool: KvPool) -> tuple[ArrayView, ...]:
 
 
 def rebound_pool(pool: KvPool, arrays: KvPool | Sequence[Any]) -> KvPool:
-    """``pool`` with its planes in other arrays of the same geometry; all else stays as it was.
+    """``pool`` with its planes in other arrays of the same geometry; all else stays, a ``slot_lut`` where it lies.
 
     Args:
         arrays: a pool of the same layout over the new arrays, or the new arrays, one for each of `arrays_of`.
@@ -29,7 +29,7 @@ def rebound_pool(pool: KvPool, arrays: KvPool | Sequence[Any]) -> KvPool:
         LayoutError: arrays of another number, shape, order of bytes, element type or device.
     """
     planes = _planes_of(pool, arrays) if isinstance(arrays, KvPool) else _planes_over(pool, arrays)
-    return replace(pool, planes=planes)
+    return replace(pool, planes=planes, slot_lut=pool.lut_view)
 
 
 def _planes_over(pool: KvPool, arrays: Sequence[Any]) -> tuple[Plane, ...]:

@@ -15,7 +15,7 @@ from simt.fake_cuda import FakeArray, FakeCuda
 from test_cuda_driver import FakeToy, library, prefilled, world  # noqa: F401  the stand-in of a GPU
 
 from kvcanary import CanaryManager, CaptureError, LayoutError, PhaseError, Reason, layouts
-from kvcanary.rebind import arrays_of
+from kvcanary.rebind import arrays_of, rebound_pool
 
 
 @pytest.fixture(params=["host", "kernels"])
@@ -114,6 +114,14 @@ def test_the_old_arrays_are_let_go(engine: Any) -> None:
     move(toy)
     gc.collect()
     assert old() is None
+
+
+def test_a_look_up_table_stays_where_it_is() -> None:
+    toy, lut = ToyEngine(), np.arange(64)
+    pool = layouts.nhd(k=toy.k, v=toy.v, page_size=PAGE, slot_lut=lut)
+    planes = [a.copy() for pair in zip(toy.k, toy.v, strict=True) for a in pair]
+    moved = rebound_pool(rebound_pool(pool, planes), [*toy.k, *toy.v])
+    assert moved.lut_view is pool.lut_view and moved.planes[1].view.pointer == toy.k[1].ctypes.data
 
 
 def test_a_pool_over_the_new_arrays_does_as_well(engine: Any) -> None:
