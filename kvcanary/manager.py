@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi, hashing
@@ -15,7 +16,7 @@ from kvcanary.aliasing import check_overlaps
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.config import CanaryConfig
-from kvcanary.construct import check_capacities, choose_backend, make_backend, pool_names
+from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
@@ -75,7 +76,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         backend: str | Callable[..., Backend] = "auto",
     ) -> None:
         self.config = config
-        self.pools = (pools,) if isinstance(pools, KvPool) else tuple(pools)
+        self.pools = check_arguments(config, pools)
         self.max_requests = max_requests
         self.max_new_tokens = max_new_tokens
         self._phases = PhaseChecker()
@@ -414,6 +415,8 @@ class CanaryManager(MoveCalls, EmbedCalls):
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
+        if not isinstance(batch, StepBatch):
+            raise BatchError(f"batch is {type(batch).__name__}: give a StepBatch of the forward's arrays")
         key = (is_first, None if pools is None else tuple(pools))
         known = self._bound.setdefault(batch, {})
         if key not in known:
@@ -481,6 +484,15 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         self.lifecycle.call("free", ids, owner, pool, stream)
 
+    def claim_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that the only holder of blocks, who came to them by sharing, writes them from now on.
+
+        For copy-on-write by reference counts: the last holder of a block appends to it in place. The epoch goes on.
+
+        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that others hold too.
+        """
+        self.lifecycle.call("claim", ids, owner, pool, stream)
+
     def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
         stream = self._stream if stream is None else stream
         self._host_driven(call, stream)
@@ -521,14 +533,35 @@ class CanaryManager(MoveCalls, EmbedCalls):
 
     def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
         """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
+        if provider is not None and not callable(provider):
+            raise ConfigError(
+                f"attach_resident_set({type(provider).__name__}): give a function without arguments, or None"
+            )
         if self._backend is not None:
+            if provider is not None and not self.config.sweep_interval:
+                logger.warning("a resident set is attached, but sweep_interval is 0: nothing is swept; set it to steps")
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 
     @staticmethod
     def chain(tokens: Sequence[int] | npt.NDArray[Any], salt: int = 0) -> int:
-        """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix."""
-        return hashing.prefix_chain(tokens, salt)
+        """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix.
+
+        Args:
+            tokens: integer token ids, of which the low 32 bits count.
+            salt: as in `StepBatch.salts`, 0 to 2^64 - 1.
+
+        Raises:
+            BatchError: anything else.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise BatchError(
+                f"chain(): tokens are {ids.dtype}{list(ids.shape)}: give a flat sequence of integer token ids"
+            )
+        if not isinstance(salt, (int, np.integer)) or not 0 <= salt < 1 << 64:
+            raise BatchError(f"chain(): salt={salt!r}: give an integer from 0 to 2^64 - 1")
+        return hashing.prefix_chain(ids.astype(np.int64), int(salt))
 
     def prove(self, batch: StepBatch, stream: Any = None) -> Proof:
         """Show that the wiring is right: flip one bit in each plane of a live slot and see that exactly it is named.
@@ -548,6 +581,8 @@ class CanaryManager(MoveCalls, EmbedCalls):
     # ---- what it knows -----------------------------------------------------------------------------------------------
     def on_violation(self, callback: Callable[[Violation], None]) -> None:
         """Call back for every first sighting of a violation, on the thread that ends the step (or polls)."""
+        if not callable(callback):
+            raise ConfigError(f"on_violation({callback!r}): give a function that takes a Violation")
         if self._backend is not None:
             self._violations.on_violation(callback)
 
