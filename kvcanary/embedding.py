@@ -109,6 +109,8 @@ class EmbedCalls:
             raise CaptureError("rebind() came while its stream is being captured: call it outside the capture")
         i = self._pool_index(pool)
         new = rebound_pool(self.pools[i], arrays)
+        if new is self.pools[i]:
+            return
         pools = (*self.pools[:i], new, *self.pools[i + 1 :])
         check_overlaps(pools, self.config)
         self._backend.rebind(i, new, stream)

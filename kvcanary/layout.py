@@ -89,7 +89,7 @@ class KvPool:
         self._check_arrays()
         for plane in self.planes:
             check_addresses(plane, self.n_blocks, self.page_size)
-        self._check_overlaps()
+        self.check_overlaps()
 
     # ---- derived -----------------------------------------------------------------------------------------------------
     @property
@@ -236,6 +236,16 @@ class KvPool:
                     f"{MAX_PLANE_BYTES} are allowed: split it into planes by its chunks, or use real_data='partial'"
                 )
 
+    def check_overlaps(self) -> None:
+        """LayoutError if two planes share a byte."""
+        placed = [Placed(plane, self.n_blocks, self.page_size) for plane in self.planes]
+        for first, second in overlapping(placed, in_one_pool=True):
+            a, b = first.plane, second.plane
+            begin = " and begin at the same byte" if _first_byte(a) == _first_byte(b) else ""
+            raise self._error(
+                f"{a.label} and {b.label} share bytes{begin}: give shared memory once, and check offsets and strides"
+            )
+
     def _error(self, text: str) -> LayoutError:
         return LayoutError(f"pool {self.name!r}: {text}")
 
@@ -284,15 +294,6 @@ class KvPool:
                     f"group {large.group!r}: {large.label} has {large.n_bytes} bytes; only planes of less than "
                     f"{GROUP_PLANE_BYTES} share a digest, give it group=None"
                 )
-
-    def _check_overlaps(self) -> None:
-        placed = [Placed(plane, self.n_blocks, self.page_size) for plane in self.planes]
-        for first, second in overlapping(placed, in_one_pool=True):
-            a, b = first.plane, second.plane
-            begin = " and begin at the same byte" if _first_byte(a) == _first_byte(b) else ""
-            raise self._error(
-                f"{a.label} and {b.label} share bytes{begin}: give shared memory once, and check offsets and strides"
-            )
 
     def _check_arrays(self) -> None:
         for plane in self.planes:

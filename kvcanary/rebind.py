@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from copy import copy
+from dataclasses import fields
 from typing import Any
 
 from kvcanary.arrays import ArrayView, view_of
@@ -25,11 +26,26 @@ def rebound_pool(pool: KvPool, arrays: KvPool | Sequence[Any]) -> KvPool:
     Args:
         arrays: a pool of the same layout over the new arrays, or the new arrays, one for each of `arrays_of`.
 
+    Returns:
+        ``pool`` itself if nothing has moved.
+
     Raises:
         LayoutError: arrays of another number, shape, order of bytes, element type or device.
     """
     planes = _planes_of(pool, arrays) if isinstance(arrays, KvPool) else _planes_over(pool, arrays)
-    return replace(pool, planes=planes, slot_lut=pool.lut_view)
+    if all(_place(new.view) == _place(old.view) for old, new in zip(pool.planes, planes, strict=True)):
+        return pool  # mostly: a donated buffer is written in place
+    # Of one geometry: what was checked of the old pool holds for the new one, but for where the arrays lie together.
+    new, own = object.__new__(KvPool), {f.name: getattr(pool, f.name) for f in fields(pool)}
+    vars(new).update(own, planes=planes, slot_lut=pool.lut_view)
+    new.check_overlaps()
+    return new
+
+
+def _moved(plane: Plane, view: ArrayView) -> Plane:
+    new = copy(plane)
+    vars(new).update(data=view, view=view)
+    return new
 
 
 def _planes_over(pool: KvPool, arrays: Sequence[Any]) -> tuple[Plane, ...]:
@@ -45,7 +61,7 @@ def _planes_over(pool: KvPool, arrays: Sequence[Any]) -> tuple[Plane, ...]:
     new = dict(zip(map(_place, old), views, strict=True))
     for plane in pool.planes:
         _check_same(plane, new[_place(plane.view)])
-    return tuple(replace(plane, data=new[_place(plane.view)]) for plane in pool.planes)
+    return tuple(_moved(plane, new[_place(plane.view)]) for plane in pool.planes)
 
 
 def _planes_of(pool: KvPool, other: KvPool) -> tuple[Plane, ...]:

@@ -211,6 +211,14 @@ def _moved(toy: FakeToy) -> list[Any]:
     return old
 
 
+def test_arrays_that_have_not_moved_cost_nothing(world: FakeCuda) -> None:  # noqa: F811
+    toy, _graph = prefilled(world)
+    before = world.calls.copy()
+    toy.manager.rebind(0, toy.pool, stream=toy.stream)
+    toy.manager.rebind(0, [plane.data for plane in toy.pool.planes], stream=toy.stream)
+    assert world.calls == before
+
+
 def test_a_capturing_stream_is_refused(world: FakeCuda) -> None:  # noqa: F811
     toy, _graph = prefilled(world)
     toy.stream.begin_capture()

@@ -92,7 +92,8 @@ class DeviceArray:
         row = self.nbytes // max(1, self.shape[0])
         if isinstance(index, slice):
             first, last, step = index.indices(self.shape[0])
-            assert step == 1
+            if step != 1:
+                raise IndexError(f"a slice with step {step}: device arrays are sliced with step 1; copy it with get()")
             return self._view(self.data.ptr + first * row, (max(0, last - first), *self.shape[1:]))
         return self._view(self.data.ptr + range(self.shape[0])[index] * row, self.shape[1:])
 
