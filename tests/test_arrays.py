@@ -411,3 +411,44 @@ def test_torch_tensors(dtype: str) -> None:
     assert summary(view) == (tensor.data_ptr(), (6, 4), (n, 6 * n), n, "cuda:0", dtype, False)
     stream = torch.cuda.Stream()
     assert stream_pointer(stream) == stream.cuda_stream
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int32"])
+def test_jax_arrays_and_callback_buffers_on_a_gpu(dtype: str) -> None:
+    jax = pytest.importorskip("jax", reason="no JAX: pip install 'jax[cuda13]'")
+    buffer_callback = importlib.import_module("jax.experimental.buffer_callback").buffer_callback
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU: pip install 'jax[cuda13]'")
+    array = jax.numpy.ones((4, 6), dtype)
+    n, pointer = array.itemsize, array.unsafe_buffer_pointer()
+    assert summary(view_of(array)) == (pointer, (4, 6), (6 * n, n), n, "cuda:0", dtype, True)
+    seen = []
+
+    def callback(context: Any, out: Any, given: Any) -> None:
+        seen.extend([view_of(out), view_of(given), context.stream])
+
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    result = jax.jit(buffer_callback(callback, shape, input_output_aliases={0: 0}))(array)
+    assert result.block_until_ready().shape == (4, 6)
+    for view in seen[:2]:
+        assert (view.shape, view.strides, view.device) == ((4, 6), (6 * n, n), "cuda:0") and view.pointer
+    assert stream_pointer(seen[2]) > 0
+
+
+@pytest.mark.gpu
+def test_numba_arrays_and_streams() -> None:
+    cuda = pytest.importorskip("numba.cuda", reason="no numba-cuda: pip install numba-cuda")
+    array = cuda.to_device(np.arange(12, dtype=np.int16).reshape(3, 4))
+    pointer = array.device_ctypes_pointer.value
+    assert summary(view_of(array)) == (pointer, (3, 4), (8, 2), 2, "cuda:0", "int16", False)
+    stream = cuda.stream()
+    assert stream_pointer(stream) == stream.__cuda_stream__()[1] and stream_pointer(cuda.default_stream()) in (0, 1)
+
+
+@pytest.mark.gpu
+def test_bfloat16_of_cupy() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="no ml_dtypes: pip install ml_dtypes")
+    cupy = importlib.import_module("cupy")
+    view = view_of(cupy.zeros((3, 4), ml_dtypes.bfloat16))
+    assert (view.strides, view.dtype) == ((8, 2), "bfloat16")

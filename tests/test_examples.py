@@ -38,14 +38,14 @@ HOST_ONLY = {
 }
 
 
-def run(name: str, packages: tuple[str, ...], **environment: str) -> list[str]:
-    """What an example prints; it must end with 0."""
+def run(name: str, packages: tuple[str, ...], *arguments: str, **environment: str) -> list[str]:
+    """What an example prints (or another script, beside the directory of the examples); it must end with 0."""
     for package in packages:
         if importlib.util.find_spec(package.split(".")[0]) is None or importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install {package.split('.')[0]}")
     path = os.pathsep.join(p for p in (str(EXAMPLES.parent), os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(EXAMPLES / f"{name}.py")],
+        [sys.executable, "-W", "ignore", str(EXAMPLES / f"{name}.py"), *arguments],
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
@@ -69,6 +69,24 @@ def test_on_a_gpu(name: str) -> None:
     silent, caught = run(name, ON_A_GPU[name], DEV="CUDA", XLA_PYTHON_CLIENT_PREALLOCATE="false")[:2]
     assert silent.startswith("silent over ") and "cpu" not in silent.lower(), silent
     assert caught.startswith("caught: reasons=DATA ") and "request=2 " in caught
+
+
+def check_llama(lines: list[str], device: str, n_flips: int) -> None:
+    silent, named, time = lines
+    assert silent.startswith(f"{device}: ") and silent.endswith(": no report")
+    assert named.endswith(f": {n_flips} of {n_flips}") and "with the guard" in time
+
+
+def test_a_flip_in_any_layer_of_a_llama_is_named() -> None:
+    small = ("--rows", "2", "--steps", "12", "--layers", "3", "--hidden", "256")
+    check_llama(run("../bench/bench_llama", ANYWHERE["torch_llama"], *small, **HOST_ONLY), "cpu", 6)
+
+
+@pytest.mark.gpu
+def test_a_captured_llama_decodes_two_thousand_tokens_for_eight_requests() -> None:
+    lines = run("../bench/bench_llama", ON_A_GPU["torch_llama"])
+    print(*lines, sep="\n")
+    check_llama(lines, "cuda", 16)
 
 
 def test_a_fault_is_contained() -> None:
