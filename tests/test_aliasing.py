@@ -10,19 +10,22 @@ import pytest
 from base import full_config
 from simt.driver import simt_backend
 
-from kvcanary import CanaryManager, Reason, StepBatch, layouts
+from kvcanary import CanaryManager, PoolKind, Reason, StepBatch, layouts
 
-N_BLOCKS, PAGE, MAX_REQUESTS, MAX_LEN = 12, 4, 4, 16
+N_BLOCKS, PAGE, MAX_REQUESTS, MAX_LEN = 16, 4, 4, 16
 POOLS = ("one", "two")
+WINDOW = 3  # of the second group, where it has one
 
 
 class Grouped:
     """An engine with two groups of layers, one memory, and one free list: block b of either group is the same bytes."""
 
-    def __init__(self, backend: Any, seed: int = 0) -> None:
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, backend: Any, window: int | None = None) -> None:
+        self.rng, self.window = np.random.default_rng(0), window
         self.memory = [self.rng.integers(0, 256, (N_BLOCKS, PAGE, 2, 8), dtype=np.uint8) for _ in range(2)]
-        pools = [layouts.nhd(k=self.memory, page_size=PAGE, name=name, may_alias=True) for name in POOLS]
+        kinds: list[dict[str, Any]] = [{}, {"kind": PoolKind.SWA, "window": window} if window else {}]
+        shared: dict[str, Any] = {"k": self.memory, "page_size": PAGE, "may_alias": True}
+        pools = [layouts.nhd(name=name, **kind, **shared) for name, kind in zip(POOLS, kinds, strict=True)]
         config = full_config(verify_data_every=1, lifecycle=True, scrub_bytes_per_step=1 << 20, ring_capacity=64)
         self.manager = CanaryManager(config, pools, MAX_REQUESTS, 64, backend)
         self.free = list(range(1, N_BLOCKS))
@@ -35,7 +38,8 @@ class Grouped:
         self.tables[request], self.lengths[request] = [[], []], 0
 
     def finish(self, request: int) -> None:
-        for pool, blocks in enumerate(self.tables.pop(request)):
+        for pool, table in enumerate(self.tables.pop(request)):
+            blocks = [b for b in table if b]
             self.manager.free_blocks(blocks, request, pool=pool)
             self.free += blocks
         del self.lengths[request]
@@ -59,6 +63,17 @@ class Grouped:
                     array.reshape(-1, 2, 8)[slots] = fresh
         for request in self.lengths:
             self.lengths[request] += n
+            self.slide(request)
+
+    def slide(self, request: int) -> None:
+        """Blocks that no query of the second group will see again go to whoever wants them, the first group too."""
+        table = self.tables[request][1]
+        n_out = max(0, self.lengths[request] + 1 - self.window) // PAGE if self.window else 0
+        for i in range(n_out):
+            if table[i]:
+                self.manager.free_blocks(table[i], request, pool="two")
+                self.free.insert(0, table[i])
+                table[i] = 0
 
     def batch(self, n: int) -> tuple[StepBatch, list[Any]]:
         requests = sorted(self.lengths)
@@ -86,22 +101,29 @@ class Grouped:
 
 
 @pytest.fixture(params=["host", "kernels"])
-def engine(request: pytest.FixtureRequest) -> Grouped:
+def backend(request: pytest.FixtureRequest) -> Any:
     if request.param == "host":
-        return Grouped("host")
-    return Grouped(functools.partial(simt_backend, library=request.getfixturevalue("library")))
+        return "host"
+    return functools.partial(simt_backend, library=request.getfixturevalue("library"))
 
 
-def test_blocks_that_change_groups_are_silent(engine: Grouped) -> None:
+@pytest.fixture
+def engine(backend: Any) -> Grouped:
+    return Grouped(backend)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding window"])
+def test_blocks_that_change_groups_are_silent(backend: Any, window: int | None) -> None:
+    engine = Grouped(backend, window)
     owners: dict[int, set[int]] = {}
     for request in range(1, 21):
         engine.admit(request)
         engine.step(3)
-        for _ in range(2):
+        for _ in range(3):
             engine.step()
         for tables in engine.tables.values():
             for pool, table in enumerate(tables):
-                for block in table:
+                for block in filter(None, table):
                     owners.setdefault(block, set()).add(pool)
         if len(engine.lengths) > 1:
             engine.finish(min(engine.lengths))

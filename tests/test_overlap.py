@@ -72,7 +72,8 @@ def test_pools_that_share_memory_must_both_say_so() -> None:
     one_of_them = KvPool(planes=wide.planes, page_size=4, name="wide", may_alias=True)
     with pytest.raises(LayoutError, match="make both pools with may_alias=True"):
         CanaryManager(CanaryConfig(lifecycle=True), [one_of_them, narrow], 2, 8)
-    CanaryManager(CanaryConfig(lifecycle=True), two_pools(may_alias=True), 2, 8).close()
+    with CanaryManager(CanaryConfig(lifecycle=True), two_pools(may_alias=True), 2, 8) as manager:
+        assert manager.describe().count("shares memory with other pools") == 2
     CanaryManager(CanaryConfig(mode="off"), two_pools(), 2, 8)
 
 
