@@ -11,6 +11,7 @@ from kvcanary.embedding import CanaryGraphs
 from kvcanary.errors import (
     BackendError,
     BatchError,
+    BlackBoxError,
     BundleError,
     CanaryCounterError,
     CanaryStalledError,
@@ -41,6 +42,7 @@ __all__ = [
     "PREFIX_CACHE",
     "BackendError",
     "BatchError",
+    "BlackBoxError",
     "BundleError",
     "CanaryConfig",
     "CanaryCounterError",
