@@ -26,11 +26,13 @@ MAX_LEN, DIM, HEADS, STEPS = 32, 16, 1, 8
 ON_GPU = Device.DEFAULT == "CUDA"
 
 
-def memory_of(tensor: Any) -> tuple[int, int, str]:
+def raw(tensor: Any) -> tuple[Any, ...]:
+    """A realized tensor as the guard takes it: address, shape, strides (contiguous), bytes of an element, device."""
     buffer = tensor.uop.base.buffer.ensure_allocated()
     if ON_GPU:
-        return int(buffer._buf.value), buffer.nbytes, "cuda:0"
-    return np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8).ctypes.data, buffer.nbytes, "cpu"
+        return int(buffer._buf.value), tuple(tensor.shape), None, tensor.dtype.itemsize, "cuda:0"
+    memory = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)
+    return int(memory.ctypes.data), tuple(tensor.shape), None, tensor.dtype.itemsize, "cpu"
 
 
 class Guarded:
@@ -40,28 +42,20 @@ class Guarded:
             num_blocks=2, dim=DIM, hidden_dim=32, n_heads=HEADS, n_kv_heads=HEADS, norm_eps=1e-5, vocab_size=64,
             head_dim=DIM, rope_theta=1e4, rope_dim=DIM, v_head_dim=DIM, max_context=MAX_LEN,
         )  # fmt: skip
-        self.model, k, v = Transformer(config), [], []
+        self.model = Transformer(config)
         for block in self.model.blk:
             block._init_state(Tensor.zeros(1, 1, DIM))
             block.cache_kv = block.cache_kv.contiguous().realize()  # half[2, 1, heads, max_context, dim]
-            pointer, n_bytes, device = memory_of(block.cache_kv)
-            for half, layers in enumerate((k, v)):
-                layers.append((pointer + half * n_bytes // 2, (1, HEADS, MAX_LEN, DIM), None, 2, device))
-        pool = layouts.hnd(k=k, v=v, reserved_blocks=(), dtype="float16")
+        pool = layouts.tinygrad.cache_kv([raw(block.cache_kv) for block in self.model.blk], dtype="float16")
         self.manager = CanaryManager(CanaryConfig.from_env(verify_data_every=1), [pool], 1, 1)
         self.arrays = [Tensor([0], dtype="int32").contiguous().realize() for _ in range(3)]
         self.history = Tensor.full((1, MAX_LEN), -1, dtype="int32").contiguous().realize()
         self.constant = [Tensor(x, dtype="int32").contiguous().realize() for x in ([0, 1], [0], [2])]
-
-        def shown(tensor: Any) -> Any:
-            pointer, _n_bytes, device = memory_of(tensor)
-            return pointer, tuple(tensor.shape), None, 4, device
-
-        starts, rows, names = map(shown, self.constant)
-        length, token, slot = map(shown, self.arrays)
+        starts, rows, names = map(raw, self.constant)
+        length, token, slot = map(raw, self.arrays)
         self.batch = StepBatch(  # a static cache: no table, the one row has block 0
             seq_lens=length, query_start_loc=starts, input_ids=token, slot_mapping=slot, request_slots=rows,
-            request_ids=names, token_history=shown(self.history),
+            request_ids=names, token_history=raw(self.history),
         )  # fmt: skip
         self.start_pos, self.temperature = UOp.variable("start_pos", 0, MAX_LEN - 1), Tensor([0.0]).realize()
         self.tokens = [5]

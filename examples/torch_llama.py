@@ -33,7 +33,7 @@ class Decoder:
         self.cache = StaticCache(llama, max_cache_len=max_len)
         self.cache.early_initialization(rows, 2, llama.head_dim, torch.bfloat16, torch.device(DEVICE))
         keys, values = ([getattr(layer, name) for layer in self.cache.layers] for name in ("keys", "values"))
-        pool = layouts.hnd(k=keys, v=values, reserved_blocks=())
+        pool = layouts.transformers.static_cache(keys, values)
         self.history = torch.full((rows, max_len), -1, dtype=torch.int32, device=DEVICE)
         self.prefill = self.inputs(torch.randint(VOCABULARY, (rows, PROMPT), device=DEVICE))
         self.decode = self.inputs(torch.zeros((rows, 1), dtype=torch.int64, device=DEVICE))
