@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -350,7 +351,8 @@ def stream_pointer(stream: Any, error: type[KvCanaryError] = KvCanaryError) -> i
 
     Args:
         stream: None, an integer, an object with ``__cuda_stream__`` (cuda.core streams and graph builders, CuPy, warp,
-            numba, torch), or one with ``ptr``, ``cuda_stream`` or ``handle``.
+            numba, torch), or one with ``ptr``, ``cuda_stream`` or ``handle``, or that is an integer by ``__index__``
+            (the handles of cuda.bindings, older ones too).
     """
     pointer: Any = stream
     protocol = getattr(stream, "__cuda_stream__", None)
@@ -358,7 +360,8 @@ def stream_pointer(stream: Any, error: type[KvCanaryError] = KvCanaryError) -> i
         pointer = (protocol() if callable(protocol) else protocol)[1]
     elif stream is not None and not _is_int(stream):
         found = (getattr(stream, name, None) for name in ("ptr", "cuda_stream", "handle"))
-        pointer = next((p for p in found if p is not None), "")
+        is_handle = hasattr(stream, "__index__") and not isinstance(stream, bool)
+        pointer = next((p for p in found if p is not None), operator.index(stream) if is_handle else "")
     pointer = getattr(pointer, "value", pointer)  # numba's handle is a ctypes pointer
     try:
         address = int(pointer or 0) if pointer != "" else -1

@@ -310,7 +310,15 @@ def test_refused(case: str, error: type[KvCanaryError]) -> None:
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------------
+class Handle:
+    """As `cuda.bindings.driver.CUstream` of CUDA 12."""
+
+    def __index__(self) -> int:
+        return ADDRESS
+
+
 STREAMS: dict[str, tuple[Any, int]] = {
+    "cuda.bindings": (Handle(), ADDRESS),
     "none": (None, 0),
     "address": (ADDRESS, ADDRESS),
     "NumPy integer": (np.uint64(7), 7),
