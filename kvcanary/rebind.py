@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from kvcanary.arrays import ArrayView, view_of
@@ -43,7 +43,8 @@ def rebound_pool(pool: KvPool, arrays: KvPool | Sequence[Any]) -> KvPool:
 
 
 def _moved(plane: Plane, view: ArrayView) -> Plane:
-    new = copy(plane)
+    """The plane in another array, of elements as it always had them: a raw address does not tell, an array does."""
+    new, view = copy(plane), replace(view, dtype=plane.view.dtype)
     vars(new).update(data=view, view=view)
     return new
 
@@ -80,7 +81,7 @@ def _planes_of(pool: KvPool, other: KvPool) -> tuple[Plane, ...]:
             )
         if new.view.device != old.view.device:
             raise LayoutError(f"rebind: {old.label} is on {old.view.device}, its new array on {new.view.device}")
-    return other.planes
+    return tuple(_moved(old, new.view) for old, new in zip(pool.planes, other.planes, strict=True))
 
 
 def _check_same(plane: Plane, new: ArrayView) -> None:

@@ -106,6 +106,28 @@ def test_reserved_blocks_are_looked_at_where_they_are_now(engine: Any) -> None:
     assert (v.reasons, v.layer) == (Reason.NONFINITE_RESERVED, 1)
 
 
+def test_addresses_and_arrays_take_turns(engine: Any) -> None:
+    toy = engine(check_reserved_every=1, verify_data_every=1)
+    shape = (N_BLOCKS, PAGE, 2, 8)
+    toy.k, toy.v = ([np.zeros(shape, np.float16) for _ in range(2)] for _ in range(2))
+    typed = [a for pair in zip(toy.k, toy.v, strict=True) for a in pair]
+    copies = [a.copy() for a in typed]
+    raw = [(a.ctypes.data, shape, None, 2, "cpu") for a in copies]
+    for first, then in ((typed, raw), (raw, typed)):
+        pool = layouts.nhd(k=first[::2], v=first[1::2], page_size=PAGE)
+        toy.manager = CanaryManager(toy.config, [pool], 4, 64, toy.backend)
+        toy.write = lambda batch: None
+        toy.history[:] = -1
+        toy.step((0, 0, 3))
+        toy.manager.rebind(0, then)
+        toy.step((0, 3, 1))
+        assert toy.manager.violations() == ()
+        copies[2][0, 1, 0, 0] = typed[2][0, 1, 0, 0] = np.nan
+        toy.step((0, 4, 1))
+        assert len(toy.manager.violations()) == (first is typed), "as the first arrays told"
+        copies[2][0, 1, 0, 0] = typed[2][0, 1, 0, 0] = 0
+
+
 def test_the_old_arrays_are_let_go(engine: Any) -> None:
     toy = engine()
     toy.step((0, 0, 3))
