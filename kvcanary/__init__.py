@@ -7,6 +7,7 @@ from kvcanary.batch import StepBatch
 from kvcanary.bundle import SlotBundle
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
+from kvcanary.embedding import CanaryGraphs
 from kvcanary.errors import (
     BackendError,
     BatchError,
@@ -46,6 +47,7 @@ __all__ = [
     "CanaryConfig",
     "CanaryCounterError",
     "CanaryDeviceState",
+    "CanaryGraphs",
     "CanaryLaunchTag",
     "CanaryManager",
     "CanaryStalledError",
