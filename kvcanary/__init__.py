@@ -7,9 +7,11 @@ from kvcanary.batch import StepBatch
 from kvcanary.bundle import SlotBundle
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
+from kvcanary.embedding import CanaryGraphs
 from kvcanary.errors import (
     BackendError,
     BatchError,
+    BlackBoxError,
     BundleError,
     CanaryCounterError,
     CanaryStalledError,
@@ -40,10 +42,12 @@ __all__ = [
     "PREFIX_CACHE",
     "BackendError",
     "BatchError",
+    "BlackBoxError",
     "BundleError",
     "CanaryConfig",
     "CanaryCounterError",
     "CanaryDeviceState",
+    "CanaryGraphs",
     "CanaryLaunchTag",
     "CanaryManager",
     "CanaryStalledError",

@@ -83,7 +83,8 @@ OP_SHARE = 1  # one holder more, who may only read
 OP_LEAVE = 2  # the primary lets go, others still hold it
 OP_UNSHARE = 3  # only the primary is left
 OP_FREE = 4  # nobody holds it any more
-N_BLOCK_OPS = 5
+OP_CLAIM = 5  # its only holder is its primary owner from now on
+N_BLOCK_OPS = 6
 MAX_BLOCK_IDS = 1000  # ids of one launch, passed by value: with the rest, parameters may have 4096 bytes
 
 MAX_LAYER_DIGESTS = 15  # of one launch of kvc_digests_layer
@@ -108,10 +109,17 @@ STATE_SKIPPED_MOVES = 15  # entries of moves that named no slot, or one that cou
 STATE_SCRUB_SLOTS = 16  # written slots that the patrol has checked
 STATE_SCRUB_ORPHANS = 17  # written slots that it passed over, because nobody holds their block
 STATE_RESERVED_CHECKS = 18  # (plane, reserved block) pairs that were looked through for NaN and Inf
+STATE_FORWARD_BASE = 19  # what was taken off the number of the forward by renumbering; their sum is how many there were
 N_STATE_WORDS = 24
+
+# ---- numbers of forwards: 32 bits in stamps, so that they are moved down now and then (kernels/renumber.cu) ----------
+RENUMBER_AT = 1 << 31  # from this number on, kvc_begin asks for it
+RENUMBER_KEEP = 1 << 30  # forwards whose numbers keep their order
+LAST_FORWARD = (1 << 32) - 2  # if nobody answers: this number stays, and nothing is judged any more
 
 # ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
 CONTROL_ALARM = 0  # device -> host: some record was committed (a hint)
+CONTROL_RENUMBER = 1  # device -> host: not 0 while the numbers of forwards are to be moved down
 CONTROL_READ = 8  # host -> device: records read so far
 N_CONTROL_WORDS = 16
 
@@ -143,12 +151,13 @@ PLANE = np.dtype(
         ("page_stride", "<i8"),
         ("token_stride", "<i8"),
         ("chunk_stride", "<i8"),
+        ("tok_hi_stride", "<i8"),
         ("n_chunks", "<u4"),
         ("chunk_bytes", "<u4"),
         ("load_bytes", "<u4"),
         ("byte_offset", "<u4"),
         ("chunk_magic", "<u4"),  # load l lies in chunk l * magic >> 32, or, if 0, in chunk l
-        ("unused", "<u4"),
+        ("tok_split", "<u4"),  # token t lies at t / split * tok_hi_stride + t % split * token_stride; 0 = not split
     ]
 )
 DIGEST = np.dtype(
@@ -289,7 +298,9 @@ POOL = np.dtype(
         ("max_requests", "<u4"),
         ("due_capacity", "<u4"),
         ("scrub_blocks", "<u4"),  # of a turn of the patrol; 0 = none
-        ("unused", "<u4"),
+        ("ring_length", "<i4"),  # 0 = none, see `place_of` in backends/reference.py
+        ("ring_bubble", "<i4"),
+        ("sink", "<i4"),
         ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block
     ]
 )
@@ -369,10 +380,10 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("n_blocks", "<u4"),
             ("owner", "<u4"),
             ("ends", "<u4", (N_BLOCK_OPS,)),  # op o is done to ids[ends[o - 1]] up to ids[ends[o]]
-            ("unused", "<u4"),
             ("ids", "<i4", (MAX_BLOCK_IDS,)),
         ]
     ),
+    "RenumberParams": np.dtype([("guard", GUARD), ("pool", POOL), ("n_pools", "<u4"), ("unused", "<u4")]),
     # Lists are i32, or all of them i64 (wide); entry i of n is slot i % per_entry of slots[i / per_entry].
     "MoveParams": np.dtype(
         [
@@ -439,6 +450,9 @@ _INT_NAMES = (
     "WRITE_TILE",
     "SHORT_ROW",
     "TAIL_CHUNK",
+    "RENUMBER_AT",
+    "RENUMBER_KEEP",
+    "LAST_FORWARD",
 )
 _C_TYPES = {"<u8": "uint64_t", "<i8": "int64_t", "<u4": "uint32_t", "<i4": "int32_t"}
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, zeros_of
+from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, VERIFY_UNIT, zeros_of
 from kvcanary.arrays import ArrayView, host_array, view_of
 from kvcanary.errors import LayoutError
+from kvcanary.overlap import Placed, overlapping
 from kvcanary.planes import Plane, axes_of, blocks_that_fit, check_addresses, plane_address
 from kvcanary.tags import Half, PoolKind
 
@@ -44,9 +45,14 @@ class KvPool:
         page_size: slots per block; 1 where the table is per token, the whole sequence in static caches.
         n_blocks: 0 = as many as fit into the planes' arrays.
         window: tokens that a query of an SWA pool sees, its own included; None for FULL.
+        ring_length: positions that a request's tables hold of the later ones, the newest in the place of the oldest
+            (a rolling buffer); 0 = every position has a place of its own. An SWA pool's, and not below its window.
+        sink: positions at the start of a request that stay visible beside the window (attention sinks), at most 128.
+        ring_bubble: places left unused between the sink and the ring.
         reserved_blocks: blocks that hold no request's data (the null block, padding): at most 8.
         token_offset: token that position p holds is the request's token p + token_offset (EAGLE draft pools).
         slot_lut: i64[n_full] from the slot in the batch's tables to the slot here; negative or reserved = evicted.
+        may_alias: whether its bytes may also be another pool's, at other times; needs ``lifecycle``.
         expected_every_step: whether a step without a launch for this pool counts as a stalled guard.
 
     Raises:
@@ -62,12 +68,22 @@ class KvPool:
     reserved_blocks: tuple[int, ...] = (0,)
     token_offset: int = 0
     slot_lut: Any = None
+    may_alias: bool = False
     expected_every_step: bool = True
+    ring_length: int = 0
+    sink: int = 0
+    ring_bubble: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
         if self.page_size < 1 or self.n_blocks < 0:
             raise self._error(f"page_size={self.page_size}, n_blocks={self.n_blocks}: give both >= 1, or n_blocks=0")
+        for plane in self.planes:
+            if plane.tok_split and self.page_size % plane.tok_split:
+                raise self._error(
+                    f"{plane.label}: tok_split={plane.tok_split} does not divide page_size={self.page_size}: "
+                    "give the tokens of a run that the pages are whole numbers of"
+                )
         if not self.planes and not self.n_blocks:
             raise self._error("n_blocks=0 and no plane to derive it from: give n_blocks")
         if not self.n_blocks:
@@ -77,6 +93,7 @@ class KvPool:
         self._check_arrays()
         for plane in self.planes:
             check_addresses(plane, self.n_blocks, self.page_size)
+        self.check_overlaps()
 
     # ---- derived -----------------------------------------------------------------------------------------------------
     @property
@@ -135,7 +152,7 @@ class KvPool:
             record["first_plane"], record["n_planes"] = unit.first_plane, unit.n_planes
             record["n_words"], record["half"] = unit.n_words, unit.half
             plane = planes[unit.first_plane]
-            if unit.n_planes == 1 and plane["load_bytes"] >= 8:
+            if unit.n_planes == 1 and plane["load_bytes"] >= 8 and not plane["tok_split"]:
                 record["n_loads"] = plane["n_chunks"] * plane["chunk_bytes"] // plane["load_bytes"]
                 record["load_bytes"] = plane["load_bytes"]
         return records
@@ -171,6 +188,7 @@ class KvPool:
         steps = [stride for stride, _ in axes_of(plane, self.n_blocks, self.page_size)]
         row["base"], row["page_stride"], row["token_stride"] = base, plane.page_stride, plane.token_stride
         row["chunk_stride"], row["n_chunks"], row["chunk_bytes"] = plane.chunk_stride, plane.n_chunks, n
+        row["tok_split"], row["tok_hi_stride"] = plane.tok_split, plane.tok_hi_stride
         row["load_bytes"] = math.gcd(_MAX_LOAD_BYTES, base, n, byte_offset, *steps)
         row["byte_offset"], per_chunk = byte_offset, n // int(row["load_bytes"])
         row["chunk_magic"] = -(-(1 << 32) // per_chunk) if per_chunk > 1 else 0
@@ -178,24 +196,31 @@ class KvPool:
 
     # ---- host memory -------------------------------------------------------------------------------------------------
     def host_bytes(self, plane: Plane, real_data: str = "all") -> npt.NDArray[np.uint8]:
-        """The plane in host memory, as a view u8[n_blocks, page_size, n_chunks, bytes of a chunk]."""
+        """The plane in host memory, as a view u8[n_blocks, page_size, n_chunks, bytes of a chunk].
+
+        Of a plane with a split it is u8[n_blocks, page_size / split, split, ...]; `slot_index` fits both.
+        """
         view = plane.view
         if not view.is_host:
             raise LayoutError(f"{plane.label} is on {view.device}: only planes in host memory can be read from here")
-        return host_array(
-            view.pointer + plane.offset,
-            (self.n_blocks, self.page_size, plane.n_chunks, plane.digested_chunk_bytes(real_data)),
-            (plane.page_stride, plane.token_stride, plane.chunk_stride, 1),
-            np.uint8,
-            owner=view.owner,
-            readonly=view.readonly,
-        )
+        shape = [self.n_blocks, self.page_size, plane.n_chunks, plane.digested_chunk_bytes(real_data)]
+        strides = [plane.page_stride, plane.token_stride, plane.chunk_stride, 1]
+        if plane.tok_split:
+            shape[1:2] = self.page_size // plane.tok_split, plane.tok_split
+            strides.insert(1, plane.tok_hi_stride)
+        first = view.pointer + plane.offset
+        return host_array(first, shape, strides, np.uint8, owner=view.owner, readonly=view.readonly)
+
+    def slot_index(self, plane: Plane, slots: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+        """Index of ``slots`` (integers in [0, n_slots)) in `host_bytes`: it gives u8[n, n_chunks, bytes of a chunk]."""
+        block, token = np.divmod(slots, self.page_size)
+        return (block, *np.divmod(token, plane.tok_split)) if plane.tok_split else (block, token)
 
     def gather(self, plane: Plane, slots: npt.NDArray[Any], real_data: str = "all") -> npt.NDArray[np.uint8]:
         """Copy the digested bytes of ``slots`` (integers in [0, n_slots)) of a plane in host memory: u8[n, bytes]."""
         data = self.host_bytes(plane, real_data)
-        found: npt.NDArray[np.uint8] = data[slots // self.page_size, slots % self.page_size]
-        return found.reshape(len(slots), data.shape[2] * data.shape[3])
+        found: npt.NDArray[np.uint8] = data[self.slot_index(plane, slots)]
+        return found.reshape(len(slots), data.shape[-2] * data.shape[-1])
 
     # ---- checks ------------------------------------------------------------------------------------------------------
     def check(self, real_data: str = "all", device_kind: str | None = None) -> None:
@@ -223,6 +248,16 @@ class KvPool:
                     f"{MAX_PLANE_BYTES} are allowed: split it into planes by its chunks, or use real_data='partial'"
                 )
 
+    def check_overlaps(self) -> None:
+        """LayoutError if two planes share a byte."""
+        placed = [Placed(plane, self.n_blocks, self.page_size) for plane in self.planes]
+        for first, second in overlapping(placed, in_one_pool=True):
+            a, b = first.plane, second.plane
+            begin = " and begin at the same byte" if _first_byte(a) == _first_byte(b) else ""
+            raise self._error(
+                f"{a.label} and {b.label} share bytes{begin}: give shared memory once, and check offsets and strides"
+            )
+
     def _error(self, text: str) -> LayoutError:
         return LayoutError(f"pool {self.name!r}: {text}")
 
@@ -236,9 +271,11 @@ class KvPool:
             raise self._error(f"planes={self.planes!r}: give a tuple of Planes")
         if not kinds:
             raise self._error(f"kind={self.kind!r}: choose one of {', '.join(map(str, PoolKind))}")
-        if not isinstance(self.expected_every_step, bool):
-            raise self._error(f"expected_every_step={self.expected_every_step!r}: give True or False")
-        numbers = {name: self._integer(name, getattr(self, name)) for name in ("page_size", "n_blocks", "token_offset")}
+        for name in ("expected_every_step", "may_alias"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._error(f"{name}={getattr(self, name)!r}: give True or False")
+        names = ("page_size", "n_blocks", "token_offset", "ring_length", "sink", "ring_bubble")
+        numbers = {name: self._integer(name, getattr(self, name)) for name in names}
         if self.window is not None:
             numbers["window"] = self._integer("window", self.window)
         for name, value in numbers.items():
@@ -269,6 +306,7 @@ class KvPool:
                 f"kind {self.kind.name} with window={self.window}: an SWA pool needs a window of 1 to {MAX_SLOTS} "
                 "(tokens, the query's own included), a FULL pool has None"
             )
+        self._check_ring()
         blocks = self.reserved_blocks
         if len(blocks) > MAX_RESERVED or len(set(blocks)) != len(blocks):
             raise self._error(f"reserved_blocks={blocks}: give at most {MAX_RESERVED} blocks, each once")
@@ -278,6 +316,21 @@ class KvPool:
             raise self._error(f"token_offset={self.token_offset}: must fit in 32 bits")
         if self.halves == (Half.V,):
             raise self._error("all planes are of half V: a pool of one half gives its planes half K")
+
+    def _check_ring(self) -> None:
+        window, ring = self.window or 0, self.ring_length
+        if not 0 <= self.sink <= VERIFY_UNIT or (self.sink and not window):
+            raise self._error(
+                f"sink={self.sink} with window={self.window}: give 0 to {VERIFY_UNIT} tokens, to an SWA pool"
+            )
+        if ring and not 1 <= window <= ring <= MAX_SLOTS:
+            raise self._error(
+                f"ring_length={ring} with window={self.window}: a ring holds at least the window of an SWA pool"
+            )
+        if not 0 <= self.ring_bubble <= MAX_SLOTS or ring < 0 or (self.ring_bubble and not ring):
+            raise self._error(
+                f"ring_bubble={self.ring_bubble} with ring_length={ring}: places >= 0, and a bubble only before a ring"
+            )
 
     def _check_groups(self) -> None:
         for planes in self._units:
@@ -292,16 +345,12 @@ class KvPool:
                 )
 
     def _check_arrays(self) -> None:
-        first: dict[int, Plane] = {}
         for plane in self.planes:
             if plane.view.device != self.device:
                 raise self._error(
                     f"{self.planes[0].label} is on {self.device}, {plane.label} on {plane.view.device}: "
                     "one pool lies on one device, make a pool per device"
                 )
-            twin = first.setdefault(plane.view.pointer + plane.offset, plane)
-            if twin is not plane:
-                raise self._error(f"{twin.label} and {plane.label} begin at the same byte: give shared memory once")
         lut = self.lut_view
         if lut is None:
             return
@@ -309,3 +358,7 @@ class KvPool:
             raise self._error(f"slot_lut is {lut.dtype}{list(lut.shape)}: give a contiguous int64[n_full]")
         if self.device is not None and lut.device != self.device:
             raise self._error(f"slot_lut is on {lut.device}, the planes on {self.device}: put it beside them")
+
+
+def _first_byte(plane: Plane) -> int:
+    return plane.view.pointer + plane.offset

@@ -6,24 +6,31 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi, hashing
+from kvcanary.aliasing import check_overlaps
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
+from kvcanary.black_box import BlackBox, open_black_box
+from kvcanary.captured import CaptureWatch
 from kvcanary.config import CanaryConfig
-from kvcanary.construct import check_capacities, choose_backend, make_backend, pool_names
+from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
-from kvcanary.errors import BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
+from kvcanary.embedding import EmbedCalls
+from kvcanary.errors import BackendError, BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
 from kvcanary.moves import MoveCalls
 from kvcanary.observers import (
     KernelRunCounterHealthChecker,
+    Observer,
     PeriodicCanaryStatsLogger,
     StepFacts,
     ViolationObserver,
@@ -32,11 +39,14 @@ from kvcanary.patrol import plan_patrol
 from kvcanary.perturb import Perturber
 from kvcanary.perturb_record import Perturbation
 from kvcanary.phases import Phase, PhaseChecker
+from kvcanary.pool_stats import digest_bytes, pool_stats
 from kvcanary.prove import Proof, prove_batch
+from kvcanary.ranges import add_ranges
 from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import ResidentSet, SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Stage
+from kvcanary.turns import Turns, one_at_a_time, watch_forks
 from kvcanary.violations import RingReader, Violation, new_secret
 
 logger = logging.getLogger("kvcanary")
@@ -49,7 +59,7 @@ class _Bound(NamedTuple):
     batches: list[BoundBatch]
 
 
-class CanaryManager(MoveCalls):
+class CanaryManager(MoveCalls, EmbedCalls):
     """Guards the KV pools of one engine process.
 
     Args:
@@ -73,16 +83,18 @@ class CanaryManager(MoveCalls):
         backend: str | Callable[..., Backend] = "auto",
     ) -> None:
         self.config = config
-        self.pools = (pools,) if isinstance(pools, KvPool) else tuple(pools)
+        self.pools = check_arguments(config, pools)
         self.max_requests = max_requests
         self.max_new_tokens = max_new_tokens
         self._phases = PhaseChecker()
+        self._turns = Turns()
         self._backend: Backend | None = None
         self._step = 0
         self._n_counted_steps = 0
         self._is_idle = False
         self._inputs_seen: set[str] = set()
-        self.n_observer_errors = 0  #: steps at which an observer raised something that is not ours (a log handler, say)
+        self._n_observer_errors = 0
+        self._is_out_of_numbers = False
         self._is_paused = False
         self._perturber: Perturber | None = None  # the fault drill, when armed
         self._stream: Any = None
@@ -91,36 +103,62 @@ class CanaryManager(MoveCalls):
         self._lifecycle: Lifecycle | None = None
         self._layers: dict[int, set[int | None]] = {}
         self._synced: StateSnapshot | None = None  # taken by the last `synchronize`
+        self._box: BlackBox | None = None
+        self._more_observers: tuple[Observer, ...] = ()
         if config.mode == "off":
             self._lifecycle = Lifecycle()
             return
         check_capacities(self.pools, max_requests, max_new_tokens)
+        check_overlaps(self.pools, config)
         kind = backend if callable(backend) else choose_backend(backend, self.pools)
         device_kind = "cpu" if kind == "host" else "cuda"
         for pool in self.pools:
             pool.check(config.real_data, None if callable(kind) else device_kind)
         self._device_kind = next((p.device.split(":")[0] for p in self.pools if p.device), device_kind)
         self._backend = make_backend(kind, config, self.pools, max_requests, max_new_tokens)
+        try:
+            self._complete(config, self._backend)
+        except BaseException:
+            backend_of_this, self._backend, self._lifecycle = self._backend, None, None
+            backend_of_this.close()
+            raise
+        self._captures = CaptureWatch(self, self._backend)
+        self._control = memoryview(self._backend.state.control)  # type: ignore[arg-type]  # the cheapest way to read a word of it
+        watch_forks(self)
+
+    def _complete(self, config: CanaryConfig, backend: Backend) -> None:
+        """All that comes after the backend; what it fails to allocate is not held by anybody."""
         if config.lifecycle:
-            self._lifecycle = Lifecycle(self.pools, self._backend, self._gate, self._pool_index)
+            self._lifecycle = Lifecycle(self.pools, backend, self._gate, self._pool_index, self._turns)
         self._sweep = SweepOrchestrator(config.sweep_interval)
         self._patrols = plan_patrol(config, self.pools)
-        self._make_observers(self._backend)
+        self._make_observers(backend)
         if config.perturb is not None:
-            self._perturber = Perturber(config, self.pools, self._backend)
+            self._perturber = Perturber(config, self.pools, backend)
+        if config.nvtx:
+            add_ranges(self, self._sweep, self._observers)
 
     def _make_observers(self, backend: Backend) -> None:
         config, state = self.config, backend.state
         names = [pool_names(p, config.real_data) for p in self.pools]
+        self._digest_bytes = digest_bytes(self.pools, config.real_data)
         reader = RingReader(state.violation_log, state.control, config.ring_capacity)
-        self._violations = ViolationObserver(config, reader, names, new_secret())
+        box = self._box = open_black_box(self)
+        self._violations = ViolationObserver(config, reader, names, new_secret(), box.violations if box else None)
         handlers = [DelayedDeviceHostHandler(backend.staging(4), name) for name in ("health", "stats")]
         self._handlers = handlers
-        self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0])
+        on_report = box.stall if box else None
+        self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0], on_report)
         self._stats_logger = PeriodicCanaryStatsLogger(config, self.active_tags, handlers[1])
         self._observers = (self._violations, self._health, self._stats_logger)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
+    @property
+    def n_observer_errors(self) -> int:
+        """How often something that is not ours raised beside the engine's step: a log handler, a driver, a provider."""
+        n_lines = self._violations.n_errors if self._backend is not None else 0
+        return self._n_observer_errors + n_lines
+
     @property
     def is_on(self) -> bool:
         """Whether the guard runs at all (mode is not "off")."""
@@ -170,6 +208,7 @@ class CanaryManager(MoveCalls):
         return tags
 
     # ---- phases ------------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def begin_step(self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None) -> None:
         """Begin an outer engine step, outside any capture.
 
@@ -185,6 +224,7 @@ class CanaryManager(MoveCalls):
         if self._perturber is not None:
             self._perturb_before(self._perturber, batch)
 
+    @one_at_a_time
     def head(
         self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
     ) -> None:
@@ -207,11 +247,14 @@ class CanaryManager(MoveCalls):
         if self._perturber is not None:
             self._perturber.note(batch)
         try:
+            if not self._captures.was_captured:
+                self._captures.note(self._handlers[0].is_capturing(stream))
             self._backend.head(calls, stream)
         except BaseException:
             self.abandon_forward()
             raise
 
+    @one_at_a_time
     def verify_layer(self, batch: StepBatch, layer: int, stream: Any = None) -> None:
         """Digest one layer of the prefixes of the rows marked ``pending``, right before that layer reads them.
 
@@ -228,6 +271,7 @@ class CanaryManager(MoveCalls):
         """
         if self._backend is None:
             return
+        self._phases.need_open("verify_layer()")
         if self._open_forward is None or self._open_forward[1] is not batch:
             raise PhaseError("verify_layer() must come between head() and tail() of the same StepBatch object")
         if batch.pending is None:
@@ -248,6 +292,7 @@ class CanaryManager(MoveCalls):
             self._layers[pool] = {unit.layer for unit in self.pools[pool].digest_units(self.config.real_data)}
         return self._layers[pool]
 
+    @one_at_a_time
     def tail(self, batch: StepBatch, stream: Any = None) -> None:
         """TAIL of the forward that `head` began, after the model; may run inside a capture."""
         if self._backend is None:
@@ -259,6 +304,7 @@ class CanaryManager(MoveCalls):
         calls, self._open_forward = self._open_forward[0], None
         self._backend.tail(calls, stream)
 
+    @one_at_a_time
     def end_step(self) -> None:
         """End the outer step: sweep if due, count it, then violations, health and stats; never waits for the device.
 
@@ -279,13 +325,13 @@ class CanaryManager(MoveCalls):
 
     def abandon_step(self) -> None:
         """The engine raised inside a step: report what is there without raising, and be ready for the next step."""
-        if self._backend is None:
+        if self._backend is None or self._phases.is_over:
             return
         self.abandon_forward()
         self._phases.abandon_step()
-        if self._perturber is not None:
-            self._perturber.restore(self._stream)
-        self._violations.poll()
+        # Whatever goes wrong here would stand in front of the engine's own error.
+        self._quietly(self._violations.poll)  # first: it asks nothing of a device that may have died
+        self._quietly(self._restore_perturbed)
 
     def step(
         self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
@@ -315,6 +361,10 @@ class CanaryManager(MoveCalls):
             perturber.note(batch)
         self._perturb(perturber, is_before_forward=True)
 
+    def _restore_perturbed(self) -> None:
+        if self._perturber is not None:
+            self._perturber.restore(self._stream)
+
     def _perturb_after(self, perturber: Perturber) -> None:
         perturber.restore(self._stream)
         self._perturb(perturber, is_before_forward=False)
@@ -343,17 +393,60 @@ class CanaryManager(MoveCalls):
     def _post_ops_outside_graph(self) -> None:
         assert self._backend is not None
         counted = not (self._is_idle or self._is_paused)
-        if not self._is_paused:
-            self._sweep.step(self._step + 1, self._backend, self._stream)
+        if not self._is_paused and self._sweep.is_sweeping:
+            self._quietly(self._sweep_now)
+        if self._control[abi.CONTROL_RENUMBER]:  # once in two thousand million forwards
+            self._quietly(self._renumber)
         self._step += 1
         self._n_counted_steps += counted
         step = self._step
-        due = [observer for observer in self._observers if observer.is_due(step)]
+        due: list[Observer] = [observer for observer in self._observers if observer.is_due(step)]
         # An observer with a snapshot to take looks at the stream itself.
         if all(observer is self._violations for observer in due) and self._has_odd_stream():
             due = list(self._observers)
+        if self._more_observers:
+            due += [observer for observer in self._more_observers if self._is_due(observer, step)]
         if due:
             self._observe(due, self._backend)
+
+    def _renumber(self) -> None:
+        """Numbers of forwards have 32 bits: move them down. Records told before have the old ones."""
+        assert self._backend is not None
+        if self._has_odd_stream() or self._is_out_of_numbers:  # else it is asked for again
+            return
+        self._is_out_of_numbers = bool(self._backend.state.control[abi.CONTROL_RENUMBER] == abi.LAST_FORWARD)
+        if self._is_out_of_numbers:
+            logger.error(
+                "[canary] step %d: more than %d forwards since the last end_step(), so that their numbers ran out: "
+                "nothing is judged any more. Make a new manager, and end a step now and then",
+                self._step + 1,
+                abi.LAST_FORWARD - abi.RENUMBER_AT,
+            )
+            return
+        self._backend.renumber(self._stream)
+        logger.info("[canary] step %d: the numbers of forwards were moved down", self._step + 1)
+
+    def _sweep_now(self) -> None:
+        assert self._backend is not None
+        self._sweep.step(self._step + 1, self._backend, self._stream)
+
+    def _quietly(self, work: Callable[[], object]) -> None:
+        """Do something that is not worth the engine's step: whatever it raises is counted and logged."""
+        try:
+            work()
+        except Exception:
+            self._n_observer_errors += 1
+            with suppress(Exception):
+                logger.exception("[canary] the guard could not do all of its work; the engine goes on")
+
+    def _is_due(self, observer: Observer, step: int) -> bool:
+        try:
+            return observer.is_due(step)
+        except Exception:
+            self._n_observer_errors += 1
+            with suppress(Exception):
+                logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
+            return False
 
     def _has_odd_stream(self) -> bool:
         """A stream that is captured, or whose context died: for the handlers to refuse, so all observers are asked."""
@@ -362,12 +455,12 @@ class CanaryManager(MoveCalls):
         except Exception:  # noqa: BLE001  the observers meet it again and report it, after the violations were read
             return True
 
-    def _observe(self, due: Sequence[Any], backend: Backend) -> None:
+    def _observe(self, due: Sequence[Observer], backend: Backend) -> None:
         errors: list[KvCanaryError] = []
         # The order is violations, health, stats; the totals in the facts are those after the first.
         facts: StepFacts | None = None
         for observer in due:
-            if self._phases.phase is Phase.CLOSED:  # a callback closed the manager
+            if self._phases.is_over:  # a callback closed the manager, or this is a child that it forked
                 return
             try:
                 facts = facts or self._facts(backend)
@@ -375,7 +468,7 @@ class CanaryManager(MoveCalls):
             except KvCanaryError as error:  # the others still get their step; the first error is the one raised
                 errors.append(error)
             except Exception:  # a log handler that raises is not the engine's problem
-                self.n_observer_errors += 1
+                self._n_observer_errors += 1
                 with suppress(Exception):
                     logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
             if observer is self._violations:
@@ -414,14 +507,15 @@ class CanaryManager(MoveCalls):
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
+        if not isinstance(batch, StepBatch):
+            raise BatchError(f"batch is {type(batch).__name__}: give a StepBatch of the forward's arrays")
         try:
             key = (is_first, None if pools is None else tuple(pools))
             known = self._bound.setdefault(batch, {})
             is_known = key in known
         except TypeError as error:
             raise ConfigError(
-                f"head() came with {type(batch).__name__} and pools={pools!r} ({error}): give a StepBatch, and a list "
-                "of pool names or numbers, or None for all"
+                f"head() came with pools={pools!r} ({error}): give a list of pool names or numbers, or None for all"
             ) from error
         if not is_known:
             self._phases.need_open("head()")
@@ -458,6 +552,7 @@ class CanaryManager(MoveCalls):
             )
         return self._lifecycle
 
+    @one_at_a_time
     def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
 
@@ -474,6 +569,7 @@ class CanaryManager(MoveCalls):
         """
         self.lifecycle.call("allocate", ids, owner, pool, stream)
 
+    @one_at_a_time
     def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
 
@@ -481,12 +577,23 @@ class CanaryManager(MoveCalls):
         """
         self.lifecycle.call("share", ids, owner, pool, stream)
 
+    @one_at_a_time
     def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
 
         Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that it does not hold.
         """
         self.lifecycle.call("free", ids, owner, pool, stream)
+
+    @one_at_a_time
+    def claim_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that the only holder of blocks, who came to them by sharing, writes them from now on.
+
+        For copy-on-write by reference counts: the last holder of a block appends to it in place. The epoch goes on.
+
+        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that others hold too.
+        """
+        self.lifecycle.call("claim", ids, owner, pool, stream)
 
     def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
         stream = self._stream if stream is None else stream
@@ -496,11 +603,20 @@ class CanaryManager(MoveCalls):
     # ---- host-driven calls -------------------------------------------------------------------------------------------
     def _host_driven(self, call: str, stream: Any = None) -> Backend:
         stream = self._stream if stream is None else stream
-        if self._phases.phase is not Phase.CLOSED and self._handlers[0].is_capturing(stream):
+        self._phases.need_open(call)
+        try:
+            is_capturing = self._handlers[0].is_capturing(stream)
+        except Exception as error:  # of the driver: the stream, or its context, is gone
+            raise BackendError(
+                f"{call}: stream {stream!r} cannot be used ({error}); without one of its own, a call is ordered on the "
+                "stream of the last step: if that was destroyed, call it within step() on one that lives"
+            ) from error
+        if is_capturing:
             raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
         self._phases.need_outside_forward(call)
         return self.backend
 
+    @one_at_a_time
     def pause(self) -> None:
         """Stop judging from the next forward on, also in captured graphs; stamps and digests are still written.
 
@@ -510,12 +626,14 @@ class CanaryManager(MoveCalls):
             self._host_driven("pause()").set_paused(True, self._stream)
             self._is_paused = True
 
+    @one_at_a_time
     def resume(self) -> None:
         """Judge again, from the next forward on."""
         if self._backend is not None:
             self._host_driven("resume()").set_paused(False, self._stream)
             self._is_paused = False
 
+    @one_at_a_time
     def reset(self, pool: str | int | None = None) -> None:
         """Forget all stamps, digests and registers (of one pool): for cache flush, sleep and wake, weight reload.
 
@@ -526,17 +644,40 @@ class CanaryManager(MoveCalls):
             self._host_driven("reset()").reset(index, self._stream)
             self._violations.forget()
 
+    @one_at_a_time
     def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
         """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
+        if provider is not None and not callable(provider):
+            raise ConfigError(
+                f"attach_resident_set({type(provider).__name__}): give a function without arguments, or None"
+            )
         if self._backend is not None:
+            if provider is not None and not self.config.sweep_interval:
+                logger.warning("a resident set is attached, but sweep_interval is 0: nothing is swept; set it to steps")
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 
     @staticmethod
     def chain(tokens: Sequence[int] | npt.NDArray[Any], salt: int = 0) -> int:
-        """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix."""
-        return hashing.prefix_chain(tokens, salt)
+        """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix.
 
+        Args:
+            tokens: integer token ids, of which the low 32 bits count.
+            salt: as in `StepBatch.salts`, 0 to 2^64 - 1.
+
+        Raises:
+            BatchError: anything else.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise BatchError(
+                f"chain(): tokens are {ids.dtype}{list(ids.shape)}: give a flat sequence of integer token ids"
+            )
+        if not isinstance(salt, (int, np.integer)) or not 0 <= salt < 1 << 64:
+            raise BatchError(f"chain(): salt={salt!r}: give an integer from 0 to 2^64 - 1")
+        return hashing.prefix_chain(ids.astype(np.int64), int(salt))
+
+    @one_at_a_time
     def prove(self, batch: StepBatch, stream: Any = None) -> Proof:
         """Show that the wiring is right: flip one bit in each plane of a live slot and see that exactly it is named.
 
@@ -553,17 +694,28 @@ class CanaryManager(MoveCalls):
         return prove_batch(backend, self.pools, self.config, list(zip(bound.calls, bound.batches, strict=True)), stream)
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
+    def add_observer(self, observer: Observer) -> None:
+        """Have an observer asked at the end of each step, behind the guard's own; what it raises is logged and counted.
+
+        It runs on the thread that ends the step: it must neither wait for the device nor take long.
+        """
+        self._more_observers += (observer,)
+
     def on_violation(self, callback: Callable[[Violation], None]) -> None:
         """Call back for every first sighting of a violation, on the thread that ends the step (or polls)."""
+        if not callable(callback):
+            raise ConfigError(f"on_violation({callback!r}): give a function that takes a Violation")
         if self._backend is not None:
             self._violations.on_violation(callback)
 
     def poll(self) -> tuple[Violation, ...]:
         """Read what is new in the ring now, without waiting and without raising; from any thread."""
+        self._phases.need_parent("poll()")
         return self._violations.poll() if self._backend is not None else ()
 
     def violations(self) -> tuple[Violation, ...]:
         """Recent first sightings, oldest first; from any thread."""
+        self._phases.need_parent("violations()")
         return self._violations.violations() if self._backend is not None else ()
 
     def stats(self) -> CanaryStats:
@@ -573,14 +725,30 @@ class CanaryManager(MoveCalls):
         """
         if self._backend is None:
             return CanaryStats()
-        return CanaryStats.of(
+        self._phases.need_parent("stats()")
+        newest, blocks, turns = self._newest_snapshot(), self._block_counts(), [p.n_turns for p in self._patrols]
+        stats = CanaryStats.of(
             self._step,
             self._sweep.sweep_passes,
             self._violations.violations_total,
             self._violations.observations_total,
-            self._newest_snapshot(),
-            self._block_counts(),
-            [patrol.n_turns for patrol in self._patrols],
+            newest,
+            blocks,
+            turns,
+        )
+        intervals = (self.config.stats_print_every_n_steps, self.config.health_check_every_n_steps)
+        return replace(
+            stats,
+            digested_bytes=round(stats.data_slots * self._digest_bytes),
+            is_on=self._phases.phase is not Phase.CLOSED,
+            is_paused=self._is_paused,
+            health=self._health.health.value,
+            stalls_total=self._health.n_reports,
+            observer_errors=self.n_observer_errors,
+            snapshots_not_taken=sum(handler.n_not_taken for handler in self._handlers),
+            snapshot_interval=min((n for n in intervals if n), default=0),
+            black_box_errors=self._box.n_errors if self._box is not None else 0,
+            pools=pool_stats(self.pools, newest, self._violations.counts(), dict(self._sweep.n_sweeps), turns, blocks),
         )
 
     def _block_counts(self) -> tuple[BlockCounts, ...]:
@@ -600,9 +768,11 @@ class CanaryManager(MoveCalls):
     @property
     def memory_bytes(self) -> int:
         """Device and pinned memory that the guard holds, in bytes."""
-        return self._backend.memory_bytes if self._backend is not None else 0
+        is_closed = self._phases.phase is Phase.CLOSED
+        return 0 if self._backend is None or is_closed else self._backend.memory_bytes
 
     # ---- end ---------------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def synchronize(self) -> None:
         """Wait for all that was launched, deliver all snapshots, read all violations, and bring `stats` up to date.
 
@@ -618,18 +788,26 @@ class CanaryManager(MoveCalls):
             self._synced = StateSnapshot(self._step, self._backend.state.layout, words)
             self._violations.note_dropped(int(words[abi.STATE_DROPPED]))
 
+    @one_at_a_time
     def close(self) -> None:
         """Give everything back; waits for the device. Graphs with the guard's launches must not be replayed after."""
-        if self._backend is None or self._phases.phase is Phase.CLOSED:
+        if self._backend is None or self._phases.is_over:
             return
         self._phases.close()
         self._open_forward = None
-        if self._perturber is not None:
-            self._perturber.restore(self._stream)
-        self._violations.poll()
+        self._quietly(self._restore_perturbed)
+        self._quietly(self._violations.poll)
+        self._captures.end()
+        if self._box is not None:
+            self._box.end("close")
         for handler in self._handlers:
             handler.close()
         self._backend.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: every call but `close` is refused, and nothing of the parent's device state is touched."""
+        self._phases.phase = Phase.FORKED
+        self._turns.renew()
 
     def __enter__(self) -> CanaryManager:
         return self

@@ -126,7 +126,7 @@ def test_batches_and_calls() -> None:
         }
         batch = StepBatch(**given, slot_mapping=np.zeros(0, "i8"), block_table=np.zeros((1, 1), "i4"))
         for pools in (3, [[0]], np.array(1)):
-            with pytest.raises(ConfigError, match="give a StepBatch, and a list of pool names or numbers"):
+            with pytest.raises(ConfigError, match="give a list of pool names or numbers"):
                 manager.head(batch, pools=pools)
         with pytest.raises(BatchError, match="give 'blocks' or 'slots'"):
             manager.head(StepBatch(**given, slot_mapping=np.zeros(0, "i8"), table_entries=np.arange(2)))  # type: ignore[arg-type]

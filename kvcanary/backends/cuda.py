@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+import math
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,10 @@ from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.lending import Lender
+from kvcanary.backends.whose import check_devices, foreign_context
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging, Words
+from kvcanary.describe import estimate_bytes
 from kvcanary.errors import BackendError, BatchError
 from kvcanary.layout import KvPool
 
@@ -35,16 +39,28 @@ def make_cuda_backend(
     Raises:
         BackendError: no driver, no CuPy or cuda.core, kernels that do not compile, or not enough memory.
     """
-    device = next((int(p.device.split(":")[1]) for p in pools if p.device), None)
-    driver = CudaDriver(device)
+    check_driver()
+    check_devices(pools)
+    driver = make_driver(pools)
+    driver.wanted = estimate_bytes(config, pools, max_requests)
     try:
         with driver.current():
             return DeviceBackend("cuda", driver, config, pools, max_requests, max_new_tokens)
-    except driver.out_of_memory as error:
-        driver.close()
-        raise BackendError(
-            f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes"
-        ) from error
+    except BackendError as error:
+        text = str(error)  # the error itself holds frames, and they hold what was allocated before it
+    driver.close()
+    driver.give_back()
+    raise BackendError(text)
+
+
+def make_driver(pools: Sequence[KvPool]) -> CudaDriver:
+    """The driver in the context that the pools lie in: mostly the primary one of their device."""
+    context = foreign_context(pools)
+    if context is None:
+        return CudaDriver(next((int(p.device.split(":")[1]) for p in pools if p.device), None))
+    from kvcanary.backends.context import ContextDriver
+
+    return ContextDriver(context)
 
 
 def check_driver() -> None:
@@ -69,6 +85,14 @@ def import_cuda() -> tuple[Any, Any]:
     return cupy, core
 
 
+def no_pinned_memory(n_bytes: int, error: Exception) -> BackendError:
+    """What is said where page-locked memory does not suffice."""
+    return BackendError(
+        f"no pinned host memory of {n_bytes} bytes ({error}): see `ulimit -l` and what else is pinned, or "
+        "lower ring_capacity"
+    )
+
+
 class _Handle:
     """A raw stream pointer as an object of the CUDA stream protocol."""
 
@@ -77,6 +101,19 @@ class _Handle:
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self._pointer
+
+
+class CudaGraph:
+    """`kvcanary.backends.CapturedGraph`: a handle and whoever destroys it."""
+
+    def __init__(self, handle: int, destroy: Callable[[int], Any]) -> None:
+        self.handle = handle
+        self._finalizer = weakref.finalize(self, destroy, handle)
+        self._finalizer.atexit = False  # the driver may be gone by then
+
+    def close(self) -> None:
+        self._finalizer()
+        self.handle = 0
 
 
 class CudaDriver:
@@ -90,11 +127,13 @@ class CudaDriver:
         self._device = self._core.Device(self.device_id)
         with self.current():
             self.n_multiprocessors = int(self._cupy.cuda.Device().attributes["MultiProcessorCount"])
-        self.out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
+        self.wanted = 0  #: bytes that all of the guard takes, for messages
+        self._out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
         self._modules: dict[str, Any] = {}
         self._streams: dict[int, Any] = {}
         self._lists: _ListUploader | None = None
         self._lender: Lender | None = None
+        self._capture_stream: Any = None
 
     @contextlib.contextmanager
     def current(self) -> Any:
@@ -107,16 +146,31 @@ class CudaDriver:
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else shape
-        if dtype.fields is None:
-            return self._cupy.zeros(shape, dtype)
-        return self._cupy.zeros((*shape, dtype.itemsize), np.uint8)
+        shape, of = (shape, dtype) if dtype.fields is None else ((*shape, dtype.itemsize), np.dtype(np.uint8))
+        try:
+            return self._cupy.zeros(shape, of)
+        except self._out_of_memory:
+            pass
+        raise self._no_memory(math.prod(shape) * of.itemsize)
+
+    def _no_memory(self, n_bytes: int) -> BackendError:
+        free, total = self._runtime.memGetInfo()
+        return BackendError(
+            f"not enough GPU memory: {n_bytes} bytes more are wanted, {free} of {total} are free on "
+            f"cuda:{self.device_id}. The whole guard takes {self.wanted}, see CanaryManager.estimate_bytes: "
+            "leave it as much (a smaller KV cache), or guard fewer pools, or with real_data='none'"
+        )
 
     def pointer(self, array: Any) -> int:
         return int(array.data.ptr)
 
     def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
         dtype = np.dtype(dtype)
-        buffer = self._core.LegacyPinnedMemoryResource().allocate(max(1, n * dtype.itemsize))
+        n_bytes = max(1, n * dtype.itemsize)
+        try:
+            buffer = self._core.LegacyPinnedMemoryResource().allocate(n_bytes)
+        except Exception as error:  # noqa: BLE001  cuda.core's errors have no public base class
+            raise no_pinned_memory(n_bytes, error) from None
         address = int(buffer.handle)  # the device sees pinned memory at its host address
         # The view keeps the buffer alive: a host thread may still poll the ring when the driver is closed.
         memory = host_array(address, (n * dtype.itemsize,), (1,), np.uint8, owner=buffer)
@@ -132,6 +186,9 @@ class CudaDriver:
         kind = self._runtime.memcpyHostToDevice
         self._runtime.memcpyAsync(array.data.ptr, flat.ctypes.data, flat.nbytes, kind, pointer)
         self._runtime.streamSynchronize(pointer)
+
+    def write_table(self, array: Any, values: Array, stream: Any) -> None:
+        self._lending().put(array.data.ptr, values, stream)
 
     def set_word(self, array: Any, index: int, value: int, stream: Any) -> None:
         # The words are 0 or 1: their lowest byte, which comes first, is all there is to set.
@@ -183,6 +240,22 @@ class CudaDriver:
         with self._cupy_stream(stream):
             kernel(grid, (abi.THREADS,), (params,))
 
+    def capture(self, launch: Callable[[Any], None]) -> CudaGraph:
+        runtime = self._runtime
+        with self.current():
+            if self._capture_stream is None:
+                self._capture_stream = self._device.create_stream()
+            pointer = int(self._capture_stream.handle)
+            # Relaxed: what other threads of the engine allocate meanwhile is their business.
+            runtime.streamBeginCapture(pointer, runtime.streamCaptureModeRelaxed)
+            try:
+                launch(pointer)
+            except BaseException:
+                with contextlib.suppress(Exception):  # a capture that failed may have no graph
+                    runtime.graphDestroy(runtime.streamEndCapture(pointer))
+                raise
+            return CudaGraph(int(runtime.streamEndCapture(pointer)), runtime.graphDestroy)
+
     def _cupy_stream(self, stream: Any) -> Any:
         pointer = stream_pointer(stream)
         if pointer not in self._streams:
@@ -204,9 +277,12 @@ class CudaDriver:
     def lend(
         self, arrays: Sequence[Any], n_scratch: int, stream: Any
     ) -> contextlib.AbstractContextManager[tuple[list[int], int]]:
+        return self._lending().lend(arrays, n_scratch, stream)
+
+    def _lending(self) -> Lender:
         if self._lender is None:
             self._lender = Lender(self)
-        return self._lender.lend(arrays, n_scratch, stream)
+        return self._lender
 
     @property
     def lent_bytes(self) -> int:
@@ -222,10 +298,15 @@ class CudaDriver:
         with self.current():
             self._runtime.deviceSynchronize()
 
+    def give_back(self) -> None:
+        """Give memory that nothing uses any more back to the device: CuPy would keep it for itself."""
+        with self.current():
+            self._cupy.get_default_memory_pool().free_all_blocks()
+
     def close(self) -> None:
         self._streams.clear()
         self._modules.clear()
-        self._lists = self._lender = None
+        self._lists = self._lender = self._capture_stream = None
 
 
 class CudaStaging:

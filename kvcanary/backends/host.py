@@ -6,28 +6,32 @@ It runs everything at the call, in the order in which `backends/device.py` launc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from kvcanary import abi, hashing
-from kvcanary.backends import BoundCall, ProbeTarget, Resident, ownership
+from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident, ownership
 from kvcanary.backends import reference as ref
 from kvcanary.backends import reference_moves as ref_moves
 from kvcanary.backends import reference_patrol as patrol
+from kvcanary.backends import reference_renumber as ref_renumber
 from kvcanary.backends import reference_reserved as ref_reserved
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
+from kvcanary.errors import CaptureError
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
 from kvcanary.patrol import plan_patrol
 from kvcanary.reserved import checked_planes
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
+from kvcanary.violations import places_of
 
 
 def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> CanaryDeviceState:
@@ -74,9 +78,8 @@ class Recorder:
         np.bitwise_or.at(self.state.taint, records["row"][in_batch], records["reasons"][in_batch])
         capacity, claimed = len(ring) - 1, int(words[abi.STATE_CLAIMED])
         n = min(len(records), capacity - (claimed - int(control[abi.CONTROL_READ])))
-        claims = np.arange(claimed, claimed + n)
-        records["commit"][:n] = claims + 1
-        ring[np.where(claims == 0, 0, 1 + (claims - 1) % capacity)] = records[:n]
+        records["commit"][:n] = np.arange(n, dtype=np.uint64) + np.uint64(claimed + 1)
+        ring[places_of(claimed, n, capacity)] = records[:n]
         words[abi.STATE_CLAIMED] = claimed + n
         self.add(abi.STATE_OBSERVATIONS, len(records))
         self.add(abi.STATE_DROPPED, len(records) - n)
@@ -179,9 +182,12 @@ class HostBackend:
     def _begin(self, call: BoundCall, is_first_pool: bool) -> None:
         pool, batch, words = self._pools[call.pool], call.batch, self.state.words
         if is_first_pool:
-            words[abi.STATE_FORWARD] = words[abi.STATE_FORWARD_DONE] + np.uint64(1)
+            forward = min(int(words[abi.STATE_FORWARD_DONE]) + 1, abi.LAST_FORWARD)
+            words[abi.STATE_FORWARD] = forward
+            if forward >= abi.RENUMBER_AT:
+                self.state.control[abi.CONTROL_RENUMBER] = forward
             words[abi.STATE_STEP] = words[abi.STATE_STEP_DONE] + np.uint64(batch.is_first_forward)
-            words[abi.STATE_JUDGING] = words[abi.STATE_PAUSE] == 0
+            words[abi.STATE_JUDGING] = words[abi.STATE_PAUSE] == 0 and forward < abi.LAST_FORWARD
             words[abi.STATE_FORWARDS_JUDGED] += words[abi.STATE_JUDGING]
             if batch.is_first_forward:
                 self.state.taint[:] = 0
@@ -218,7 +224,7 @@ class HostBackend:
             self._recorder.add(abi.STATE_UNANCHORED_ROWS, int(unanchored.sum()))
         stamps = np.zeros(len(token), abi.STAMP)
         stamps["chain"], stamps["token"], stamps["position"] = chain, token, new.position
-        stamps["prev_slot"] = self._previous_slots(pool, batch, starts, new)
+        stamps["prev_slot"] = self._previous_slots(pool, batch, rows, starts, new)
         stamps["step"], stamps["owner"] = self._forward, rows["request_id"][new.row]
         if pool.blocks is not None:
             block = pool.block_states(target.slot)
@@ -234,11 +240,14 @@ class HostBackend:
         words[abi.STATE_FORWARD_DONE], words[abi.STATE_STEP_DONE] = words[abi.STATE_FORWARD], words[abi.STATE_STEP]
 
     @staticmethod
-    def _previous_slots(pool: PoolArrays, batch: BatchArrays, starts: ref.Starts, new: ref.NewTokens) -> Array:
+    def _previous_slots(
+        pool: PoolArrays, batch: BatchArrays, rows: Array, starts: ref.Starts, new: ref.NewTokens
+    ) -> Array:
         before = ref.table_slots(pool, batch, new.row, new.position - 1)
         # Where the predecessor has no place, the table may still name a block that is another's by now.
         named_before = batch.slot_mapping[np.maximum(new.token - 1, 0)]
         is_slot = (before.status == OK) & (named_before >= 0)
+        is_slot &= ref.is_kept(pool, rows, new.row, new.position - 1)
         absolute = np.where(is_slot, before.slot, abi.PREV_NONE)
         relative = np.where(is_slot, abi.PREV_RELATIVE_BASE - before.slot, abi.PREV_RELATIVE)
         previous = np.where(starts.relative[new.row], relative, absolute)
@@ -365,6 +374,12 @@ class HostBackend:
         for index, plane in checked:
             self._recorder.report(ref_reserved.judge_reserved(pool, self._kv_pools[pool.index], index, plane))
 
+    def graphs(self, calls: Sequence[BoundCall]) -> tuple[CapturedGraph, CapturedGraph]:
+        raise CaptureError(
+            "graphs(): the host backend runs NumPy, there is nothing to capture: call head() and tail() around the "
+            "model, or guard KV on a GPU with backend='cuda'"
+        )
+
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         pool, recorder = self._pools[pool_index], self._recorder
@@ -441,8 +456,15 @@ class HostBackend:
         shadow: dict[str, Any] = {name: a.view(np.uint8).reshape(len(a), -1) for name, a in found.items()}
         return shadow | {f"DIGEST_{d}": digests for d, digests in enumerate(arrays.digests)}
 
+    def rebind(self, pool: int, kv: KvPool, stream: Any) -> None:
+        self._kv_pools = (*self._kv_pools[:pool], kv, *self._kv_pools[pool + 1 :])
+        self._checked[pool] = checked_planes(self._config, kv)
+
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self.state.words[abi.STATE_PAUSE] = is_paused
+
+    def renumber(self, stream: Any) -> None:
+        ref_renumber.renumber(self._pools, self.state)
 
     def reset(self, pool: int | None, stream: Any) -> None:
         for p in self._pools if pool is None else [self._pools[pool]]:
@@ -500,7 +522,7 @@ class HostBackend:
         recorder = Recorder(state, self._pools)
         rows = np.zeros(batch.rows, abi.ROW)
         rows[target.row] = target.as_row()
-        entries = ref.entries_of(pool, batch, rows)
+        entries = ref.entries_of(replace(pool, sink=0), batch, rows)  # this position alone
         about = ref.row_records(len(entries.row), pool, pool.tag(Stage.HEAD), rows, entries.row)
         about["position"] = entries.position
         ok = entries.at.status == OK
@@ -518,6 +540,9 @@ def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: i
         page_size=pool.page_size,
         window=pool.window or 0,
         token_offset=pool.token_offset,
+        ring_length=pool.ring_length,
+        ring_bubble=pool.ring_bubble,
+        sink=pool.sink,
         reserved=np.array(pool.reserved_blocks, np.int64),
         slot_lut=None if lut is None else lut.host,
         head=[np.zeros(n, abi.STAMP) for _ in range(halves)],
