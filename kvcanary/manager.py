@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from kvcanary import abi, hashing
+from kvcanary.agreement import RankAgreement
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.config import CanaryConfig
@@ -118,7 +119,8 @@ class CanaryManager(MoveCalls):
         self._handlers = handlers
         self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0])
         self._stats_logger = PeriodicCanaryStatsLogger(config, self.active_tags, handlers[1])
-        self._observers = (self._violations, self._health, self._stats_logger)
+        self._agreement: RankAgreement | None = None
+        self._observers: tuple[Any, ...] = (self._violations, self._health, self._stats_logger)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
     @property
@@ -283,6 +285,9 @@ class CanaryManager(MoveCalls):
         if self._perturber is not None:
             self._perturber.restore(self._stream)
         self._violations.poll()
+        if self._agreement is not None:
+            self._agreement.tick(is_idle=self._is_idle)
+            self._agreement.abandon(self._facts(self._backend))
 
     def step(
         self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
@@ -345,9 +350,11 @@ class CanaryManager(MoveCalls):
         self._step += 1
         self._n_counted_steps += counted
         step = self._step
+        if self._agreement is not None:
+            self._agreement.tick(is_idle=self._is_idle)
         due = [observer for observer in self._observers if observer.is_due(step)]
         # An observer with a snapshot to take looks at the stream itself.
-        if all(observer is self._violations for observer in due) and self._has_odd_stream():
+        if all(observer in (self._violations, self._agreement) for observer in due) and self._has_odd_stream():
             due = list(self._observers)
         if due:
             self._observe(due, self._backend)
@@ -522,6 +529,17 @@ class CanaryManager(MoveCalls):
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 
+    def attach_agreement(self, agreement: RankAgreement) -> None:
+        """Let all ranks log or raise at the same step, see `RankAgreement`; between steps, on all ranks; for good.
+
+        `close` closes it. Does nothing in mode "off".
+        """
+        if self._backend is not None:
+            self._phases.need_outside_forward("attach_agreement()")
+            agreement.attach(self._violations, self.config, self._n_counted_steps)
+            self._agreement = agreement
+            self._observers = (self._violations, agreement, *self._observers[1:])
+
     @staticmethod
     def chain(tokens: Sequence[int] | npt.NDArray[Any], salt: int = 0) -> int:
         """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix."""
@@ -617,6 +635,8 @@ class CanaryManager(MoveCalls):
         if self._perturber is not None:
             self._perturber.restore(self._stream)
         self._violations.poll()
+        if self._agreement is not None:
+            self._agreement.close()
         for handler in self._handlers:
             handler.close()
         self._backend.close()

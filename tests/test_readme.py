@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcanary import PREFIX_CACHE, CanaryConfig, CanaryManager, KvPool, Reason, SlotBundle, StepBatch
+from kvcanary import PREFIX_CACHE, CanaryConfig, CanaryManager, KvPool, RankAgreement, Reason, SlotBundle, StepBatch
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
     pytest.skip("README.md is not beside the tests", allow_module_level=True)
 TEXT = README.read_text()
-LOOP, CAPTURE, MOVES, OWNERS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+LOOP, CAPTURE, MOVES, OWNERS, RANKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 PAGE, ROWS, MAX_LEN = 16, 2, 64
 
 
@@ -101,6 +101,15 @@ def test_the_calls_about_blocks_do_what_their_comments_say() -> None:
     exec(OWNERS, {"manager": manager, "PREFIX_CACHE": PREFIX_CACHE})
     assert [manager.lifecycle.owners(block) for block in (4, 5, 6)] == [(PREFIX_CACHE,), (11,), (11,)]
     assert [manager.lifecycle.epoch(block) for block in (4, 5, 6)] == [1, 2, 2]
+
+
+def test_the_agreement_is_attached() -> None:
+    mpi = pytest.importorskip("mpi4py.MPI", reason='needs pip install "kvcanary[mpi]"')
+    manager = run(tamper_at=None)
+    names: dict[str, Any] = {"manager": manager, "comm": mpi.COMM_SELF, "RankAgreement": RankAgreement}
+    exec(RANKS, names)
+    assert (names["agreement"].every, names["agreement"].within) == (64, 32)
+    manager.close()
 
 
 def test_every_setting_and_reason_named_in_the_text_exists() -> None:
