@@ -50,14 +50,12 @@ class RankAgreement:
     program and in the same order, with the same ``every`` and ``within``; making it waits for all of them. The first of
     these that has what it needs carries out the maximum, unless ``backend`` names one:
 
-    ============== ==================================================================================================
-    "callable"     ``allreduce_max(words, stream)`` of the engine. With ``device``: i64[3] on that GPU, to be
-                   replaced by its maximum on ``stream`` (ours; a CuPy stream), without waiting. Without: a NumPy
-                   i64[3]; it returns what says, when called, whether the maximum is there
-    "nccl4py"      NCCL through its own Python package; needs ``unique_id``, or ``comm`` to send it round
-    "cupy"         NCCL through ``cupy.cuda.nccl``; likewise
-    "mpi4py"       ``MPI_Iallreduce`` on a duplicate of ``comm``, host memory only
-    ============== ==================================================================================================
+    - "callable": ``allreduce_max(words, stream)`` of the engine. With ``device``: i64[3] on that GPU (CuPy), to be
+      replaced by its maximum on ``stream`` (ours; a CuPy stream), without waiting. Without: a NumPy i64[3]; it returns
+      what says, when called, whether the maximum is there.
+    - "nccl4py": NCCL through its own Python package; needs ``unique_id``, or ``comm`` to send it round.
+    - "cupy": NCCL through ``cupy.cuda.nccl``; likewise.
+    - "mpi4py": ``MPI_Iallreduce`` on a duplicate of ``comm``, in host memory.
 
     NCCL and a function over GPU memory hold one multiprocessor while ranks wait for each other. With
     ``CUDA_DEVICE_MAX_CONNECTIONS=1``, or kernels that need every multiprocessor at once, take a backend on the host.
@@ -67,7 +65,7 @@ class RankAgreement:
         rank: of this process, 0 to ``n_ranks`` - 1; MPI knows them itself.
         unique_id: what `new_unique_id` gave to one rank, and the engine took to all.
         comm: an ``mpi4py`` communicator; None = ``COMM_WORLD``.
-        backend: one of the table, the same on all ranks; "auto" takes NCCL only with a ``unique_id``.
+        backend: one of the list, the same on all ranks; "auto" takes NCCL only with a ``unique_id``.
         device: CUDA device; None = the current one for NCCL, host memory for ``allreduce_max``.
         every: steps from one agreement to the next.
         within: steps that an agreement may take, at most ``every``: how far one rank's host may be ahead of another's.

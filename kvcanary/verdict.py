@@ -39,14 +39,10 @@ class RankVerdict(NamedTuple):
     Reasons of several ranks cannot be OR-ed by a maximum, so the word is ordered by who should be heard, and the
     reasons of that rank ride behind what decides:
 
-    ====== =============================== =========================================
-    bits   field                           the greater word has
-    ====== =============================== =========================================
-    62..60 severity                        the worse finding
-    59..28 2^32 - 1 - step                 of these, the earlier first sighting
-    27..12 2^16 - 1 - rank                 of these, the lower rank
-    11..0  reasons                         (two ranks never come here with one word)
-    ====== =============================== =========================================
+    - bits 62 to 60, severity: the worse finding has the greater word;
+    - bits 59 to 28, 2^32 - 1 - step: of these, the earlier first sighting;
+    - bits 27 to 12, 2^16 - 1 - rank: of these, the lower rank;
+    - bits 11 to 0, reasons: two ranks never come here with one word.
 
     Bit 63 stays 0, so that a maximum over i64 and one over u64 are the same; 0 is "nothing seen".
 
