@@ -16,8 +16,8 @@ PAGES = {  # page -> (file, title in the navigation)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages; links in them lead to files of the tree, of which the site has none."""
+    """Add the pages; what links into docs/ from outside links beside it from inside."""
     for page, (path, title) in PAGES.items():
-        text = (ROOT / path).read_text(encoding="utf-8")
+        text = (ROOT / path).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=f"---\ntitle: {title}\n---\n\n{text}"))
     return files
