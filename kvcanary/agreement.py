@@ -57,8 +57,9 @@ class RankAgreement:
     - "cupy": NCCL through ``cupy.cuda.nccl``; likewise.
     - "mpi4py": ``MPI_Iallreduce`` on a duplicate of ``comm``, in host memory.
 
-    NCCL and a function over GPU memory hold one multiprocessor while ranks wait for each other. With
-    ``CUDA_DEVICE_MAX_CONNECTIONS=1``, or kernels that need every multiprocessor at once, take a backend on the host.
+    NCCL and a function over GPU memory hold one multiprocessor while ranks wait for each other, and whoever waits for
+    the whole device waits for them too. With ``CUDA_DEVICE_MAX_CONNECTIONS=1``, kernels that need every multiprocessor
+    at once, or an engine that synchronizes its device, take a backend on the host.
 
     Args:
         allreduce_max: see above; with ``rank`` and ``n_ranks``.
@@ -139,7 +140,8 @@ class RankAgreement:
 
     def is_due(self, step: int) -> bool:
         """Whether `step` has anything to do: an agreement to begin, or one under way to look after."""
-        return self._begun_at is not None or self._held is not None or self._begins_now
+        is_busy = self._begun_at is not None or self._held is not None or self._begins_now
+        return is_busy and not self._is_closed
 
     def step(self, facts: StepFacts) -> None:
         """Deliver the agreement that is required now, begin the one that is due; never waits, touches no engine stream.

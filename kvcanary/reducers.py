@@ -18,7 +18,7 @@ AllreduceMax: TypeAlias = Callable[[Any, Any], Callable[[], bool] | None]
 BACKENDS = ("auto", "callable", "nccl4py", "cupy", "mpi4py")
 INSTALL_MPI = 'pip install "kvcanary[mpi]", or mpi4py beside the MPI that the machine has'
 POLL_S = 0.0005  # between two looks while `close` waits
-_LEFT_BEHIND: list[object] = []  # buffers of reductions that never ended: MPI may still write into them
+LEFT_BEHIND: list[object] = []  # of reductions that never ended: whoever carries them out may still write there
 
 
 class Reducer(Protocol):
@@ -92,7 +92,7 @@ class HostCallReducer:
         return self._words
 
     def abort(self) -> None:
-        _LEFT_BEHIND.append(self._words)
+        LEFT_BEHIND.append(self._words)
 
     def close(self) -> None:
         """The communicator is the engine's."""
@@ -129,7 +129,7 @@ class MpiReducer:
         return self._words
 
     def abort(self) -> None:
-        _LEFT_BEHIND.append((self._comm, self._request, self._sent, self._words))
+        LEFT_BEHIND.append((self._comm, self._request, self._sent, self._words))
         self._request = None
 
     def close(self) -> None:

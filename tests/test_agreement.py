@@ -255,6 +255,17 @@ def test_it_is_attached_once_and_closed_by_its_manager() -> None:
         assert not rank.agreement.is_broken
 
 
+def test_a_closed_agreement_begins_nothing_and_leaves_raising_to_each_rank() -> None:
+    group = Group()
+    first, second = ranks = [Rank(agreement) for agreement in group.make()]
+    run(ranks, 3)
+    first.agreement.close()
+    first.flip()
+    run([first], 2 * EVERY)
+    assert set(first.raised) == {4} and group.n_begun == [1, 1]  # the one that compared the settings
+    second.agreement.close()
+
+
 def test_closing_does_not_wait_for_ever() -> None:
     first, _second = pair()
     run([first], EVERY)

@@ -15,7 +15,7 @@ import numpy as np
 from kvcanary.backends.compile import INSTALL
 from kvcanary.backends.cuda import CudaDriver
 from kvcanary.errors import BackendError, ConfigError
-from kvcanary.reducers import AllreduceMax, Words, check_ranks
+from kvcanary.reducers import LEFT_BEHIND, AllreduceMax, Words, check_ranks
 from kvcanary.verdict import N_WORDS
 
 INSTALL_NCCL = 'pip install "kvcanary[nccl]" (NCCL for CUDA 13 and nccl4py)'
@@ -65,7 +65,8 @@ class DeviceReducer:
         return self._words
 
     def abort(self) -> None:
-        """What the engine's function has enqueued is the engine's to take back."""
+        """What the engine's function has enqueued is the engine's to take back; it may still write here."""
+        LEFT_BEHIND.append(self)
 
     def close(self) -> None:
         self._driver.close()
