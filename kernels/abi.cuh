@@ -58,7 +58,8 @@
 #define KVC_OP_LEAVE 2
 #define KVC_OP_UNSHARE 3
 #define KVC_OP_FREE 4
-#define KVC_N_BLOCK_OPS 5
+#define KVC_OP_CLAIM 5
+#define KVC_N_BLOCK_OPS 6
 #define KVC_MAX_BLOCK_IDS 1000
 #define KVC_MAX_LAYER_DIGESTS 15
 #define KVC_STATE_FORWARD 0
@@ -288,10 +289,12 @@ struct Pool {
     uint32_t max_requests;
     uint32_t due_capacity;
     uint32_t scrub_blocks;
-    uint32_t unused;
+    int32_t ring_length;
+    int32_t ring_bubble;
+    int32_t sink;
     int32_t reserved[8];
 };
-static_assert(sizeof(Pool) == 224, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Pool) == 232, "the layout of kvcanary/abi.py");
 
 struct Batch {
     uint64_t block_table;
@@ -335,14 +338,14 @@ struct BeginParams {
     uint32_t is_first_pool;
     uint32_t unused;
 };
-static_assert(sizeof(BeginParams) == 504, "the layout of kvcanary/abi.py");
+static_assert(sizeof(BeginParams) == 512, "the layout of kvcanary/abi.py");
 
 struct StepParams {
     Guard guard;
     Pool pool;
     Batch batch;
 };
-static_assert(sizeof(StepParams) == 496, "the layout of kvcanary/abi.py");
+static_assert(sizeof(StepParams) == 504, "the layout of kvcanary/abi.py");
 
 struct LayerParams {
     Guard guard;
@@ -351,7 +354,7 @@ struct LayerParams {
     uint32_t n_digests;
     uint32_t digests[15];
 };
-static_assert(sizeof(LayerParams) == 560, "the layout of kvcanary/abi.py");
+static_assert(sizeof(LayerParams) == 568, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;
@@ -362,7 +365,7 @@ struct SweepParams {
     uint64_t tokens;
     int64_t n;
 };
-static_assert(sizeof(SweepParams) == 344, "the layout of kvcanary/abi.py");
+static_assert(sizeof(SweepParams) == 352, "the layout of kvcanary/abi.py");
 
 struct ReservedParams {
     Guard guard;
@@ -371,15 +374,14 @@ struct ReservedParams {
     uint32_t n_planes;
     uint32_t every;
 };
-static_assert(sizeof(ReservedParams) == 320, "the layout of kvcanary/abi.py");
+static_assert(sizeof(ReservedParams) == 328, "the layout of kvcanary/abi.py");
 
 struct LifecycleParams {
     uint64_t state;
     uint64_t blocks;
     uint32_t n_blocks;
     uint32_t owner;
-    uint32_t ends[5];
-    uint32_t unused;
+    uint32_t ends[6];
     int32_t ids[1000];
 };
 static_assert(sizeof(LifecycleParams) == 4048, "the layout of kvcanary/abi.py");
@@ -402,4 +404,4 @@ struct MoveParams {
     uint32_t wide;
     uint32_t drops_digests;
 };
-static_assert(sizeof(MoveParams) == 400, "the layout of kvcanary/abi.py");
+static_assert(sizeof(MoveParams) == 408, "the layout of kvcanary/abi.py");

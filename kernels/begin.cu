@@ -34,13 +34,16 @@ KVC_DEVICE RowExtent kvc_row_extent(const Pool& pool, const Batch& batch, int32_
     e.first_token = q0;
     e.n_new = q1 - q0;
     e.prefix = e.length - e.n_new;
-    if (e.length > e.capacity) {
+    const bool fits = kvc_n_places(pool, e.length) <= e.capacity;
+    if (!fits) {
         e.flags = KVC_ROW_BAD_LENGTH;
         e.bad_value = e.length;
     }
-    const int64_t start = pool.window ? e.prefix - pool.window + 1 : 0;
-    e.verify_end = e.prefix < e.capacity ? e.prefix : e.capacity;
-    e.verify_start = start < 0 ? 0 : start < e.verify_end ? start : e.verify_end;
+    int64_t start = pool.window ? e.prefix - pool.window + 1 : 0;
+    if (pool.ring_length && start < e.length - pool.ring_length) start = e.length - pool.ring_length;
+    if (start <= pool.sink) start = 0;  // nothing lies between the sink and the window
+    e.verify_end = fits || e.prefix < e.capacity ? e.prefix : e.capacity;
+    e.verify_start = start < e.verify_end ? start : e.verify_end;
     return e;
 }
 
@@ -66,7 +69,8 @@ struct RowWork {
 KVC_DEVICE RowWork kvc_row_work(const Pool& pool, const Batch& batch, int32_t row) {
     const RowExtent e = kvc_row_extent(pool, batch, row);
     const uint32_t n_new = (uint32_t)e.n_new, n_prefix = (uint32_t)(e.verify_end - e.verify_start);
-    return {kvc_units(n_prefix, KVC_VERIFY_UNIT), kvc_tiles((int32_t)n_new), kvc_units(n_new, KVC_TAIL_CHUNK)};
+    const uint32_t n_sink = e.verify_start > pool.sink && pool.sink;  // a unit of its own
+    return {kvc_units(n_prefix, KVC_VERIFY_UNIT) + n_sink, kvc_tiles((int32_t)n_new), kvc_units(n_new, KVC_TAIL_CHUNK)};
 }
 
 // What they have to do before each row. A thread sums up a run of neighbouring rows.

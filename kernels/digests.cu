@@ -89,14 +89,14 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     while (u < end) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-        const int64_t length = kvc_data_unit(p.batch, row), left = (int64_t)kvc_data_units(p.batch, row) - unit.chunk;
-        const int64_t n = left < end - u ? left : end - u;
-        const int64_t first = row.verify_start + unit.chunk * length;
-        const int64_t last = first + n * length < row.verify_end ? first + n * length : row.verify_end;
+        const int64_t length = kvc_data_unit(p.batch, row), others = kvc_n_sink(pool, row) > 0;
+        const int64_t left = (int64_t)kvc_data_units(pool, p.batch, row) - others - unit.chunk;
+        const int64_t n = left <= 0 ? 1 : left < end - u ? left : end - u;  // the sink's unit goes alone
+        const Range run = kvc_unit_range(pool, row, unit.chunk, n, length);
         if (!kvc_is_listed(pool, p.batch, row) || !is_list_whole) {
-            n_compared += kvc_verify_run(p, row, unit.row, first, last, range, forward);
+            n_compared += kvc_verify_run(p, row, unit.row, run.first, run.last, range, forward);
         }
-        u += n > 0 ? n : 1;
+        u += n;
     }
     const uint64_t n = kvc_block_sum(n_compared);
     if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);
@@ -117,11 +117,10 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_layer(KVC_PARAM LayerParams p) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
         if (!(row.flags & KVC_ROW_LIVE) || !(row.flags & KVC_ROW_PENDING)) continue;
-        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
-        const int64_t last = first + KVC_VERIFY_UNIT < row.verify_end ? first + KVC_VERIFY_UNIT : row.verify_end;
-        for (int64_t base = first; base < last; base += 32) {
+        const Range range = kvc_unit_range(pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
+        for (int64_t base = range.first; base < range.last; base += 32) {
             const int64_t position = base + kvc_lane();
-            const int64_t slot = position < last ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
+            const int64_t slot = position < range.last ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
             const LaneSlot at = kvc_lane_slot(pool, slot, position);
             if (kvc_ballot(slot >= 0) == 0) continue;
             for (uint32_t i = 0; i < p.n_digests; ++i) {
@@ -193,9 +192,10 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_adopt(KVC_PARAM StepParams p) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
         if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) continue;
-        for (uint32_t part = 0; part < KVC_VERIFY_UNIT; part += 32) {
-            const int64_t position = row.verify_start + unit.chunk * KVC_VERIFY_UNIT + part + kvc_lane();
-            int64_t slot = position < row.verify_end ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
+        const Range range = kvc_unit_range(pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
+        for (int64_t base = range.first; base < range.last; base += 32) {
+            const int64_t position = base + kvc_lane();
+            int64_t slot = position < range.last ? kvc_table_slot(pool, p.batch, unit.row, position).slot : -1;
             if (slot >= 0 && kvc_pointer<uint64_t>(pool.claims)[slot] != kvc_adoption_claim(forward, position)) slot = -1;
             if (kvc_ballot(slot >= 0) == 0) continue;
             kvc_store_digests(pool, all, kvc_lane_slot(pool, slot, position), 0, 0);

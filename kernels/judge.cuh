@@ -160,7 +160,9 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
         // along, nobody can tell.)
         const bool is_later = previous.step && previous.step < forward &&
                               kvc_is_older(pool, before.slot, previous.step, seen.stamp.step);
-        const bool may_link = position > row.verify_start || (is_later && seen.stamp.prev_slot != KVC_PREV_NONE);
+        const bool may_link = (position > row.verify_start || position < pool.sink ||
+                               (is_later && seen.stamp.prev_slot != KVC_PREV_NONE)) &&
+                              kvc_is_kept(pool, (int64_t)row.prefix + row.n_new, position - 1);
         kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link, forward);
     }
     return is_left;

@@ -1,6 +1,6 @@
 // lifecycle.cu: who owns a block.
 //
-// kvc_blocks_update  a thread per block id of a call to allocate, share or free
+// kvc_blocks_update  a thread per block id of a call to allocate, share, free or claim
 //
 // The ids come by value, in the parameters: the launch is ordered on its stream like any other and needs no buffer that somebody
 // would have to wait for. Made by kvcanary/backends/device.py, outside any graph; kvcanary/ledger.py has refused what makes no sense.
@@ -19,6 +19,7 @@ KVC_DEVICE BlockState kvc_changed_block(BlockState block, uint32_t op, uint32_t 
         case KVC_OP_SHARE: return {block.epoch, block.owner, KVC_BLOCK_LIVE | KVC_BLOCK_SHARED, was_live ? block.since : now};
         case KVC_OP_LEAVE: return {block.epoch, 0, KVC_BLOCK_LIVE | KVC_BLOCK_SHARED, now};
         case KVC_OP_UNSHARE: return {block.epoch, block.owner, KVC_BLOCK_LIVE, block.since};
+        case KVC_OP_CLAIM: return {block.epoch, owner, KVC_BLOCK_LIVE, now};
         default: return {block.epoch, 0, 0, now};  // FREE
     }
 }

@@ -55,9 +55,26 @@ KVC_DEVICE int64_t kvc_table_entries(const Batch& batch, int32_t row) {
     return begin < 0 || end > batch.table_width || end < begin ? 0 : end - begin;
 }
 
+// ---- rings ---------------------------------------------------------------------------------------------------------------
+// Where a position is among the places of its request: itself, or a place of the ring.
+KVC_DEVICE int64_t kvc_place(const Pool& pool, int64_t position) {
+    if (!pool.ring_length || position < pool.sink) return position;
+    return pool.sink + pool.ring_bubble + (position - pool.sink) % pool.ring_length;
+}
+// Places that positions [0, length) take.
+KVC_DEVICE int64_t kvc_n_places(const Pool& pool, int64_t length) {
+    if (!pool.ring_length || length <= pool.sink) return length;
+    const int64_t behind = length - pool.sink;
+    return (int64_t)pool.sink + pool.ring_bubble + (behind < pool.ring_length ? behind : pool.ring_length);
+}
+// Whether a position's place is still its own once a row has `length` tokens: not where the ring has gone round.
+KVC_DEVICE bool kvc_is_kept(const Pool& pool, int64_t length, int64_t position) {
+    return !pool.ring_length || position < pool.sink || position >= length - pool.ring_length;
+}
+
 KVC_DEVICE KvcSlot kvc_table_slot(const Pool& pool, const Batch& batch, int32_t row, int64_t position) {
     if (position < 0 || position > KVC_MAX_POSITIONS) return {-1, position, KVC_SLOT_OUT};
-    const int64_t index = kvc_divide((uint32_t)position, batch.table_page, batch.table_shift);
+    const int64_t place = kvc_place(pool, position), index = kvc_divide((uint32_t)place, batch.table_page, batch.table_shift);
     if (index >= kvc_table_entries(batch, row)) return {-1, position, KVC_SLOT_OUT};
     int64_t entry = row;
     if (batch.table_kind == KVC_TABLE_DENSE) {
@@ -66,10 +83,11 @@ KVC_DEVICE KvcSlot kvc_table_slot(const Pool& pool, const Batch& batch, int32_t 
         entry = kvc_pointer<int32_t>(batch.block_table)[kvc_pointer<int32_t>(batch.kv_indptr)[row] + index];
     }
     if (entry < 0) return {-1, entry, KVC_SLOT_EMPTY};
-    return kvc_engine_slot(pool, entry * batch.table_page + (position - index * batch.table_page), entry);
+    return kvc_engine_slot(pool, entry * batch.table_page + (place - index * batch.table_page), entry);
 }
 
-// The same in fewer instructions for the common case: a row's table once, then entry and slot of a position in 32 bits.
+// The same in fewer instructions for the common case, a pool without a ring: a row's table once, then entry and slot of a position
+// in 32 bits.
 struct TableRow {
     const int32_t* entries;  // null: no table, the block is the row
     uint32_t n_entries, row;
@@ -215,14 +233,26 @@ KVC_DEVICE bool kvc_is_listed(const Pool& pool, const Batch& batch, const Row& r
     return pool.due && batch.verify_data_every >= KVC_LIST_MIN_EVERY && !(row.flags & KVC_ROW_FULL_DATA);
 }
 
+// Positions of the sink that are verified apart from the others: they are the last unit of a row, at most KVC_VERIFY_UNIT.
+KVC_DEVICE int32_t kvc_n_sink(const Pool& pool, const Row& row) { return row.verify_start > pool.sink ? pool.sink : 0; }
+// The positions of n units of a row from number `chunk` on, `length` in each: those of one unit where they are the sink's.
+struct Range {
+    int64_t first, last;
+};
+KVC_DEVICE Range kvc_unit_range(const Pool& pool, const Row& row, int64_t chunk, int64_t n, int64_t length) {
+    const int64_t first = row.verify_start + chunk * length, last = first + n * length;
+    if (first >= row.verify_end) return {0, kvc_n_sink(pool, row)};
+    return {first, last < row.verify_end ? last : row.verify_end};
+}
+
 // Positions of a row's prefix in a unit of kvc_digests_verify: about as many slots fall due in each.
 KVC_DEVICE uint32_t kvc_data_unit(const Batch& batch, const Row& row) {
     const uint32_t every = batch.verify_data_every < 128 ? batch.verify_data_every : 128;
     return row.flags & KVC_ROW_FULL_DATA ? KVC_DATA_UNIT : KVC_DATA_UNIT * every;
 }
-KVC_DEVICE uint32_t kvc_data_units(const Batch& batch, const Row& row) {
+KVC_DEVICE uint32_t kvc_data_units(const Pool& pool, const Batch& batch, const Row& row) {
     if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
-    return kvc_units((uint32_t)(row.verify_end - row.verify_start), kvc_data_unit(batch, row));
+    return kvc_units((uint32_t)(row.verify_end - row.verify_start), kvc_data_unit(batch, row)) + (kvc_n_sink(pool, row) > 0);
 }
 
 // ---- the guard's own words -------------------------------------------------------------------------------------------------

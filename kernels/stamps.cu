@@ -131,7 +131,8 @@ KVC_NOINLINE Start kvc_unanchored_start(const StepParams& p, int32_t index, uint
     const Row row = kvc_pointer<Row>(p.pool.rows)[index];
     const uint32_t last = (uint32_t)row.prefix - 1;
     const TableRow table = kvc_table_row(p.batch, index);
-    const int32_t before = kvc_fast_slot(p.pool, p.batch, kvc_fast_entry(p.batch, table, last), last);
+    const int32_t before = p.pool.ring_length ? (int32_t)kvc_table_slot(p.pool, p.batch, index, last).slot
+                                              : kvc_fast_slot(p.pool, p.batch, kvc_fast_entry(p.batch, table, last), last);
     const bool is_slot = before >= 0;
     // Another row of this launch may be writing the stamp of a slot that is claimed in this forward.
     const bool is_rewritten = is_slot && kvc_pointer<uint64_t>(p.pool.claims)[before] >> 32 == forward;
@@ -169,12 +170,21 @@ struct NewToken {
     uint32_t epoch;
     bool is_odd;  // to be judged in full
 };
-KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, int64_t i, const TokenWords& words, const Start& start) {
+KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, int32_t index, int64_t i, const TokenWords& words,
+                                  const Start& start) {
     const Batch& batch = p.batch;
     const uint32_t position = (uint32_t)(row.prefix + i);
     NewToken n = {(int32_t)words.token, 0, kvc_engine_slot(p.pool, words.named, words.named), 0, 0, false};
     if (n.target.status == KVC_SLOT_OK) n.claim = kvc_pointer<uint64_t>(p.pool.claims)[n.target.slot];
-    const int32_t home = kvc_fast_slot(p.pool, batch, words.own, position);
+    int32_t home, before;
+    if (p.pool.ring_length) {
+        home = (int32_t)kvc_table_slot(p.pool, batch, index, position).slot;
+        const bool is_kept = kvc_is_kept(p.pool, (int64_t)row.prefix + row.n_new, (int64_t)position - 1);
+        before = is_kept ? (int32_t)kvc_table_slot(p.pool, batch, index, (int64_t)position - 1).slot : KVC_PREV_NONE;
+    } else {
+        home = kvc_fast_slot(p.pool, batch, words.own, position);
+        before = kvc_fast_slot(p.pool, batch, words.before, position - 1);
+    }
     n.is_odd = n.target.status == KVC_SLOT_OUT || batch.expected_tokens ||
                (batch.check_write_position && (home < 0 || home != n.target.slot));
     if (p.pool.blocks && n.target.status == KVC_SLOT_OK) {
@@ -184,7 +194,7 @@ KVC_DEVICE NewToken kvc_new_token(const StepParams& p, const Row& row, int64_t i
     }
     // Where the predecessor has no place, or one before the window, the table may still name a block that is another's by now.
     const bool has_before = i > 0 ? words.named_before >= 0 : row.prefix > row.verify_start;
-    n.prev_slot = has_before ? kvc_fast_slot(p.pool, batch, words.before, position - 1) : KVC_PREV_NONE;  // reserved: the same
+    n.prev_slot = has_before ? before : KVC_PREV_NONE;  // reserved: the same
     if (start.is_relative) {
         n.prev_slot = i == 0 ? start.prev_slot : n.prev_slot >= 0 ? KVC_PREV_RELATIVE_BASE - n.prev_slot : KVC_PREV_RELATIVE;
     }
@@ -221,7 +231,7 @@ KVC_DEVICE bool kvc_write_short_row(const StepParams& p, const Row& row, int32_t
     const RegisterBefore was = kvc_register_before(p.pool, row);
     const Start start = kvc_start_of(p, row, index, forward);
     NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, 0, false};
-    if (is_token) n = kvc_new_token(p, row, lane, words, start);
+    if (is_token) n = kvc_new_token(p, row, index, lane, words, start);
     Affine all = is_token ? Affine{KVC_CHAIN_P, kvc_token_mix(n.token, (int32_t)(row.prefix + lane))} : Affine{1, 0};
     for (uint32_t d = 1; d < (uint32_t)row.n_new; d <<= 1) {
         const Affine below = {kvc_shfl_up_u64(all.a, d), kvc_shfl_up_u64(all.b, d)};
@@ -262,7 +272,7 @@ KVC_DEVICE uint32_t kvc_write_tile(const StepParams& p, int32_t index, int64_t t
         const int64_t i = base + kvc_thread();
         const bool is_token = i < end;
         NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, 0, false};
-        if (is_token) n = kvc_new_token(p, row, i, words, start);
+        if (is_token) n = kvc_new_token(p, row, index, i, words, start);
         words = kvc_token_words(p, row, table, kvc_tile_token(base + KVC_THREADS, end));
         const uint64_t mix = kvc_token_mix(n.token, (int32_t)(prefix + i));
         Affine all;
@@ -284,13 +294,13 @@ KVC_DEVICE void kvc_scan_data_work(const Pool& pool, const Batch& batch) {
     const int32_t first = (int32_t)kvc_thread() * per_thread;
     uint64_t sum[1] = {0}, total[1];
     for (int32_t r = first; r < first + per_thread && r < batch.rows; ++r) {
-        sum[0] += (uint64_t)kvc_data_units(batch, kvc_pointer<Row>(pool.rows)[r]);
+        sum[0] += (uint64_t)kvc_data_units(pool, batch, kvc_pointer<Row>(pool.rows)[r]);
     }
     kvc_block_exclusive_sums(sum, total);
     int64_t* before = kvc_work(pool, KVC_WORK_DATA);
     for (int32_t r = first; r < first + per_thread && r <= batch.rows; ++r) {
         before[r] = (int64_t)sum[0];
-        if (r < batch.rows) sum[0] += (uint64_t)kvc_data_units(batch, kvc_pointer<Row>(pool.rows)[r]);
+        if (r < batch.rows) sum[0] += (uint64_t)kvc_data_units(pool, batch, kvc_pointer<Row>(pool.rows)[r]);
     }
 }
 
@@ -305,14 +315,16 @@ KVC_DEVICE void kvc_list_due(const Guard& guard, const Pool& pool, const Batch& 
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
         if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING || !kvc_is_listed(pool, batch, row)) continue;
         const TableRow table = kvc_table_row(batch, unit.row);
-        const uint32_t first = (uint32_t)row.verify_start + (uint32_t)unit.chunk * KVC_VERIFY_UNIT;
+        const Range range = kvc_unit_range(pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
+        const uint32_t first = (uint32_t)range.first, last = (uint32_t)range.last;
         uint32_t entries[KVC_VERIFY_UNIT / 32];
 #pragma unroll
         for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) entries[g] = kvc_fast_entry(batch, table, first + 32 * g + kvc_lane());
 #pragma unroll
         for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) {
             const uint32_t position = first + 32 * g + kvc_lane();
-            const int32_t slot = position < (uint32_t)row.verify_end ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
+            int32_t slot = position < last && !pool.ring_length ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
+            if (position < last && pool.ring_length) slot = (int32_t)kvc_table_slot(pool, batch, unit.row, position).slot;
             const bool is_due = slot >= 0 && kvc_is_due(pool, batch, row, slot, any_fresh);
             const uint32_t due = kvc_ballot(is_due);
             if (due == 0) continue;

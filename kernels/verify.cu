@@ -210,7 +210,12 @@ KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
         const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
         const int64_t n_left = (int64_t)kvc_units((uint32_t)(row.verify_end - row.verify_start), KVC_VERIFY_UNIT) - unit.chunk;
         const int64_t row_end = u + n_left < end ? u + n_left : end;
-        if (!(row.flags & KVC_ROW_LIVE) || n_left <= 0) {
+        if (!(row.flags & KVC_ROW_LIVE) || n_left <= 0 || p.pool.ring_length) {
+            const Range slow = kvc_unit_range(p.pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
+            if (row.flags & KVC_ROW_LIVE) {  // a unit of a ring, or the sink
+                kvc_judge_run(p, unit.row, (uint32_t)slow.first, (uint32_t)slow.last, STAGE, forward);
+                n_entries += (uint32_t)(slow.last - slow.first);
+            }
             u += KVC_WARPS;
             continue;
         }
@@ -245,8 +250,8 @@ KVC_DEVICE void kvc_claim_unknown(const StepParams& p, uint32_t forward) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
         if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) continue;
-        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
-        for (int64_t position = first + kvc_lane(); position < first + KVC_VERIFY_UNIT && position < row.verify_end; position += 32) {
+        const Range range = kvc_unit_range(pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
+        for (int64_t position = range.first + kvc_lane(); position < range.last; position += 32) {
             const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
             if (at.status != KVC_SLOT_OK || !kvc_is_unknown(pool, p.batch, at.slot, row.request_id)) continue;
             const uint64_t claim = kvc_adoption_claim(forward, position);
@@ -331,7 +336,8 @@ KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint3
         for (uint32_t half = 0; half < pool.n_halves && is_written; ++half) {
             kvc_mutable_pointer<Stamp>(pool.tail[half])[target.slot] = kvc_pointer<Stamp>(pool.head[half])[target.slot];
         }
-        const bool is_loser = is_slot && !is_written;
+        // That a ring has gone round within one forward is no clash.
+        const bool is_loser = is_slot && !is_written && kvc_is_kept(pool, (int64_t)row.prefix + row.n_new, row.prefix + i);
         if (is_judging && (is_loser || !kvc_is_where_it_belongs(p, unit.row, row.prefix + i, target, forward))) {
             kvc_judge_new_token(p, unit.row, i, is_loser, forward);
         }
@@ -349,8 +355,8 @@ KVC_NOINLINE void kvc_settle_fresh(const StepParams& p) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
         if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) continue;
-        const int64_t first = row.verify_start + unit.chunk * KVC_VERIFY_UNIT;
-        for (int64_t position = first + kvc_lane(); position < first + KVC_VERIFY_UNIT && position < row.verify_end; position += 32) {
+        const Range range = kvc_unit_range(pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
+        for (int64_t position = range.first + kvc_lane(); position < range.last; position += 32) {
             const KvcSlot at = kvc_table_slot(pool, p.batch, unit.row, position);
             if (at.status != KVC_SLOT_OK) continue;
             uint64_t* word = kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot;

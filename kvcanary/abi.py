@@ -83,7 +83,8 @@ OP_SHARE = 1  # one holder more, who may only read
 OP_LEAVE = 2  # the primary lets go, others still hold it
 OP_UNSHARE = 3  # only the primary is left
 OP_FREE = 4  # nobody holds it any more
-N_BLOCK_OPS = 5
+OP_CLAIM = 5  # its only holder is its primary owner from now on
+N_BLOCK_OPS = 6
 MAX_BLOCK_IDS = 1000  # ids of one launch, passed by value: with the rest, parameters may have 4096 bytes
 
 MAX_LAYER_DIGESTS = 15  # of one launch of kvc_digests_layer
@@ -289,7 +290,9 @@ POOL = np.dtype(
         ("max_requests", "<u4"),
         ("due_capacity", "<u4"),
         ("scrub_blocks", "<u4"),  # of a turn of the patrol; 0 = none
-        ("unused", "<u4"),
+        ("ring_length", "<i4"),  # 0 = none, see `place_of` in backends/reference.py
+        ("ring_bubble", "<i4"),
+        ("sink", "<i4"),
         ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block
     ]
 )
@@ -369,7 +372,6 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("n_blocks", "<u4"),
             ("owner", "<u4"),
             ("ends", "<u4", (N_BLOCK_OPS,)),  # op o is done to ids[ends[o - 1]] up to ids[ends[o]]
-            ("unused", "<u4"),
             ("ids", "<i4", (MAX_BLOCK_IDS,)),
         ]
     ),

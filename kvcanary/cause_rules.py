@@ -102,6 +102,9 @@ def _writes(records: Records) -> Found:
         elif others:
             yield "C08", 0.6, f"{what}; request {others[0].request_id} reads there"
             yield "C12", 0.55, "or the mapping was computed from another table"
+        elif records.is_window(writes[0]):
+            yield "C19", 0.75, f"{what}; nobody reads there: a place behind its window, or of a ring that went round"
+            yield "C12", 0.6, "or a slot mapping of another table"
         else:
             yield "C12", 0.7, f"{what}; nobody reads there: a slot mapping of another table"
             yield "C09", 0.5, "or of another step"
@@ -201,7 +204,9 @@ def _own(records: Records, run: Run) -> Found:
     what = f"other tokens of request {v.request_id} itself are in {run.words}, written in forward {v.stamp_step}"
     if any(Reason.POSITION in r.reasons for r in run.records):
         where = f"{run.words}, where position {v.position} was, hold position {v.stored_position} of the same request"
-        yield "C03", 0.85, f"{where}, by its own table: the table names one block twice"
+        if records.is_window(v):
+            yield "C19", 0.85, f"{where}: a ring that was not written where it should be, or wrapped at another place"
+        yield "C03", 0.8, f"{where}, by its own table: the table names one block twice"
     elif run.is_shifted:
         yield "C22", 0.9, f"{what}: each is the token of the position before"
     elif hole := records.hole_behind(v):

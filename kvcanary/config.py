@@ -53,7 +53,7 @@ class CanaryConfig:
         on_unwritten: "adopt" takes prefix slots that were never stamped (with lifecycle: not since their block was
             allocated) into the guard instead of reporting them.
         lifecycle: judge block ownership; the engine then says who owns the blocks of every pool
-            (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`).
+            (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`, `claim_blocks`).
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         black_box_path: where to write the black box; None = nowhere (not in this version).

@@ -139,6 +139,8 @@ def _pool_lines(
     memory, n_digests = pool_bytes(config, pool, max_requests), len(pool.digest_units(config.real_data))
     kv = pool.bytes_per_slot * pool.n_slots
     window = f", window {pool.window}" if pool.window else ""
+    window += f" in a ring of {pool.ring_length}" if pool.ring_length else ""
+    window += f" beside {pool.sink} sinks" if pool.sink else ""
     data = f", and on average 1/{config.verify_data_every} of its KV bytes" if n_digests else ""
     share = f" ({memory / kv:.2%} of the KV bytes)" if kv else ""
     lines = [

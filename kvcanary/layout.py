@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, zeros_of
+from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, VERIFY_UNIT, zeros_of
 from kvcanary.arrays import ArrayView, host_array, view_of
 from kvcanary.errors import LayoutError
 from kvcanary.planes import Plane, axes_of, blocks_that_fit, check_addresses, plane_address
@@ -44,6 +44,10 @@ class KvPool:
         page_size: slots per block; 1 where the table is per token, the whole sequence in static caches.
         n_blocks: 0 = as many as fit into the planes' arrays.
         window: tokens that a query of an SWA pool sees, its own included; None for FULL.
+        ring_length: positions that a request's tables hold of the later ones, the newest in the place of the oldest
+            (a rolling buffer); 0 = every position has a place of its own. An SWA pool's, and not below its window.
+        sink: positions at the start of a request that stay visible beside the window (attention sinks), at most 128.
+        ring_bubble: places left unused between the sink and the ring.
         reserved_blocks: blocks that hold no request's data (the null block, padding): at most 8.
         token_offset: token that position p holds is the request's token p + token_offset (EAGLE draft pools).
         slot_lut: i64[n_full] from the slot in the batch's tables to the slot here; negative or reserved = evicted.
@@ -63,6 +67,9 @@ class KvPool:
     token_offset: int = 0
     slot_lut: Any = None
     expected_every_step: bool = True
+    ring_length: int = 0
+    sink: int = 0
+    ring_bubble: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "planes", tuple(self.planes))
@@ -236,6 +243,7 @@ class KvPool:
                 f"kind {self.kind.name} with window={self.window}: an SWA pool needs a window >= 1 (tokens, "
                 "the query's own included), a FULL pool has None"
             )
+        self._check_ring()
         blocks = self.reserved_blocks
         if len(blocks) > MAX_RESERVED or len(set(blocks)) != len(blocks):
             raise self._error(f"reserved_blocks={blocks}: give at most {MAX_RESERVED} blocks, each once")
@@ -245,6 +253,21 @@ class KvPool:
             raise self._error(f"token_offset={self.token_offset}: must fit in 32 bits")
         if self.halves == (Half.V,):
             raise self._error("all planes are of half V: a pool of one half gives its planes half K")
+
+    def _check_ring(self) -> None:
+        window, ring = self.window or 0, self.ring_length
+        if not 0 <= self.sink <= VERIFY_UNIT or (self.sink and not window):
+            raise self._error(
+                f"sink={self.sink} with window={self.window}: give 0 to {VERIFY_UNIT} tokens, to an SWA pool"
+            )
+        if ring and not 1 <= window <= ring <= MAX_SLOTS:
+            raise self._error(
+                f"ring_length={ring} with window={self.window}: a ring holds at least the window of an SWA pool"
+            )
+        if not 0 <= self.ring_bubble <= MAX_SLOTS or ring < 0 or (self.ring_bubble and not ring):
+            raise self._error(
+                f"ring_bubble={self.ring_bubble} with ring_length={ring}: places >= 0, and a bubble only before a ring"
+            )
 
     def _check_groups(self) -> None:
         for planes in self._units:

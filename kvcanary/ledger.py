@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary.errors import LifecycleError
-from kvcanary.references import Found, References
+from kvcanary.references import NOTHING, Found, References
 
 PREFIX_CACHE = 0xFFFFFFFF  #: owner id for engines whose prefix cache holds references of its own
 MAX_NAMED = 8  # bad blocks that one error names
@@ -34,8 +34,8 @@ _SHARED_BY_TWO = _SHARED_BY_ONE + _ONE_SHARER
 _SHARED_BY_ONE_TO_SOLE = _ONE_SHARER + np.uint64((_SHARED - _SOLE) << _STATE_SHIFT)
 _OWNER = np.uint64(_OWNER_MASK)
 _STATE_AND_OWNER = np.uint64(3 << _STATE_SHIFT | _OWNER_MASK)
-_KINDS = ("allocate", "share", "free")  # a call's word: kind << 62 | step << 32 | owner
-_BY_SHARE, _BY_FREE = 1, 2
+_KINDS = ("allocate", "share", "free", "claim")  # a call's word: kind << 62 | step << 32 | owner
+_BY_SHARE, _BY_FREE, _BY_CLAIM = 1, 2, 3
 
 
 class BlockChanges(NamedTuple):
@@ -53,7 +53,7 @@ class BlockChanges(NamedTuple):
 
 
 class BlockCall(NamedTuple):
-    """A call on a block: "allocate", "share" or "free", by whom, in which step."""
+    """A call on a block: "allocate", "share", "free" or "claim", by whom, in which step."""
 
     kind: str
     owner: int
@@ -114,7 +114,7 @@ class BlockLedger:
         self._word[at] = _word_of(_SOLE, owner, step)
         n = len(at)
         self.n_live += n
-        return BlockChanges(owner, at, (n, n, n, n, n))
+        return BlockChanges(owner, at, (n, n, n, n, n, n))
 
     def share(self, ids: Any, owner: int, step: int = 0) -> BlockChanges:
         """Take one more reference on blocks, for an owner who will only read; a free one is revived as it was.
@@ -125,7 +125,7 @@ class BlockLedger:
         owner, at = self._check("share", ids, owner)
         n = len(at)
         if not n:
-            return BlockChanges(owner, at, (0, 0, 0, 0, 0))
+            return BlockChanges(owner, at, (0, 0, 0, 0, 0, 0))
         words = self._word.take(at)
         lowest, highest = _range_of(words)
         if highest >> _STATE_SHIFT == _RESERVED:
@@ -143,7 +143,7 @@ class BlockLedger:
             self._word[at] = self._shared_once_more(words, lowest, highest)
         self._calls[at] = _word_of(_BY_SHARE, owner, step)
         self._references.take(owner, at)
-        return BlockChanges(owner, at, (0, n, n, n, n))
+        return BlockChanges(owner, at, (0, n, n, n, n, n))
 
     def _shared_once_more(self, words: Array, lowest: int, highest: int) -> Array:
         """New words of FREE, SOLE and SHARED blocks."""
@@ -171,7 +171,7 @@ class BlockLedger:
         owner, at = self._check("free", ids, owner)
         n, words = len(at), self._word.take(at)
         if not n:
-            return BlockChanges(owner, at, (0, 0, 0, 0, 0))
+            return BlockChanges(owner, at, (0, 0, 0, 0, 0, 0))
         found = self._references.find(owner, at, self._mark)
         if found.n == n:
             unshared, freed = self._end_of_shares(at, words, owner, step)
@@ -180,17 +180,46 @@ class BlockLedger:
         left, shared, sole = self._by_way_of_holding(at, words, owner, found)
         self._end_of_sole(sole, owner, step)
         if len(sole) == n:
-            return BlockChanges(owner, at, (0, 0, 0, 0, n))
+            return BlockChanges(owner, at, (0, 0, 0, 0, n, n))
         if len(left):
             self._word[left] = (words if len(left) == n else self._word.take(left)) - np.uint64(owner)
             self._calls[left] = _word_of(_BY_FREE, owner, step)
             if len(left) == n:
-                return BlockChanges(owner, at, (0, 0, n, n, n))
+                return BlockChanges(owner, at, (0, 0, n, n, n, n))
         if not found.n:
             return _changes(owner, left, at[:0], sole)
         unshared, freed = self._end_of_shares(shared, self._word.take(shared), owner, step)
         self._references.give(owner, at, found)
         return _changes(owner, left, unshared, sole if not len(freed) else np.concatenate((freed, sole)))
+
+    def claim(self, ids: Any, owner: int, step: int = 0) -> BlockChanges:
+        """Make the only holder of blocks their primary owner, who may write them; their epoch goes on.
+
+        For engines that write the last block of a text in place once its reference count is 1. Blocks of which the
+        owner is the primary owner and only holder already stay as they are.
+
+        Raises:
+            LifecycleError: bad ids or owner; a block that the owner does not hold, or not alone. Nothing is changed.
+        """
+        owner, at = self._check("claim", ids, owner)
+        words = self._word.take(at)
+        is_sole = words & _STATE_AND_OWNER == _word_of(_SOLE, owner, 0)
+        is_lone = words == _SHARED_BY_ONE  # by whom?
+        lone, found = at[is_lone], NOTHING
+        if len(lone):
+            self._mark[lone] = self._places[: len(lone)]
+            found = self._references.find(owner, lone, self._mark)
+            if found.n < len(lone):
+                is_lone[is_lone] = found.n > 0 if found.is_there is None else found.is_there
+        is_ours = is_sole | is_lone
+        if np.count_nonzero(is_ours) < len(at):
+            self._refuse("claim", owner, at[~is_ours], self._why_not_claim)
+        if len(lone):
+            self._references.give(owner, lone, found)
+            self.n_shared -= len(lone)
+        self._word[at] = _word_of(_SOLE, owner, step) | _ODD
+        self._calls[at] = _word_of(_BY_CLAIM, owner, step)
+        return BlockChanges(owner, lone, (0, 0, 0, 0, 0, len(lone)))
 
     def _by_way_of_holding(self, at: Array, words: Array, owner: int, found: Found) -> tuple[Array, Array, Array]:
         """Blocks that others share and the owner does not, those that it shares, those that it alone holds."""
@@ -354,6 +383,12 @@ class BlockLedger:
             return "was never allocated"
         return f"is freed twice: nobody holds it (the call before: {call})"
 
+    def _why_not_claim(self, block: int, owner: int) -> str:
+        if int(self._word[block]) >> _STATE_SHIFT in (_FREE, _RESERVED):
+            return self._why_not_free(block, owner)
+        n = self.n_references(block)
+        return f"{self._held_by(block)}, {n} references: only its one holder can claim it; copy it instead"
+
     def _held_by(self, block: int) -> str:
         holders = " and ".join(owner_name(o) for o in self.owners(block))
         return f"is held by {holders} (the call before: {self.last_call(block)})"
@@ -371,7 +406,7 @@ def _changes(owner: int, left: Array, unshared: Array, freed: Array) -> BlockCha
         ids = unshared
     else:
         ids = np.concatenate((left, unshared, freed))
-    return BlockChanges(owner, ids, (0, 0, n_left, n_left + n_unshared, n))
+    return BlockChanges(owner, ids, (0, 0, n_left, n_left + n_unshared, n, n))
 
 
 def _those(at: Array, which: Array, n: int) -> Array:

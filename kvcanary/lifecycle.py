@@ -10,7 +10,7 @@ from kvcanary.errors import ConfigError, LifecycleError
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockLedger
 
-KINDS = ("allocate", "share", "free")
+KINDS = ("allocate", "share", "free", "claim")
 Gate = Callable[[str, Any], tuple[Any, int]]  # (call, stream or None) -> stream to use, step at hand; may refuse
 
 
@@ -18,7 +18,7 @@ class LifecycleEvent(NamedTuple):
     """One call as data, for schedulers in another process; a plain tuple or a mapping of the same does as well.
 
     Attributes:
-        kind: "allocate", "share" or "free".
+        kind: "allocate", "share", "free" or "claim".
         ids: one block id, a sequence of them or an integer array on the host.
         owner: a request id from 1 to 2^32 - 1, or `kvcanary.PREFIX_CACHE`.
         pool: name or number.
@@ -63,7 +63,7 @@ class Lifecycle:
             self._do(kind, ids, owner, pool, stream, step)
 
     def apply(self, events: Iterable[LifecycleEvent | tuple[Any, ...] | Mapping[str, Any]], stream: Any = None) -> None:
-        """Do the calls of a batch in order, as `allocate_blocks`, `share_blocks` and `free_blocks` would.
+        """Do the calls of a batch in order, as `allocate_blocks`, `share_blocks`, ... would.
 
         Raises:
             LifecycleError: ``event_index`` is the number of a bad event: those before it were applied, none after it.

@@ -485,6 +485,15 @@ class CanaryManager(MoveCalls):
         """
         self.lifecycle.call("free", ids, owner, pool, stream)
 
+    def claim_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that the only holder of blocks, who came to them by sharing, writes them from now on.
+
+        For copy-on-write by reference counts: the last holder of a block appends to it in place. The epoch goes on.
+
+        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that others hold too.
+        """
+        self.lifecycle.call("claim", ids, owner, pool, stream)
+
     def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
         stream = self._stream if stream is None else stream
         self._host_driven(call, stream)

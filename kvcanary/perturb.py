@@ -34,7 +34,7 @@ import numpy as np
 
 from kvcanary.arrays import ArrayView
 from kvcanary.backends import Backend
-from kvcanary.backends.reference import Array
+from kvcanary.backends.reference import Array, place_of
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import ConfigError
@@ -238,7 +238,7 @@ class Perturber:
         table = self._writable(view, name)
         page, arrays = view.arrays.table_page, view.arrays
         used = view.used(view.prefix)
-        index = used.position // page
+        index = place_of(view.facts, used.position) // page
         first = np.flatnonzero(np.diff(used.row * (index.max(initial=0) + 1) + index, prepend=-1))
         last_prefix = dict(zip(view.rows.tolist(), view.prefix.tolist(), strict=True))
         quiet = [i for i in first if (index[i] + 1) * page < last_prefix[int(used.row[i])]]

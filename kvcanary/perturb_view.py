@@ -76,6 +76,8 @@ class BatchView:
     def used(self, ends: Array) -> Used:
         """The positions of the live rows in front of ``ends`` (i64[n]) that a query there sees."""
         starts = np.zeros_like(ends) if self.pool.window is None else np.maximum(0, ends - self.pool.window + 1)
+        if self.pool.ring_length:  # what the new tokens of this forward overwrite is not seen either
+            starts = np.maximum(starts, self.length - self.pool.ring_length)
         return self._slots(self.rows, starts, ends)
 
     def touched(self) -> Array:
@@ -103,7 +105,8 @@ class BatchView:
 
     def _slots(self, rows: Array, starts: Array, ends: Array) -> Used:
         capacity = ref.table_entries(self.arrays, rows) * self.arrays.table_page
-        counts = np.maximum(0, np.minimum(ends, capacity) - starts)
+        ends = ends if self.pool.ring_length else np.minimum(ends, capacity)
+        counts = np.maximum(0, ends - starts)
         row = np.repeat(rows, counts)
         position = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts - starts, counts)
         at = ref.table_slots(self.facts, self.arrays, row, position)

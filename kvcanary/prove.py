@@ -111,8 +111,8 @@ def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatc
     """The latest position of the first row that has one whose HEAD and TAIL stamps are of one forward."""
     batch, facts = host_copy(backend, bound), pool_facts(backend, pool, call.pool)
     for r in range(batch.rows):
-        capacity = int(ref.table_entries(batch, np.array([r]))[0]) * batch.table_page
-        positions = np.arange(max(0, min(ref.row_length(batch, r), capacity)))
+        length, capacity = ref.row_length(batch, r), int(ref.table_entries(batch, np.array([r]))[0]) * batch.table_page
+        positions = np.arange(max(0, length if pool.ring_length else min(length, capacity)))
         at = ref.table_slots(facts, batch, np.full(len(positions), r), positions)
         inside = np.flatnonzero(at.status == ref.OK)
         stamps = backend.read_stamps(call.pool, at.slot[inside])
@@ -134,6 +134,7 @@ def pool_facts(backend: Backend, pool: KvPool, index: int) -> ref.PoolArrays:
     """What `ref.table_slots` asks of a pool, without the guard's arrays."""
     return ref.PoolArrays(
         index=index, kind=int(pool.kind), n_slots=pool.n_slots, page_size=pool.page_size, window=pool.window or 0,
+        ring_length=pool.ring_length, ring_bubble=pool.ring_bubble, sink=pool.sink,
         token_offset=pool.token_offset, reserved=np.array(pool.reserved_blocks, np.int64),
         slot_lut=None if pool.lut_view is None else backend.read_array(pool.lut_view),
         head=[], tail=[], claims=np.zeros(0, np.uint64), digests=np.zeros((0, 0), np.uint64), registers=np.zeros(0),

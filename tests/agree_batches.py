@@ -17,6 +17,18 @@ from kvcanary.hashing import prefix_chain
 BIG = 1 << 20  # junk that no row reads
 
 
+def place_of(pool: KvPool, position: int) -> int:
+    """The place of a position among those of its request."""
+    if position < pool.sink or not pool.ring_length:
+        return position
+    return pool.sink + pool.ring_bubble + (position - pool.sink) % pool.ring_length
+
+
+def n_places(pool: KvPool, length: int) -> int:
+    """Places of a request of this length: up to the highest that it ever had."""
+    return 1 + max((place_of(pool, p) for p in range(length)), default=-1)
+
+
 class Batches:
     """Makes batches of rows; keeps the history of all request slots.
 
@@ -46,7 +58,8 @@ class Batches:
         """Slots as the engine names them in the tables of pool i."""
         table = self.table_pool(i)
         page, blocks = self.pools[table].page_size, request.blocks[table]
-        return [blocks[p // page] * page + p % page for p in positions]
+        places = [place_of(self.pools[table], p) for p in positions]
+        return [blocks[p // page] * page + p % page for p in places]
 
     def forward(self, rows: list[Row], chosen: list[int], index: int, shift: int) -> Forward:
         habits, rng = self.habits, self.rng
@@ -90,7 +103,7 @@ class Batches:
         """The row's table for pool i: as long as the row, with what it shows of evicted blocks."""
         pool = self.pools[self.table_pool(i)]
         null = self.rng.choice((-1, *pool.reserved_blocks))
-        length = row.start + len(row.ids)
+        length = n_places(pool, row.start + len(row.ids))
         shown = row.request.shown[self.table_pool(i)][: -(-length // pool.page_size)] if row.request else []
         blocks = [null if b < 0 else b for b in shown] or [null] * -(-length // pool.page_size)
         if not is_slots:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from agree import Side, Twins
-from agree_batches import Batches
+from agree_batches import Batches, n_places
 from agree_faults import Faults
 from agree_moves import load, random_moves
 from agree_pools import random_pools
@@ -77,7 +77,7 @@ class Engine:
     # ---- planning ----------------------------------------------------------------------------------------------------
     def plan(self) -> Plan:
         """The next step; may have no rows at all."""
-        plan, rng = Plan([]), self.rng
+        plan, rng = Plan([], self.habits.raises), self.rng
         if self.habits.preempts and self.running and rng.random() < 0.15:
             self.preempt(rng.choice(self.running))
         if len(self.waiting) < 3:
@@ -155,7 +155,8 @@ class Engine:
 
     def _first_needed(self, i: int, prefix: int) -> int:
         window = self.pools[i].window
-        return max(0, prefix - window + 1) if window else 0
+        first = max(0, prefix - window + 1) if window else 0
+        return 0 if self.pools[i].sink or self.pools[i].ring_length else first
 
     def _is_whole(self, units: list[list[list[int]]]) -> bool:
         prefix = len(units) * self.unit
@@ -245,7 +246,10 @@ class Engine:
 
     def _missing(self, request: Request, start: int, end: int) -> dict[int, int]:
         """What each pool has to find for positions start to end, at most."""
-        missing = {i: -(-end // self.pools[i].page_size) - len(request.blocks[i]) for i in self.tables}
+        missing = {
+            i: max(0, -(-n_places(self.pools[i], end) // self.pools[i].page_size) - len(request.blocks[i]))
+            for i in self.tables
+        }
         fresh = [p for p in range(start, end) if p >= len(request.blocks[0]) * self.pools[0].page_size]
         page = self.pools[0].page_size
         for i, lut in enumerate(self.luts):
@@ -483,7 +487,15 @@ def random_scenario(
     max_new_tokens = max_len + max_requests if max_len > 48 else rng.choice((24, 64))
     if max_len > 48:
         habits = replace(habits, max_chunk=rng.choice((max_len // 3, max_len)))
-    specs = random_pools(rng, max_requests, max_len, habits.table == "static", is_odd)
+    ring_slack = None
+    if rng.random() < 0.2:  # what lies in a ring is nobody else's, and is not found by the tables' length
+        habits = replace(habits, shares=False, shares_early=False, imports=False)
+        habits = replace(habits, table="csr" if habits.table == "csr_last_page" else habits.table)
+        habits = replace(habits, max_chunk=rng.choice((1, 1, 9, habits.max_chunk)))
+        ring_slack = habits.max_chunk + habits.max_drafts
+        if rng.random() < 0.5:  # nothing is taken back: a forward may go round
+            habits, ring_slack = replace(habits, max_drafts=0, raises=False), 0
+    specs = random_pools(rng, max_requests, max_len, habits.table == "static", is_odd, ring_slack)
     chosen = {
         "real_data": rng.choice(("all", "all", "partial", "none")),
         "verify_data_every": rng.choice((1, 2, 5, 9, 13)),
@@ -547,7 +559,7 @@ def run(
 ) -> bool:
     """The forwards of a step; False if one raised."""
     for forward in plan.forwards:
-        raises = rng.random() < 0.1
+        raises = plan.may_raise and rng.random() < 0.1
 
         def model(forward: Forward = forward, raises: bool = raises) -> None:
             for i, slots in forward.written.items():

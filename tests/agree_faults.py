@@ -81,7 +81,7 @@ class Faults:
         at = rng.randrange(len(told))
         kind, ids, owner, pool = told[at].values() if isinstance(told[at], dict) else told[at]
         odd = (
-            (rng.choice(("allocate", "share", "free", "lend")), ids, owner, pool),
+            (rng.choice(("allocate", "share", "free", "claim", "lend")), ids, owner, pool),
             (kind, ids, rng.choice((0, -1, owner + 1, 1 << 32)), pool),
             (kind, rng.choice((-1, 0, 1, 1 << 20, [2, 2], [])), owner, pool),
             (kind, ids, owner, rng.choice((-1, 0, 9, "nowhere"))),

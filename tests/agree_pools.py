@@ -150,11 +150,14 @@ class _Shape:
         return {name: np.zeros(form["n_bytes"], np.uint8) for name, form in forms.items()}, build
 
 
-def random_pools(rng: random.Random, max_requests: int, max_len: int, is_static: bool, is_odd: bool) -> list[PoolSpec]:
+def random_pools(
+    rng: random.Random, max_requests: int, max_len: int, is_static: bool, is_odd: bool, ring_slack: int | None = None
+) -> list[PoolSpec]:
     """One to three pools that one engine may keep side by side; the first has a table of its own.
 
     Args:
-        is_odd: give pools a token_offset that the engine does not know of.
+        is_odd: give pools a token_offset that the engine does not know of, rings that are too short for what it does.
+        ring_slack: tokens that a forward of the engine may write and take back; None = it knows of no rings.
     """
     n_pools = rng.choice((1, 1, 2, 3))
     page = max_len if is_static else rng.choice((1, 2, 16, 5) if max_len <= 400 else (16, 5))
@@ -171,6 +174,13 @@ def random_pools(rng: random.Random, max_requests: int, max_len: int, is_static:
         if is_odd and rng.random() < 0.2:
             offset = rng.choice((-3, 2))
         window = None if i == 0 and n_pools > 1 else rng.choice((None, 1, 2, 3, 7, 20))
+        ring: dict[str, int] = {}
+        if ring_slack is not None and window and not has_lut and rng.random() < 0.7:
+            slack = 0 if is_odd and rng.random() < 0.5 else ring_slack
+            ring = {"ring_length": window + slack + rng.choice((0, 0, 1, 9)), "sink": rng.choice((0, 0, 1, 4))}
+            ring["ring_bubble"] = 0 if is_static else rng.choice((0, 0, 1, pages[i]))
+        elif window and not has_lut and rng.random() < 0.2:
+            ring = {"sink": rng.choice((1, 4))}
         specs.append(
             random_pool(
                 rng,
@@ -181,6 +191,7 @@ def random_pools(rng: random.Random, max_requests: int, max_len: int, is_static:
                 reserved_blocks=reserved,
                 token_offset=offset,
                 n_full_slots=(room // page + 3) * page if has_lut else 0,
+                **ring,
             )
         )
     return specs

@@ -34,6 +34,7 @@ class Habits:
     imports: bool = False
     max_chunk: int = 40
     moves: bool = False  # blocks, between two steps
+    raises: bool = True  # now and then, in the middle of a forward
 
 
 def random_habits(rng: random.Random) -> Habits:
@@ -108,6 +109,7 @@ class Plan:
     """One step: its rows, its forwards, and the slots that are loaded from elsewhere before it."""
 
     rows: list[Row]
+    may_raise: bool = True
     forwards: list[Forward] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     published: list[tuple[Any, ...]] = field(default_factory=list)

@@ -441,6 +441,27 @@ def test_n25_write_that_was_launched_before_the_free(sides: Sides) -> None:
     assert s.forward(Row(2, B, 8, 9, [1, 2, 3])) == []
 
 
+def test_the_last_holder_claims_the_tail_and_writes_it(sides: Sides) -> None:
+    """Copy-on-write by reference counts: the fork's tail is B's alone once A has let go."""
+    second = [*A[:6], 900, 901]
+    for claims in (True, False):
+        s = script(sides)
+        s.own("allocate", [1, 2], 1)
+        assert s.forward(Row(1, A, 0, 6, [1, 2])) == []
+        s.own("share", [1, 2], 2)
+        s.own("free", [1, 2], 1)
+        if claims:
+            s.own("claim", [2], 2)
+        written = s.forward(Row(2, second, 6, 7, [1, 2]))
+        later = s.forward(Row(2, second, 7, 8, [1, 2]))
+        assert kinds(written) == ({} if claims else {10: Reason.FOREIGN_WRITE})
+        assert (kinds(later) == {}) == claims
+        if claims:
+            s.own("allocate", [3], 3)
+            seen_by_others = s.forward(Row(3, [*second, *C], 8, 9, [1, 2, 3]))
+            assert kinds(seen_by_others, request=3)[8] == Reason.STALE_EPOCH, "it is nobody else's to read any more"
+
+
 def test_adopted_slots_are_of_their_block(sides: Sides) -> None:
     s = script(sides, on_unwritten="adopt")
     s.own("allocate", [1, 2], 6)

@@ -148,6 +148,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "2^31 slots": (lambda: pool_of(n_blocks=1 << 29), "2147483648 slots; 1 to 2147483647 fit"),
     "window of a full pool": (lambda: pool_of(plane(), window=5), "kind FULL with window=5"),
     "SWA without a window": (lambda: pool_of(plane(), kind=PoolKind.SWA), "an SWA pool needs a window >= 1"),
+    "ring of a full pool": (lambda: pool_of(plane(), ring_length=8), "ring_length=8 with window=None: a ring holds at"),
+    "ring below its window": (
+        lambda: pool_of(plane(), kind=PoolKind.SWA, window=5, ring_length=4),
+        "ring_length=4 with window=5: a ring holds at least the window",
+    ),
+    "sinks of a full pool": (
+        lambda: pool_of(plane(), sink=4),
+        "sink=4 with window=None: give 0 to 128 tokens, to an SWA",
+    ),
+    "too many sinks": (lambda: pool_of(plane(), kind=PoolKind.SWA, window=5, sink=129), "sink=129 with window=5"),
+    "bubble without a ring": (
+        lambda: pool_of(plane(), kind=PoolKind.SWA, window=5, ring_bubble=2),
+        "ring_bubble=2 with ring_length=0: places >= 0, and a bubble only before a ring",
+    ),
     "empty window": (lambda: pool_of(plane(), kind=PoolKind.SWA, window=0), "kind SWA with window=0"),
     "reserved twice": (lambda: pool_of(plane(), reserved_blocks=(1, 1)), "at most 8 blocks, each once"),
     "reserved outside": (lambda: pool_of(plane(), reserved_blocks=(4,)), "blocks are 0 to 3; \\(\\) if none"),

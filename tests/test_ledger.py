@@ -55,6 +55,8 @@ class Model:
             return False
         if kind == "allocate":
             return not any(self.holders(b) for b in ids)
+        if kind == "claim":
+            return all(self.holders(b) == (owner,) for b in ids)
         return kind == "share" or all(owner in self.holders(b) for b in ids)
 
     def do(self, kind: str, ids: list[int], owner: int, step: int) -> dict[int, list[int]]:
@@ -74,6 +76,12 @@ class Model:
         self.sharers[block][owner] += 1
         return abi.OP_SHARE
 
+    def _claim(self, block: int, owner: int) -> int | None:
+        if self.primary.get(block) == owner:
+            return None
+        self.primary[block], self.sharers[block] = owner, Counter()
+        return abi.OP_CLAIM
+
     def _free(self, block: int, owner: int) -> int | None:
         sharers, was_primary = self.sharers[block], False
         if sharers[owner]:
@@ -90,7 +98,7 @@ class Model:
 
 
 CALLS = st.tuples(
-    st.sampled_from(("allocate", "share", "share", "free", "free")),
+    st.sampled_from(("allocate", "share", "share", "free", "free", "claim")),
     st.lists(st.integers(-1, N), max_size=4) | st.lists(st.integers(1, 4), min_size=1, max_size=4, unique=True),
     st.sampled_from((*OWNERS, *OWNERS, 0)),
 )
@@ -134,7 +142,7 @@ def test_many_ids_of_all_kinds(n_searched: int, n_tables: int, seed: int, n_ids:
         patch.setattr(references, "N_TABLES", n_tables)
         real, model = BlockLedger(n, RESERVED), Model(n)
         for step in range(25):
-            kind, owner = dice.choice(["allocate", "share", "free", "free"]), int(dice.choice(owners))
+            kind, owner = dice.choice(["allocate", "share", "free", "free", "claim"]), int(dice.choice(owners))
             able = [b for b in range(n) if model.may(kind, [b], owner)]
             if dice.random() < 0.5 and kind != "allocate":  # in order, as requests do
                 able = [b for b in model.last if b in able]
@@ -193,6 +201,23 @@ def test_a_thousand_ids_in_any_order() -> None:
     of.share(ids[:10], 8)
     assert parts(of.free(ids, 7)) == {abi.OP_LEAVE: sorted(ids[:10].tolist()), abi.OP_FREE: sorted(ids[10:].tolist())}
     assert (of.n_live, of.n_shared) == (10, 10)
+
+
+def test_claimed_blocks_are_their_holders_alone() -> None:
+    of = ledger()
+    of.allocate([1, 2, 3], 7)
+    of.share([1, 2], 8)
+    with pytest.raises(
+        LifecycleError, match=r"block 1 is held by request 7 and request 8 .*, 2 references: only its one"
+    ):
+        of.claim([1, 2], 8)
+    of.free([1, 2, 3], 7)
+    with pytest.raises(LifecycleError, match=r"block 3 is freed twice|block 3 .*nobody holds it"):
+        of.claim([1, 3], 8)
+    assert parts(of.claim([2, 1], 8, 9)) == {abi.OP_CLAIM: [1, 2]}
+    assert parts(of.claim([1], 8, 10)) == {}
+    assert of.last_call(2) == BlockCall("claim", 8, 9)
+    assert parts(of.free([1, 2], 8)) == {abi.OP_FREE: [1, 2]}
 
 
 def test_the_ids_of_the_caller_are_neither_kept_nor_changed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sim_moves import PAGE, TEXTS, Guarded, other_byte, plain
@@ -53,6 +55,28 @@ def test_forks_of_forks_and_beams_that_are_dropped() -> None:
     run.engine.scheduler.abort(second)
     run.assert_silent()
     assert len(third.output) == len(first.output) == 20
+
+
+@pytest.mark.parametrize("claims", [False, True])
+def test_the_last_of_two_forks_writes_the_tail_where_it_is(claims: bool) -> None:
+    run = Guarded(replace(FORKS, claims_tails=claims), model=NumpyModel)
+    parent, fork = forked(run, 4, n_forks=1)
+    start = len(fork.output)
+    run.engine.scheduler.abort(parent)
+    run.assert_silent()
+    assert fork.output[start:] == plain(TEXTS[0] + fork.output[:start], 20 - start)
+    forks = run.engine.scheduler.forks
+    assert (forks.n_tails_claimed, forks.n_tail_copies) == (int(claims), int(not claims))
+
+
+def test_a_tail_that_is_written_without_being_claimed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Guarded(replace(FORKS, claims_tails=True), log=True)
+    note = run.engine.scheduler.note
+    monkeypatch.setattr(run.engine.scheduler, "note", lambda kind, *a: None if kind == "claim" else note(kind, *a))
+    parent, _fork = forked(run, 4, n_forks=1)
+    run.engine.scheduler.abort(parent)
+    run.step(2)
+    assert run.reasons() & Reason.FOREIGN_WRITE
 
 
 def test_a_preempted_fork_is_computed_anew() -> None:

@@ -270,6 +270,7 @@ class DeviceBackend:
         record["n_slots"], record["page_size"], record["n_blocks"] = pool.n_slots, pool.page_size, pool.n_blocks
         record["page_shift"] = abi.log2_or_negative(pool.page_size)
         record["window"], record["token_offset"] = pool.window or 0, pool.token_offset
+        record["ring_length"], record["ring_bubble"], record["sink"] = pool.ring_length, pool.ring_bubble, pool.sink
         record["scrub_blocks"] = scrub_blocks
         record["kind"], record["index"], record["n_halves"] = int(pool.kind), index, len(pool.halves)
         record["n_digests"] = len(pool.digest_units(self._config.real_data))
@@ -502,7 +503,7 @@ def _grids(
         entries = rows
     positions = entries * int(batch["table_page"])
     if pool["window"]:
-        positions = min(positions, rows * int(pool["window"]))
+        positions = min(positions, rows * int(pool["window"] + pool["sink"]))
     split = max(1, min(int(pool["n_digests"]), MAX_DIGEST_SPLIT))
     scrub_slots = int(pool["scrub_blocks"]) * int(pool["page_size"])
 

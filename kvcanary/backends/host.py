@@ -6,6 +6,7 @@ It runs everything at the call, in the order in which `backends/device.py` launc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -218,7 +219,7 @@ class HostBackend:
             self._recorder.add(abi.STATE_UNANCHORED_ROWS, int(unanchored.sum()))
         stamps = np.zeros(len(token), abi.STAMP)
         stamps["chain"], stamps["token"], stamps["position"] = chain, token, new.position
-        stamps["prev_slot"] = self._previous_slots(pool, batch, starts, new)
+        stamps["prev_slot"] = self._previous_slots(pool, batch, rows, starts, new)
         stamps["step"], stamps["owner"] = self._forward, rows["request_id"][new.row]
         if pool.blocks is not None:
             block = pool.block_states(target.slot)
@@ -234,11 +235,14 @@ class HostBackend:
         words[abi.STATE_FORWARD_DONE], words[abi.STATE_STEP_DONE] = words[abi.STATE_FORWARD], words[abi.STATE_STEP]
 
     @staticmethod
-    def _previous_slots(pool: PoolArrays, batch: BatchArrays, starts: ref.Starts, new: ref.NewTokens) -> Array:
+    def _previous_slots(
+        pool: PoolArrays, batch: BatchArrays, rows: Array, starts: ref.Starts, new: ref.NewTokens
+    ) -> Array:
         before = ref.table_slots(pool, batch, new.row, new.position - 1)
         # Where the predecessor has no place, the table may still name a block that is another's by now.
         named_before = batch.slot_mapping[np.maximum(new.token - 1, 0)]
         is_slot = (before.status == OK) & (named_before >= 0)
+        is_slot &= ref.is_kept(pool, rows, new.row, new.position - 1)
         absolute = np.where(is_slot, before.slot, abi.PREV_NONE)
         relative = np.where(is_slot, abi.PREV_RELATIVE_BASE - before.slot, abi.PREV_RELATIVE)
         previous = np.where(starts.relative[new.row], relative, absolute)
@@ -500,7 +504,7 @@ class HostBackend:
         recorder = Recorder(state, self._pools)
         rows = np.zeros(batch.rows, abi.ROW)
         rows[target.row] = target.as_row()
-        entries = ref.entries_of(pool, batch, rows)
+        entries = ref.entries_of(replace(pool, sink=0), batch, rows)  # this position alone
         about = ref.row_records(len(entries.row), pool, pool.tag(Stage.HEAD), rows, entries.row)
         about["position"] = entries.position
         ok = entries.at.status == OK
@@ -518,6 +522,9 @@ def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: i
         page_size=pool.page_size,
         window=pool.window or 0,
         token_offset=pool.token_offset,
+        ring_length=pool.ring_length,
+        ring_bubble=pool.ring_bubble,
+        sink=pool.sink,
         reserved=np.array(pool.reserved_blocks, np.int64),
         slot_lut=None if lut is None else lut.host,
         head=[np.zeros(n, abi.STAMP) for _ in range(halves)],

@@ -21,6 +21,7 @@ _FLAGS_AFTER = {
     abi.OP_LEAVE: abi.BLOCK_LIVE | abi.BLOCK_SHARED,
     abi.OP_UNSHARE: abi.BLOCK_LIVE,
     abi.OP_FREE: 0,
+    abi.OP_CLAIM: abi.BLOCK_LIVE,
 }
 
 
@@ -54,7 +55,7 @@ def epoch_reasons(block: Array, stamps: Array) -> Array:
 
 
 def change_blocks(blocks: Array, op: int, ids: Array, owner: int, now: int) -> None:
-    """What a call to allocate, share or free does to the words of some blocks (kvc_blocks_update).
+    """What a call to allocate, share, free or claim does to the words of some blocks (kvc_blocks_update).
 
     Args:
         blocks: BLOCK_STATE[n_blocks], changed.
@@ -66,6 +67,8 @@ def change_blocks(blocks: Array, op: int, ids: Array, owner: int, now: int) -> N
     was_live = words["flags"] & abi.BLOCK_LIVE != 0
     if op == abi.OP_ALLOCATE:
         words["epoch"] = np.maximum(words["epoch"] + np.uint32(1), 1)  # 0 is the epoch of foreign writes
+        words["owner"] = owner
+    elif op == abi.OP_CLAIM:
         words["owner"] = owner
     elif op in (abi.OP_LEAVE, abi.OP_FREE):
         words["owner"] = 0

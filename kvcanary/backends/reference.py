@@ -7,7 +7,7 @@ the order of a step. Names follow ``kernels/``: each function here is the twin o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,9 @@ class PoolArrays:
     max_requests: int
     blocks: Array | None = None
     scrub_blocks: int = 0
+    ring_length: int = 0
+    ring_bubble: int = 0
+    sink: int = 0
 
     def tag(self, stage: Stage, half: int = 0) -> int:
         return stage * 4 + self.kind * 2 + half
@@ -121,6 +124,41 @@ def engine_slots(pool: PoolArrays, named: Array, raw: Array) -> Slots:
     return Slots(np.where(status == OK, slot, -1), raw.astype(np.int64), status)
 
 
+class HasRing(Protocol):
+    """A pool, as far as the places of a request go."""
+
+    @property
+    def ring_length(self) -> int: ...
+    @property
+    def ring_bubble(self) -> int: ...
+    @property
+    def sink(self) -> int: ...
+
+
+def place_of(pool: HasRing, positions: Array) -> Array:
+    """Where each position is among the places of its request: itself, or a place of the ring: i64[n]."""
+    if not pool.ring_length:
+        return positions
+    behind = positions - pool.sink
+    return np.where(behind < 0, positions, pool.sink + pool.ring_bubble + behind % pool.ring_length)
+
+
+def n_places(pool: PoolArrays, length: int) -> int:
+    """Places that positions [0, length) take."""
+    if not pool.ring_length or length <= pool.sink:
+        return length
+    return pool.sink + pool.ring_bubble + min(length - pool.sink, pool.ring_length)
+
+
+def is_kept(pool: PoolArrays, rows: Array, row: Array, positions: Array) -> Array:
+    """Whether each position's place is still its own after this forward, not that of a later one: bool[n]."""
+    if not pool.ring_length:
+        return np.ones(len(positions), bool)
+    length = rows["prefix"][row].astype(np.int64) + rows["n_new"][row]
+    kept: Array = (positions < pool.sink) | (positions >= length - pool.ring_length)
+    return kept
+
+
 def table_entries(batch: BatchArrays, rows: Array) -> Array:
     """Entries of each row's table: i64[n]."""
     if batch.table_kind == abi.TABLE_STATIC:
@@ -135,7 +173,8 @@ def table_entries(batch: BatchArrays, rows: Array) -> Array:
 
 def table_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, positions: Array) -> Slots:
     """The slot that the block table gives for each (row, position)."""
-    index = positions // batch.table_page
+    places = place_of(pool, positions)
+    index = places // batch.table_page
     outside = (positions < 0) | (index >= table_entries(batch, rows))
     index = np.where(outside, 0, index)
     if batch.table_kind == abi.TABLE_STATIC:
@@ -148,7 +187,7 @@ def table_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, positions: Ar
             entry = batch.block_table[flat].astype(np.int64) if batch.table_width else np.zeros(len(rows), np.int64)
         else:
             entry = batch.block_table[rows, index].astype(np.int64) if batch.table_width else np.zeros_like(index)
-    named = np.where(entry < 0, -1, entry * batch.table_page + positions % batch.table_page)
+    named = np.where(entry < 0, -1, entry * batch.table_page + places % batch.table_page)
     found = engine_slots(pool, named, entry)
     return Slots(
         np.where(outside, -1, found.slot),
@@ -188,18 +227,27 @@ def _find_row(pool: PoolArrays, batch: BatchArrays, r: int, forward: int) -> Arr
         row["flags"], row["bad_value"] = abi.ROW_BAD_QUERY, q1  # its tokens may be an earlier row's too
         return row
     prefix, capacity = length - (q1 - q0), entries * batch.table_page
-    end = min(prefix, capacity)
+    fits = n_places(pool, length) <= capacity
+    end = prefix if fits else min(prefix, capacity)
     row["first_token"], row["n_new"], row["prefix"] = q0, q1 - q0, prefix
     row["verify_end"] = end
-    row["verify_start"] = min(max(0, prefix - pool.window + 1), end) if pool.window else 0
+    row["verify_start"] = min(verify_start(pool, prefix, length), end)
     flags = 0
-    if length > capacity:
+    if not fits:
         flags, row["bad_value"] = abi.ROW_BAD_LENGTH, length
     if claim_slots(pool, batch, np.arange(q0, q1), forward):
         flags |= abi.ROW_LIVE
         flags = _identify_row(pool, batch, r, row, flags, forward)
     row["flags"] = flags
     return row
+
+
+def verify_start(pool: PoolArrays, prefix: int, length: int) -> int:
+    """The first position that is verified, beside those of the sink; 0 where there is nothing between it and them."""
+    start = prefix - pool.window + 1 if pool.window else 0
+    if pool.ring_length:
+        start = max(start, length - pool.ring_length)
+    return start if start > pool.sink else 0
 
 
 def row_length(batch: BatchArrays, r: int) -> int:
@@ -438,7 +486,8 @@ def judge_new_tokens(
     pool: PoolArrays, batch: BatchArrays, rows: Array, new: NewTokens, target: Slots, won: Array, forward: int
 ) -> list[Array]:
     """TAIL: DUPLICATE_WRITE of the losers, and the new tokens looked up through the table as it is now."""
-    losers = np.flatnonzero((target.status == OK) & ~won)
+    # That a ring has gone round within one forward is no clash.
+    losers = np.flatnonzero((target.status == OK) & ~won & is_kept(pool, rows, new.row, new.position))
     lost = row_records(len(losers), pool, pool.tag(Stage.TAIL), rows, new.row[losers])
     lost["reasons"], lost["slot"] = Reason.DUPLICATE_WRITE, target.slot[losers]
     lost["position"] = new.position[losers]
@@ -471,10 +520,12 @@ class Entries(NamedTuple):
 
 
 def entries_of(pool: PoolArrays, batch: BatchArrays, rows: Array) -> Entries:
-    """Enumerate the positions that HEAD and TAIL verify: [window start, prefix) of the live rows."""
+    """Enumerate the positions that HEAD and TAIL verify: the sink and [window start, prefix) of the live rows."""
     live = rows["flags"] & abi.ROW_LIVE != 0
-    row, index = _expand(np.where(live, rows["verify_end"] - rows["verify_start"], 0))
-    position = rows["verify_start"][row].astype(np.int64) + index
+    n_sink = np.where(rows["verify_start"] > pool.sink, pool.sink, 0)
+    row, index = _expand(np.where(live, n_sink + rows["verify_end"] - rows["verify_start"], 0))
+    behind = rows["verify_start"][row].astype(np.int64) + index - n_sink[row]
+    position = np.where(index < n_sink[row], index, behind)
     return Entries(row, position, table_slots(pool, batch, row, position), table_slots(pool, batch, row, position - 1))
 
 
@@ -541,7 +592,8 @@ def judge_stamps(
     # Before a window, only a predecessor that is surely older; a moved stamp may have left its own behind.
     is_later = is_older(pool, before.slot, prev_step, stamp["step"])
     is_later &= (prev_step != 0) & (prev_step < forward) & (stamp["prev_slot"] != abi.PREV_NONE)
-    may_link = (position > rows["verify_start"][row]) | is_later
+    may_link = (position > rows["verify_start"][row]) | (position < pool.sink) | is_later
+    may_link &= is_kept(pool, rows, row, position - 1)
     links = known & (position > 0) & may_link & (prev_step != 0)
     chain = np.where(
         starts,

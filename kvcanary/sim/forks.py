@@ -1,7 +1,8 @@
 """Forks: a running request goes on in two ways, as for parallel samples and beams; the tail is copied on write.
 
 A fork shares all blocks of its parent. The last one, if it is not full, is its parent's to write: the fork gives it
-back for a copy before it writes for the first time itself, however many steps later that is.
+back for a copy before it writes for the first time itself, however many steps later that is. By the habit
+`claims_tails` the last holder of a tail writes it where it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Forks:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self.n_forks = self.n_tail_copies = 0
+        self.n_forks = self.n_tail_copies = self.n_tails_claimed = 0
 
     def can_fork(self, parent: Request) -> bool:
         """Whether it decodes, has computed something, and a request slot is free."""
@@ -42,6 +43,14 @@ class Forks:
         scheduler.start(child)
         self.n_forks += 1
         return child
+
+    def claim_tail(self, request: Request) -> None:
+        """The tail that the request shared is its own if nobody else holds it any more."""
+        index = request.tail_of_parent
+        if index is not None and self._scheduler.allocator.ref_counts[request.blocks[index]] == 1:
+            self._scheduler.note("claim", [request.blocks[index]], request.id)
+            request.tail_of_parent = None
+            self.n_tails_claimed += 1
 
     def own_tail(self, request: Request, block: int) -> None:
         """Put a copy into the new `block`, which takes the place of the tail that the request shared."""

@@ -44,6 +44,7 @@ class Habits:
     draft_trees: bool = False  # with n_draft, the most nodes: each draft has a rival; the accepted path is moved home
     n_offload: int = 0  # evicted blocks that are kept in host memory, to be loaded again where a prompt goes on there
     loads_by_layer: bool = False  # a layer's KV is loaded right before the layer reads it
+    claims_tails: bool = False  # a fork whose parent is gone writes the tail where it is, instead of copying it
     in_flight: bool = False  # a step is planned and launched before the tokens of the one before are seen
 
     def __post_init__(self) -> None:

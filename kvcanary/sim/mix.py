@@ -119,6 +119,7 @@ def random_habits(rng: np.random.Generator, window: int | None) -> Habits:
     n_draft = int(rng.choice([0, 1, 3, 15], p=[0.4, 0.2, 0.2, 0.2]))
     return Habits(
         overcommit=bool(rng.random() < 0.6),
+        claims_tails=bool(rng.random() < 0.5),
         n_draft=n_draft,
         draft_rule=seen.drafts if rng.random() < 0.5 else ngram_drafts,
         history_drafts=bool(rng.random() < 0.5),

@@ -75,7 +75,7 @@ class Share(NamedTuple):
 class BlockCall(NamedTuple):
     """What a guard is to be told of who owns which blocks; a cached block is revived by a share."""
 
-    kind: str  # "allocate", "share" or "free"
+    kind: str  # "allocate", "share", "free" or "claim"
     blocks: list[int]
     owner: int  # a request's id, or `kvcanary.PREFIX_CACHE`
 

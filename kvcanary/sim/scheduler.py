@@ -166,6 +166,8 @@ class Scheduler:
     # ---- blocks ------------------------------------------------------------------------------------------------------
     def _grow(self, request: Request, n_tokens: int, shares: list[Share]) -> bool:
         """Give the request blocks for `n_tokens`, at the cost of younger ones; False: it was itself the youngest."""
+        if self.habits.claims_tails:
+            self.forks.claim_tail(request)
         n_tail = request.tail_of_parent is not None
         n_missing = self._n_blocks(n_tokens) - len(request.blocks) + n_tail
         while self.habits.overcommit and n_missing > self.allocator.n_available:

@@ -196,6 +196,9 @@ class Soak:
         if rng.random() < mix.fork_rate and (parent := self._any_running()) is not None:
             for _ in range(int(rng.integers(1, 4))):
                 did["forks"] += self.engine.fork(parent, int(rng.integers(32, 127))) is not None
+            if rng.random() < 0.3:  # a beam that its forks take the place of
+                self.engine.scheduler.abort(parent)
+                did["aborted requests"] += 1
         if rng.random() < mix.abort_rate and (request := self._any_running()) is not None:
             self.engine.scheduler.abort(request)
             did["aborted requests"] += 1

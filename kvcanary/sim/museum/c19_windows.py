@@ -8,6 +8,7 @@ from kvcanary.sim.museum.stage import Stage
 from kvcanary.tags import Reason
 
 WINDOWS = ("swa4", "swa8")
+RINGS = ("ring4", "ring8")
 
 
 @positive("C19-ring", "a prefix hit reads its window from a ring that nobody filled", shapes=WINDOWS)
@@ -93,6 +94,55 @@ def wraps_late(s: Stage) -> None:
     s.forward(Row(A, n, n + 1, table, slots=s.at(table, n - 1)))
     s.forward(Row(A, n + 1, n + 2, table))
     s.expect(A, s.at(table, n - 1), Reason.WRITE_POSITION | Reason.POSITION | Reason.TOKEN)
+    s.expect(A, s.at(table, n), Reason.UNWRITTEN)
+
+
+@positive("C19-ring-reused", "a ring still holds what its last request wrote", shapes=RINGS)
+def reused_ring(s: Stage) -> None:
+    """The prefix comes from the cache, but the ring of the window is the request slot's: its last occupant is in it.
+
+    Sources: sgl-project/sglang#30339, ROCm/ATOM#1417
+    """
+    table, window = [1, 2, 3], s.pool.window or 0
+    n = 2 * s.pool.ring_length
+    s.allocate(table, A)
+    s.forward(Row(A, 0, n, table, slots=s.at(table, range(n))))
+    s.free(table, A)
+    s.allocate(table, B)
+    s.fault()
+    s.forward(Row(B, n, n + 1, table, slots=s.at(table, n)))
+    s.expect(B, s.at(table, range(n - window + 1, n)), Reason.UNWRITTEN if s.lifecycle else Reason.TOKEN)
+
+
+@positive("C19-ring-full", "a write into a full ring goes to the place beside the oldest", shapes=RINGS)
+def misplaced_in_ring(s: Stage) -> None:
+    """The ring has gone round; the next token overwrites the second oldest, the oldest stays.
+
+    Sources: awslabs/keys_values#140, Blaizzy/mlx-vlm#1715
+    """
+    table, n = [1, 2, 3], s.pool.ring_length + s.pool.sink
+    s.allocate(table, A)
+    s.forward(Row(A, 0, n, table, slots=s.at(table, range(n))))
+    s.fault()
+    s.forward(Row(A, n, n + 1, table, slots=s.at(table, n + 1)))
+    s.forward(Row(A, n + 1, n + 2, table, slots=s.at(table, n + 1)))
+    s.expect(A, s.at(table, n + 1), Reason.WRITE_POSITION)
+    s.expect(A, s.at(table, n), Reason.UNWRITTEN)
+
+
+@positive("C19-sink", "a ring that wraps over the attention sinks", shapes=("ring4",))
+def overwritten_sink(s: Stage) -> None:
+    """The ring is taken for one over all places: its first token behind the wrap overwrites the first token of all.
+
+    A variant, beside attention sinks, of a wrap at the wrong length. Sources: huggingface/transformers#37574
+    """
+    table, n = [1, 2, 3], s.pool.ring_length + s.pool.sink
+    s.allocate(table, A)
+    s.forward(Row(A, 0, n, table, slots=s.at(table, range(n))))
+    s.fault()
+    s.forward(Row(A, n, n + 1, table, slots=s.at(table, 0)))
+    s.forward(Row(A, n + 1, n + 2, table, slots=s.at(table, n + 1)))
+    s.expect(A, s.at(table, 0), Reason.WRITE_POSITION | Reason.POSITION)
     s.expect(A, s.at(table, n), Reason.UNWRITTEN)
 
 

@@ -28,6 +28,7 @@ class Shape:
         window: of a sliding-window pool, in tokens.
         token_offset: of a draft pool.
         lut: the tables name slots of a larger space, translated by ``slot_lut``.
+        ring: ``ring_length``, ``sink`` and ``ring_bubble`` of a rolling buffer behind the table.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Shape:
     window: int | None = None
     token_offset: int = 0
     lut: bool = False
+    ring: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def n_blocks(self) -> int:
@@ -63,6 +65,7 @@ class Shape:
         n_layers = range(N_LAYERS)
         dtype = {"latent": "float8_e4m3fn", "scales": "int8"}.get(self.layout, "bfloat16")
         fields: dict[str, Any] = {"window": self.window, "token_offset": self.token_offset, "slot_lut": slot_lut}
+        fields |= zip(("ring_length", "sink", "ring_bubble"), self.ring, strict=True)
         fields["kind"] = PoolKind.FULL if self.window is None else PoolKind.SWA
         k = [arrays[f"k{i}"] for i in n_layers]
         if self.layout == "latent":
@@ -113,6 +116,8 @@ SHAPES = {
         Shape("swa8", "latent", page=8, window=9),
         Shape("draft4", token_offset=1),
         Shape("lut4", lut=True, window=5),
+        Shape("ring4", window=5, ring=(8, 2, 2)),
+        Shape("ring8", "latent", page=8, window=9, ring=(16, 0, 0)),
     )
 }
 GENERAL = ("nhd4", "crowd", "hnd16", "latent8")  # where every recipe without needs of its own is played

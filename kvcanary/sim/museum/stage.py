@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvcanary import hashing
+from kvcanary.backends.reference import place_of
 from kvcanary.batch import StepBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import ConfigError, KvCanaryViolation, LifecycleError
@@ -95,7 +96,8 @@ class Stage(Wishes):
     def at(self, table: Sequence[int], *positions: int | range) -> list[int]:
         """Slots of the positions of a request with this table."""
         flat = [p for part in positions for p in ([part] if isinstance(part, int) else part)]
-        return [table[p // self.page] * self.page + p % self.page for p in flat]
+        places = place_of(self.pool, np.array(flat, np.int64)).tolist()
+        return [table[p // self.page] * self.page + p % self.page for p in places]
 
     def of(self, *blocks: int) -> list[int]:
         """All slots of the blocks."""
@@ -234,6 +236,11 @@ class Stage(Wishes):
         """A prefix hit: another request reads the blocks too."""
         if self.lifecycle:
             self._ask("share_blocks")(list(blocks), owner)
+
+    def claim(self, blocks: Sequence[int], owner: int) -> None:
+        """The last holder of blocks writes them from now on."""
+        if self.lifecycle:
+            self._ask("claim_blocks")(list(blocks), owner)
 
     def free(self, blocks: Sequence[int], owner: int) -> None:
         """A request lets go of its blocks."""

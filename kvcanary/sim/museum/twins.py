@@ -77,6 +77,16 @@ def behind_the_window(s: Stage) -> None:
     s.forward(Row(A, n + 1, n + 2, table))
 
 
+@negative("N35", "a ring goes round: in one prefill, and token by token, beside its sinks", shapes=("ring4", "ring8"))
+def goes_round(s: Stage) -> None:
+    """The newest token takes the place of the oldest. Twin of C19. Source: awslabs/keys_values#140"""
+    table, n = [1, 2, 3], 2 * s.pool.ring_length + 3
+    s.allocate(table, A)
+    s.forward(Row(A, 0, n, table, slots=s.at(table, range(n))))
+    for start in range(n, n + 2 * s.pool.ring_length):
+        s.forward(Row(A, start, start + 1, table, slots=s.at(table, start)))
+
+
 @negative("N08", "padding rows write the reserved block, or nothing")
 def padded(s: Stage) -> None:
     """Twin of C10. Sources: vllm-project/vllm#43869, sgl-project/sglang#32477"""

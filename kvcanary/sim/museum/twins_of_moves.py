@@ -21,6 +21,20 @@ def copy_on_write(s: Stage) -> None:
         s.forward(Row(A, k, k + 1, [1, 3], text=texts[A]), Row(B, k, k + 1, [1, 5], text=texts[B]))
 
 
+@negative("N36", "copy-on-write by reference counts: the last branch claims the tail and writes it in place")
+def last_branch(s: Stage) -> None:
+    """Twin of C21. Source: xLLM-AI/xllm#1984"""
+    n = s.page + 2
+    text = [*text_of(A)[:n], 901, 902]
+    s.allocate([1, 3], A)
+    s.forward(Row(A, 0, n, [1, 3]))
+    s.share([1, 3], B)
+    s.free([1, 3], A)
+    s.claim([3], B)
+    s.forward(Row(B, n, n + 1, [1, 3], text=text))
+    s.forward(Row(B, n + 1, n + 2, [1, 3], text=text))
+
+
 @negative("N13", "offload and restore into other blocks, stamps and digests carried")
 def offload(s: Stage) -> None:
     """Twin of C13 and C16. Source: sgl-project/sglang#32476"""
