@@ -163,9 +163,12 @@ class RankAgreement:
         if error is not None:
             raise error
 
-    def abandon(self, facts: StepFacts) -> None:
+    def abandon(self, facts: StepFacts, *, is_idle: bool) -> None:
         """The engine raised inside this step, which counts all the same; an error that is due waits for the next."""
+        assert self._violations is not None
+        self.tick(is_idle=is_idle)
         try:
+            self._violations.poll()
             if self.is_due(facts.step):
                 self.step(facts)
         except KvCanaryError as error:

@@ -281,13 +281,12 @@ class CanaryManager(MoveCalls):
         if self._backend is None:
             return
         self.abandon_forward()
+        if self._agreement is not None and self._phases.phase is not Phase.CLOSED:
+            self._agreement.abandon(self._facts(self._backend), is_idle=self._is_idle)
         self._phases.abandon_step()
         if self._perturber is not None:
             self._perturber.restore(self._stream)
         self._violations.poll()
-        if self._agreement is not None:
-            self._agreement.tick(is_idle=self._is_idle)
-            self._agreement.abandon(self._facts(self._backend))
 
     def step(
         self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
@@ -347,11 +346,11 @@ class CanaryManager(MoveCalls):
         counted = not (self._is_idle or self._is_paused)
         if not self._is_paused:
             self._sweep.step(self._step + 1, self._backend, self._stream)
+        if self._agreement is not None:
+            self._agreement.tick(is_idle=self._is_idle)
         self._step += 1
         self._n_counted_steps += counted
         step = self._step
-        if self._agreement is not None:
-            self._agreement.tick(is_idle=self._is_idle)
         due = [observer for observer in self._observers if observer.is_due(step)]
         # An observer with a snapshot to take looks at the stream itself.
         if all(observer in (self._violations, self._agreement) for observer in due) and self._has_odd_stream():
@@ -640,12 +639,12 @@ class CanaryManager(MoveCalls):
         if self._backend is None or self._phases.phase is Phase.CLOSED:
             return
         self._phases.close()
+        if self._agreement is not None:
+            self._agreement.close()
         self._open_forward = None
         if self._perturber is not None:
             self._perturber.restore(self._stream)
         self._violations.poll()
-        if self._agreement is not None:
-            self._agreement.close()
         for handler in self._handlers:
             handler.close()
         self._backend.close()
