@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import why_no_gpu
 from engine import PAGE, ToyEngine
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from kvcanary import (
     BackendError,
@@ -137,6 +139,26 @@ def test_what_one_rank_sees_all_raise_at_the_same_step(n_steps_before: int) -> N
     assert healthy.agreement.latest == faulty.agreement.latest
     assert healthy.agreement.latest[2:] == (1, Reason.DATA)
     assert healthy.agreement.latest.step == error.violations[0].step
+
+
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
+@given(st.data(), st.integers(0, 1), st.integers(1, 20))
+def test_a_host_may_be_ahead_of_the_other_by_as_much_as_within(data: st.DataObject, faulty: int, flip_at: int) -> None:
+    """Steps of the two ranks in any order: no stall, and what is raised is raised at the same steps."""
+    ranks, n_steps = pair(), 2 * EVERY + WITHIN
+    n_done = [0, 0]
+    while min(n_done) < n_steps:
+        may = [r for r in (0, 1) if n_done[r] < n_steps and n_done[r] - n_done[1 - r] < WITHIN]
+        rank = data.draw(st.sampled_from(may))
+        if rank == faulty and n_done[rank] == flip_at:
+            ranks[rank].flip()
+        run([ranks[rank]], 1)
+        n_done[rank] += 1
+    assert not any(isinstance(e, RankStalledError) for rank in ranks for e in rank.raised.values())
+    assert set(ranks[0].raised) == set(ranks[1].raised)
+    is_seen = flip_at % (3 * PAGE) != 0  # there the toy begins anew, and writes over it
+    is_in_time = flip_at + 1 <= 2 * EVERY  # the last agreement that is delivered begins there
+    assert bool(ranks[0].raised) == (is_seen and is_in_time)
 
 
 def test_a_sighting_while_an_agreement_is_under_way_comes_with_the_next() -> None:

@@ -125,6 +125,15 @@ def test_every_reason_and_every_alarm_has_a_section_for_whoever_is_on_call() -> 
         assert "**Says:**" in sections[name] and "**At 3 a.m.:**" in sections[name], name
 
 
+def test_the_line_that_the_on_call_page_shows_is_the_one_of_the_first_page() -> None:
+    names: dict[str, Any] = {}
+    for block in runnable(DOCS / "start.md"):
+        exec(block.code, names)
+    (shown,) = (block.code for block in blocks_of(DOCS / "on-call.md") if block.language == "text")
+    shown = " ".join(shown.split()).removeprefix("[canary] violation ").removesuffix("...")
+    assert names["violation"].summary().startswith(shown)
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     text = (DOCS / "reference.md").read_text()
     listed = set(re.findall(r"^::: kvcanary\.(\w+)", text, re.MULTILINE))
