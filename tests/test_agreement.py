@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -275,6 +276,27 @@ def test_it_is_attached_once_and_closed_by_its_manager() -> None:
         rank.manager.close()
         rank.agreement.close()
         assert not rank.agreement.is_broken
+
+
+def test_steps_leave_nothing_behind_in_memory() -> None:
+    agreement = RankAgreement(lambda words, stream: None, rank=0, n_ranks=1, every=4, within=2)
+    manager = Rank(agreement).manager
+    facts = manager._facts(manager.backend)
+
+    def held_after(n_steps: int) -> int:
+        for _ in range(n_steps):
+            agreement.tick(is_idle=False)
+            if agreement.is_due(1):
+                agreement.step(facts)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = held_after(200)
+        assert held_after(4000) - before < 1000
+    finally:
+        tracemalloc.stop()
+    assert agreement.n_agreements > 1000
 
 
 def test_a_closed_agreement_begins_nothing_and_leaves_raising_to_each_rank() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcanary.cli import fleet, main
-from kvcanary.cli.fleet import Job, Report, list_jobs, play_all, told
+from kvcanary.cli.fleet import Job, Report, jobs_for, list_jobs, play_all, told
 from kvcanary.sim import soak
 
 MOST_PER_SEED = 1000
@@ -90,7 +90,7 @@ def test_a_worker_that_dies_loses_its_seed_and_the_others_go_on(
     with fleet.make_cluster(distributed, 2, []) as cluster, distributed.Client(cluster) as client:
         client.wait_for_workers(2, timeout=60)
         places = {address: address for address in fleet.find_places(client, 2, "host")}
-        reports = play_all(client, places, jobs, "host")
+        reports = play_all(client, places, iter(jobs), "host")
     lost = [report for report in reports if report.problem]
     assert sorted(report.job.seed for report in reports) == [0, 1, 2, 3]
     assert [report.job.seed for report in lost] == [0] and "lost" in lost[0].problem
@@ -99,8 +99,14 @@ def test_a_worker_that_dies_loses_its_seed_and_the_others_go_on(
 
 def test_when_no_worker_is_left_what_was_not_played_is_told() -> None:
     jobs = [Job(seed, 5) for seed in range(3)]
-    text = told([Report(jobs[0], "a:1", 1.0, None, "lost: its worker is gone")], jobs, 1.0)
+    text = told([Report(jobs[0], "a:1", 1.0, None, "lost: its worker is gone")], len(jobs), 1.0)
     assert "0 of 3 seeds as expected: 1 x lost; 2 x not played, as no worker is left" in text
+
+
+def test_seeds_go_out_until_the_time_is_over() -> None:
+    assert list(jobs_for(1e-9, 7, 100)) == [Job(7, 100)]
+    jobs = list(jobs_for(0.001, 7, 100))
+    assert len(jobs) > 1 and [job.seed for job in jobs] == list(range(7, 7 + len(jobs)))
 
 
 @given(st.integers(1, 5000), st.integers(0, 99), st.integers(1, 16))

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -116,13 +116,16 @@ def run(arguments: argparse.Namespace) -> int:
         places = find_places(client, arguments.workers, arguments.backend)
         backend = next(iter(places.values())).backend
         print(f"backend {backend} on {len(places)} workers", flush=True)
-        jobs = list_jobs(arguments.steps, arguments.first_seed, len(places), soak.STEPS_PER_SEED[backend])
-        reports = play_all(client, {address: place.name for address, place in places.items()}, jobs, backend)
-    print(told(reports, jobs, time.perf_counter() - start))
+        most, minutes = soak.STEPS_PER_SEED[backend], getattr(arguments, "minutes", 0.0)
+        jobs = list_jobs(arguments.steps, arguments.first_seed, len(places), most)
+        given = jobs_for(minutes, arguments.first_seed, most) if minutes > 0 else iter(jobs)
+        reports = play_all(client, {address: place.name for address, place in places.items()}, given, backend)
+    n_jobs = len(reports) if minutes > 0 else len(jobs)
+    print(told(reports, n_jobs, time.perf_counter() - start))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n", encoding="utf-8")
         print(f"written to {arguments.json}")
-    return 0 if len(reports) == len(jobs) and all(report.result for report in reports) else 1
+    return 0 if len(reports) == n_jobs and all(report.result for report in reports) else 1
 
 
 def list_jobs(n_steps: int, first_seed: int, n_workers: int, most_per_seed: int) -> list[Job]:
@@ -130,6 +133,14 @@ def list_jobs(n_steps: int, first_seed: int, n_workers: int, most_per_seed: int)
     per_seed = min(most_per_seed, -(-n_steps // n_workers))
     starts = range(0, n_steps, per_seed)
     return [Job(first_seed + i, min(per_seed, n_steps - start)) for i, start in enumerate(starts)]
+
+
+def jobs_for(minutes: float, first_seed: int, steps_per_seed: int) -> Iterator[Job]:
+    """Jobs until so many minutes have gone by; at least one."""
+    end, seed = time.perf_counter() + 60 * minutes, first_seed
+    while seed == first_seed or time.perf_counter() < end:
+        yield Job(seed, steps_per_seed)
+        seed += 1
 
 
 @contextmanager
@@ -218,15 +229,14 @@ def find_places(client: Any, n_workers: int | None, backend: str) -> dict[str, P
     return places
 
 
-def play_all(client: Any, places: dict[str, str], jobs: Sequence[Job], backend: str) -> list[Report]:
+def play_all(client: Any, places: dict[str, str], jobs: Iterator[Job], backend: str) -> list[Report]:
     """Every job on a worker that is free; a job whose worker is gone is lost, and no job goes there any more."""
     import distributed
 
-    waiting, running, reports = deque(jobs), dict[Any, tuple[str, Job, float]](), list[Report]()
+    running, reports = dict[Any, tuple[str, Job, float]](), list[Report]()
 
     def give_to(address: str) -> None:
-        if waiting:
-            job = waiting.popleft()
+        if (job := next(jobs, None)) is not None:
             future = _submit(client, address, play, job, backend, places[address])
             running[future] = (address, job, time.perf_counter())
 
@@ -272,7 +282,7 @@ def _submit(client: Any, address: str, function: Callable[..., Any], *given: Any
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------
-def told(reports: Sequence[Report], jobs: Sequence[Job], seconds: float) -> str:
+def told(reports: Sequence[Report], n_jobs: int, seconds: float) -> str:
     """The sums, how often each behaviour happened, and a line for each GPU or process."""
     results = [report.result for report in reports if report.result is not None]
     rows = [("worker", "seeds", "steps", "steps/s", "entries", "digests", "verdict")]
@@ -295,9 +305,9 @@ def told(reports: Sequence[Report], jobs: Sequence[Job], seconds: float) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     problems = Counter(report.problem.split(":")[0] for report in reports if report.problem)
-    n_not_played = len(jobs) - len(reports)
+    n_not_played = n_jobs - len(reports)
     if n_not_played:
         problems["not played, as no worker is left"] = n_not_played
     verdict = "; ".join(f"{n} x {problem}" for problem, n in problems.items()) or "all silent"
     head = soak.told(results, seconds) if results else "no seed was played to its end"
-    return "\n".join([head, "", *lines, "", f"{len(results)} of {len(jobs)} seeds as expected: {verdict}"])
+    return "\n".join([head, "", *lines, "", f"{len(results)} of {n_jobs} seeds as expected: {verdict}"])
