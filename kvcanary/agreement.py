@@ -51,7 +51,7 @@ class RankAgreement:
     these that has what it needs carries out the maximum, unless ``backend`` names one:
 
     - "callable": ``allreduce_max(words, stream)`` of the engine. With ``device``: i64[3] on that GPU (CuPy), to be
-      replaced by its maximum on ``stream`` (ours; a CuPy stream), without waiting. Without: a NumPy i64[3]; it returns
+      replaced by its maximum on ``stream`` (ours, of cuda.core), without waiting. Without: a NumPy i64[3]; it returns
       what says, when called, whether the maximum is there.
     - "nccl4py": NCCL through its own Python package; needs ``unique_id``, or ``comm`` to send it round.
     - "cupy": NCCL through ``cupy.cuda.nccl``; likewise.

@@ -26,7 +26,7 @@ class DeviceReducer:
     """Words go up, through ``enqueue``, and down again on one stream; an event after them says when it is done.
 
     Everything is allocated here. ``enqueue(device_words, stream)`` puts the maximum over all ranks of i64[N_WORDS]
-    (CuPy, in place) on a CuPy stream.
+    (CuPy, in place) on a stream of cuda.core's, which waits for no other.
     """
 
     name = "callable"
@@ -36,13 +36,12 @@ class DeviceReducer:
         self.rank, self.n_ranks = rank, n_ranks
         self._driver = CudaDriver(device)
         with self._driver.current():
-            self._cupy = self._driver._cupy
             self._runtime = self._driver._runtime
-            self._stream = self._cupy.cuda.Stream(non_blocking=True)
+            self._stream = self._driver._device.create_stream()
             self._on_device = self._driver.zeros(N_WORDS, np.int64)
             self._sent = self._driver.mapped(N_WORDS, np.int64)[0]
             self._words: Words = self._driver.mapped(N_WORDS, np.int64)[0]
-            self._done = self._cupy.cuda.Event(block=False, disable_timing=True)
+            self._done = self._driver._device.create_event()
             self._driver.synchronize()  # zeroed on CuPy's stream
 
     def enqueue(self, words: Any, stream: Any) -> None:
@@ -51,15 +50,15 @@ class DeviceReducer:
     def start(self, words: Words) -> None:
         np.copyto(self._sent, words)
         with self._driver.current():
-            runtime, pointer, n_bytes = self._runtime, self._stream.ptr, 8 * N_WORDS
+            runtime, pointer, n_bytes = self._runtime, int(self._stream.handle), 8 * N_WORDS
             up, down = runtime.memcpyHostToDevice, runtime.memcpyDeviceToHost
             runtime.memcpyAsync(self._on_device.data.ptr, self._sent.ctypes.data, n_bytes, up, pointer)
             self.enqueue(self._on_device, self._stream)
             runtime.memcpyAsync(self._words.ctypes.data, self._on_device.data.ptr, n_bytes, down, pointer)
-            self._done.record(self._stream)
+            self._stream.record(self._done)
 
     def is_done(self) -> bool:
-        return bool(self._done.done)
+        return bool(self._done.is_done)
 
     def result(self) -> Words:
         return self._words
@@ -69,6 +68,7 @@ class DeviceReducer:
         LEFT_BEHIND.append(self)
 
     def close(self) -> None:
+        self._stream.close()
         self._driver.close()
 
 
@@ -100,7 +100,7 @@ class Nccl4pyReducer(DeviceReducer):
             self._comm = nccl.Communicator.init(n_ranks, rank, nccl.UniqueId.from_bytes(_checked(unique_id)), config)
 
     def enqueue(self, words: Any, stream: Any) -> None:
-        self._comm.allreduce(words, words, self._nccl.MAX, stream=stream.ptr)
+        self._comm.allreduce(words, words, self._nccl.MAX, stream=int(stream.handle))
 
     def abort(self) -> None:
         self._comm.abort()  # its kernel would turn on the GPU for ever
@@ -124,7 +124,7 @@ class CupyNcclReducer(DeviceReducer):
 
     def enqueue(self, words: Any, stream: Any) -> None:
         nccl, pointer = self._nccl, words.data.ptr
-        self._comm.allReduce(pointer, pointer, N_WORDS, nccl.NCCL_INT64, nccl.NCCL_MAX, stream.ptr)
+        self._comm.allReduce(pointer, pointer, N_WORDS, nccl.NCCL_INT64, nccl.NCCL_MAX, int(stream.handle))
 
     def abort(self) -> None:
         if self._comm is not None:

@@ -28,7 +28,7 @@ def test_the_engines_function_gets_device_words_and_our_stream() -> None:
     check(reducer)
     words, stream = seen[0]
     assert words.dtype == np.int64 and words.shape == WORDS.shape and int(words.device.id) == 0
-    assert stream.ptr not in (0, 1, 2)
+    assert int(stream.handle) not in (0, 1, 2)
     reducer.close()
 
 
@@ -44,7 +44,7 @@ def test_a_maximum_that_hangs_is_not_waited_for() -> None:
     assert spin.num_regs > 0  # loaded now
 
     def allreduce_max(_words: Any, stream: Any) -> None:
-        with stream:
+        with cupy.cuda.Stream.from_external(stream):
             spin((1,), (1,), (np.uintp(flag.ptr),))
 
     reducer = DeviceCallReducer(allreduce_max, 0, 0, 1)
