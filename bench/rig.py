@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bench.cases import DATA, FORWARD, TAIL, Case, Layout, Measure
 from kvcanary import CanaryConfig, CanaryManager, KvPool, StepBatch, abi, hashing, layouts
-from kvcanary.layout import DigestUnit, Plane
+from kvcanary.layout import DigestUnit, Plane, plane_address
 from kvcanary.tags import CanaryLaunchTag, Half, PoolKind, Stage
 from kvcanary.violations import Violation
 
@@ -214,16 +214,9 @@ class Rig:
     def runs(self, unit: int, slot: int) -> list[tuple[int, int]]:
         """(address, bytes) of the runs that a digest covers, in its order."""
         records = self.pool.plane_records(self.case.real_data)
-        block, token = divmod(int(slot), self.pool.page_size)
         first, n = self.units[unit][:2]
         return [
-            (
-                int(r["base"])
-                + block * int(r["page_stride"])
-                + token * int(r["token_stride"])
-                + c * int(r["chunk_stride"]),
-                int(r["chunk_bytes"]),
-            )
+            (plane_address(r, int(slot), self.pool.page_size, c * int(r["chunk_bytes"])), int(r["chunk_bytes"]))
             for r in records[first : first + n]
             for c in range(int(r["n_chunks"]))
         ]

@@ -139,14 +139,15 @@ struct Plane {
     int64_t page_stride;
     int64_t token_stride;
     int64_t chunk_stride;
+    int64_t tok_hi_stride;
     uint32_t n_chunks;
     uint32_t chunk_bytes;
     uint32_t load_bytes;
     uint32_t byte_offset;
     uint32_t chunk_magic;
-    uint32_t unused;
+    uint32_t tok_split;
 };
-static_assert(sizeof(Plane) == 56, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Plane) == 64, "the layout of kvcanary/abi.py");
 
 struct Digest {
     uint32_t first_plane;
@@ -167,7 +168,7 @@ struct FloatPlane {
     uint32_t mask;
     uint32_t nonfinite;
 };
-static_assert(sizeof(FloatPlane) == 80, "the layout of kvcanary/abi.py");
+static_assert(sizeof(FloatPlane) == 88, "the layout of kvcanary/abi.py");
 
 struct Row {
     uint64_t anchor;

@@ -50,8 +50,16 @@ KVC_DEVICE uint64_t kvc_finish_digest(const Pool& pool, uint64_t sum, uint32_t i
     return d ? d : 1;
 }
 
+// Of a plane without a split of its tokens; those with one go the general way.
 KVC_DEVICE uint64_t kvc_slot_address(const Plane& plane, uint32_t block, uint32_t token) {
     return plane.base + (uint64_t)(block * plane.page_stride + token * plane.token_stride);
+}
+// What a split of the tokens adds: runs of tok_split tokens are tok_hi_stride apart, in place of as far as their tokens reach.
+KVC_DEVICE uint64_t kvc_split_offset(const Plane& plane, uint32_t token) {
+    return (uint64_t)((int64_t)(token / plane.tok_split) * (plane.tok_hi_stride - plane.tok_split * plane.token_stride));
+}
+KVC_DEVICE uint64_t kvc_any_slot_address(const Plane& plane, uint32_t block, uint32_t token) {
+    return kvc_slot_address(plane, block, token) + (plane.tok_split ? kvc_split_offset(plane, token) : 0);
 }
 
 // ---- regular planes ------------------------------------------------------------------------------------------------------
@@ -319,7 +327,7 @@ KVC_NOINLINE uint64_t kvc_sums_general(const Pool& pool, uint32_t index, int64_t
         uint64_t sum = 0;
         for (uint32_t i = 0; i < unit.n_planes; ++i) {
             const Plane plane = kvc_pointer<Plane>(pool.planes)[unit.first_plane + i];
-            sum += kvc_plane_sum(plane, kvc_slot_address(plane, block, token));
+            sum += kvc_plane_sum(plane, kvc_any_slot_address(plane, block, token));
         }
         sum = kvc_warp_sum(sum);
         if (kvc_lane() == owner) mine = sum;

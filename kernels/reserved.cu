@@ -48,7 +48,8 @@ KVC_DEVICE Place kvc_find_in_block(const FloatPlane& f, uint64_t start, uint32_t
     uint32_t slot = kvc_thread() / per_slot, piece = kvc_thread() % per_slot;
     while (slot < n_slots) {
         const uint32_t chunk = f.plane.n_chunks == 1 ? 0 : piece / per_chunk, rest = piece - chunk * per_chunk;
-        const uint64_t in_block = (uint64_t)(slot * f.plane.token_stride + chunk * f.plane.chunk_stride);
+        uint64_t in_block = (uint64_t)(slot * f.plane.token_stride + chunk * f.plane.chunk_stride);
+        if (f.plane.tok_split) in_block += kvc_split_offset(f.plane, slot);
         const uint64_t address = start + in_block + rest * f.piece_bytes;
         const NonFinite found = kvc_find_nonfinite(f, kvc_load_elements(f, address));
         if (found.bits) return {(uint64_t)slot << 32 | (piece * f.piece_bytes + found.byte), found.bits};

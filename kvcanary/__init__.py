@@ -11,6 +11,7 @@ from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import (
     BackendError,
     BatchError,
+    BlackBoxError,
     BundleError,
     CanaryCounterError,
     CanaryStalledError,
@@ -43,6 +44,7 @@ __all__ = [
     "PREFIX_CACHE",
     "BackendError",
     "BatchError",
+    "BlackBoxError",
     "BundleError",
     "CanaryConfig",
     "CanaryCounterError",

@@ -144,12 +144,13 @@ PLANE = np.dtype(
         ("page_stride", "<i8"),
         ("token_stride", "<i8"),
         ("chunk_stride", "<i8"),
+        ("tok_hi_stride", "<i8"),
         ("n_chunks", "<u4"),
         ("chunk_bytes", "<u4"),
         ("load_bytes", "<u4"),
         ("byte_offset", "<u4"),
         ("chunk_magic", "<u4"),  # load l lies in chunk l * magic >> 32, or, if 0, in chunk l
-        ("unused", "<u4"),
+        ("tok_split", "<u4"),  # token t lies at t / split * tok_hi_stride + t % split * token_stride; 0 = not split
     ]
 )
 DIGEST = np.dtype(

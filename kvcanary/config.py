@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "real_data": ("all", "partial", "none"),
     "health_policy": ("as-mode", "raise", "log"),
     "on_unwritten": ("violation", "adopt"),
+    "log_format": ("text", "json"),
 }
 _RANGES: dict[str, tuple[int, int]] = {
     "verify_data_every": (1, 1 << 20),
@@ -56,7 +57,10 @@ class CanaryConfig:
             (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`, `claim_blocks`).
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
-        black_box_path: where to write the black box; None = nowhere (not in this version).
+        log_format: "json" logs violations, stalls and stats lines as one JSON object each.
+        black_box_path: file to which violations and stalls are appended as they are seen, see `kvcanary.black_box`;
+            None = none.
+        nvtx: mark the host phases with NVTX ranges, for Nsight Systems (extra ``nvtx``).
         perturb: faults that the guard itself puts into the running engine, see `kvcanary.perturb`; None = none.
         perturb_armed: the second switch, without which ``perturb`` is refused.
     """
@@ -77,7 +81,9 @@ class CanaryConfig:
     lifecycle: bool = False
     check_write_position: bool = True
     log_tokens: bool = False
+    log_format: str = "text"
     black_box_path: str | None = None
+    nvtx: bool = False
     perturb: str | None = None
     perturb_armed: bool = False
 
@@ -90,7 +96,7 @@ class CanaryConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"{name}={value!r}: give an integer from {low} to {high}")
-        for name in ("lifecycle", "check_write_position", "log_tokens", "perturb_armed"):
+        for name in ("lifecycle", "check_write_position", "log_tokens", "nvtx", "perturb_armed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.black_box_path is not None and not isinstance(self.black_box_path, str):
@@ -101,7 +107,6 @@ class CanaryConfig:
                 "blocks somebody holds; set lifecycle=True and make its calls (allocate_blocks, ...), or "
                 "scrub_bytes_per_step=0"
             )
-        _refuse_unbuilt(self)
         _check_perturb(self)
 
     @classmethod
@@ -149,13 +154,6 @@ def range_of(name: str) -> tuple[int, int] | None:
 def given_by_environment() -> list[str]:
     """The settings that `CanaryConfig.from_env` would take from the environment now, as NAME=value."""
     return sorted(f"{key}={text}" for key, text in os.environ.items() if key.startswith(ENV_PREFIX) and text.strip())
-
-
-def _refuse_unbuilt(config: CanaryConfig) -> None:
-    """Settings whose part of the guard this version does not have are refused, so that nobody relies on them."""
-    for name, unset in (("black_box_path", None),):
-        if getattr(config, name) != unset:
-            raise ConfigError(f"{name}={getattr(config, name)!r}: not in this version; leave it at {unset!r}")
 
 
 def _check_perturb(config: CanaryConfig) -> None:

@@ -19,9 +19,24 @@ def pool_names(pool: KvPool, real_data: str) -> PoolNames:
     return PoolNames(pool.name, pool.page_size, digests, planes)
 
 
+def check_arguments(config: object, pools: object) -> tuple[KvPool, ...]:
+    """The pools, if these are a config and pools; with the guard off there may be none."""
+    if not isinstance(config, CanaryConfig):
+        raise ConfigError(
+            f"config is {type(config).__name__}: give a CanaryConfig, CanaryConfig.from_env() for instance"
+        )
+    given = (pools,) if isinstance(pools, KvPool) else tuple(pools) if isinstance(pools, (list, tuple)) else None
+    if given is None or not all(isinstance(p, KvPool) for p in given) or not (given or config.mode == "off"):
+        held = (
+            type(pools).__name__
+            if given is None
+            else f"a list of {', '.join(type(p).__name__ for p in given) or 'none'}"
+        )
+        raise ConfigError(f"pools is {held}: give a list of at least one KvPool, see kvcanary.layouts")
+    return given
+
+
 def check_capacities(pools: Sequence[KvPool], max_requests: int, max_new_tokens: int) -> None:
-    if not pools:
-        raise ConfigError("no pools: give at least one KvPool, see kvcanary.layouts")
     names = [p.name for p in pools]
     if len(set(names)) != len(names):
         raise ConfigError(f"pool names {', '.join(names)}: give each pool a name of its own")

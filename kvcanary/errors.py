@@ -11,6 +11,7 @@ KvCanaryError(RuntimeError)
 ├── PhaseError            calls in the wrong order
 ├── CaptureError          something that must not run inside a stream capture was called there
 ├── BundleError           exported slots that are damaged, of another version, or of another kind of cache
+├── BlackBoxError         a black box that is damaged, of another version, or no black box at all
 ├── LifecycleError        misuse of block ownership; .blocks, .event_index
 └── BackendError          the device, its driver or the kernel compiler is missing or failed
 
@@ -78,6 +79,10 @@ class CaptureError(KvCanaryError):
 
 class BundleError(KvCanaryError, ValueError):
     """A bundle of exported slots that is damaged, of another version, or not for this pool."""
+
+
+class BlackBoxError(KvCanaryError, ValueError):
+    """A black box that is damaged, of another version, or a file of something else."""
 
 
 class LifecycleError(KvCanaryError):

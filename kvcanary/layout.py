@@ -77,6 +77,12 @@ class KvPool:
         object.__setattr__(self, "reserved_blocks", tuple(int(b) for b in self.reserved_blocks))
         if self.page_size < 1 or self.n_blocks < 0:
             raise self._error(f"page_size={self.page_size}, n_blocks={self.n_blocks}: give both >= 1, or n_blocks=0")
+        for plane in self.planes:
+            if plane.tok_split and self.page_size % plane.tok_split:
+                raise self._error(
+                    f"{plane.label}: tok_split={plane.tok_split} does not divide page_size={self.page_size}: "
+                    "give the tokens of a run that the pages are whole numbers of"
+                )
         if not self.planes and not self.n_blocks:
             raise self._error("n_blocks=0 and no plane to derive it from: give n_blocks")
         if not self.n_blocks:
@@ -144,7 +150,7 @@ class KvPool:
             record["first_plane"], record["n_planes"] = unit.first_plane, unit.n_planes
             record["n_words"], record["half"] = unit.n_words, unit.half
             plane = planes[unit.first_plane]
-            if unit.n_planes == 1 and plane["load_bytes"] >= 8:
+            if unit.n_planes == 1 and plane["load_bytes"] >= 8 and not plane["tok_split"]:
                 record["n_loads"] = plane["n_chunks"] * plane["chunk_bytes"] // plane["load_bytes"]
                 record["load_bytes"] = plane["load_bytes"]
         return records
@@ -180,6 +186,7 @@ class KvPool:
         steps = [stride for stride, _ in axes_of(plane, self.n_blocks, self.page_size)]
         row["base"], row["page_stride"], row["token_stride"] = base, plane.page_stride, plane.token_stride
         row["chunk_stride"], row["n_chunks"], row["chunk_bytes"] = plane.chunk_stride, plane.n_chunks, n
+        row["tok_split"], row["tok_hi_stride"] = plane.tok_split, plane.tok_hi_stride
         row["load_bytes"] = math.gcd(_MAX_LOAD_BYTES, base, n, byte_offset, *steps)
         row["byte_offset"], per_chunk = byte_offset, n // int(row["load_bytes"])
         row["chunk_magic"] = -(-(1 << 32) // per_chunk) if per_chunk > 1 else 0
@@ -187,24 +194,31 @@ class KvPool:
 
     # ---- host memory -------------------------------------------------------------------------------------------------
     def host_bytes(self, plane: Plane, real_data: str = "all") -> npt.NDArray[np.uint8]:
-        """The plane in host memory, as a view u8[n_blocks, page_size, n_chunks, bytes of a chunk]."""
+        """The plane in host memory, as a view u8[n_blocks, page_size, n_chunks, bytes of a chunk].
+
+        Of a plane with a split it is u8[n_blocks, page_size / split, split, ...]; `slot_index` fits both.
+        """
         view = plane.view
         if not view.is_host:
             raise LayoutError(f"{plane.label} is on {view.device}: only planes in host memory can be read from here")
-        return host_array(
-            view.pointer + plane.offset,
-            (self.n_blocks, self.page_size, plane.n_chunks, plane.digested_chunk_bytes(real_data)),
-            (plane.page_stride, plane.token_stride, plane.chunk_stride, 1),
-            np.uint8,
-            owner=view.owner,
-            readonly=view.readonly,
-        )
+        shape = [self.n_blocks, self.page_size, plane.n_chunks, plane.digested_chunk_bytes(real_data)]
+        strides = [plane.page_stride, plane.token_stride, plane.chunk_stride, 1]
+        if plane.tok_split:
+            shape[1:2] = self.page_size // plane.tok_split, plane.tok_split
+            strides.insert(1, plane.tok_hi_stride)
+        first = view.pointer + plane.offset
+        return host_array(first, shape, strides, np.uint8, owner=view.owner, readonly=view.readonly)
+
+    def slot_index(self, plane: Plane, slots: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+        """Index of ``slots`` (integers in [0, n_slots)) in `host_bytes`: it gives u8[n, n_chunks, bytes of a chunk]."""
+        block, token = np.divmod(slots, self.page_size)
+        return (block, *np.divmod(token, plane.tok_split)) if plane.tok_split else (block, token)
 
     def gather(self, plane: Plane, slots: npt.NDArray[Any], real_data: str = "all") -> npt.NDArray[np.uint8]:
         """Copy the digested bytes of ``slots`` (integers in [0, n_slots)) of a plane in host memory: u8[n, bytes]."""
         data = self.host_bytes(plane, real_data)
-        found: npt.NDArray[np.uint8] = data[slots // self.page_size, slots % self.page_size]
-        return found.reshape(len(slots), data.shape[2] * data.shape[3])
+        found: npt.NDArray[np.uint8] = data[self.slot_index(plane, slots)]
+        return found.reshape(len(slots), data.shape[-2] * data.shape[-1])
 
     # ---- checks ------------------------------------------------------------------------------------------------------
     def check(self, real_data: str = "all", device_kind: str | None = None) -> None:

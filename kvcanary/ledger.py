@@ -311,6 +311,8 @@ class BlockLedger:
         return BlockCall("allocate" if state == _SOLE else "free", owner, word >> 32 & _STEP_MASK)
 
     def _inside(self, block: int) -> int:
+        if not hasattr(block, "__index__"):
+            raise LifecycleError(f"block {block!r}: give a block id, an integer from 0 to {self.n_blocks - 1}")
         if not 0 <= block < self.n_blocks:
             raise LifecycleError(f"block {block}{self._where()} {self._why_out_of_range(block, 0)}", (block,))
         return block

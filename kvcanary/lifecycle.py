@@ -72,6 +72,8 @@ class Lifecycle:
         if self._gate is None:
             return
         stream, step = self._gate("lifecycle.apply()", stream)
+        if not isinstance(events, Iterable):
+            raise LifecycleError(f"lifecycle.apply(): events is {type(events).__name__}: give a list of LifecycleEvent")
         for i, event in enumerate(events):
             try:
                 kind, ids, owner, pool = _event_of(event)

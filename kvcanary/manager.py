@@ -6,16 +6,19 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi, hashing
 from kvcanary.agreement import RankAgreement
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
+from kvcanary.black_box import BlackBox, open_black_box
 from kvcanary.config import CanaryConfig
-from kvcanary.construct import check_capacities, choose_backend, make_backend, pool_names
+from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
@@ -25,6 +28,7 @@ from kvcanary.lifecycle import BlockCounts, Lifecycle
 from kvcanary.moves import MoveCalls
 from kvcanary.observers import (
     KernelRunCounterHealthChecker,
+    Observer,
     PeriodicCanaryStatsLogger,
     StepFacts,
     ViolationObserver,
@@ -33,7 +37,9 @@ from kvcanary.patrol import plan_patrol
 from kvcanary.perturb import Perturber
 from kvcanary.perturb_record import Perturbation
 from kvcanary.phases import Phase, PhaseChecker
+from kvcanary.pool_stats import digest_bytes, pool_stats
 from kvcanary.prove import Proof, prove_batch
+from kvcanary.ranges import add_ranges
 from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import ResidentSet, SweepOrchestrator
@@ -74,7 +80,7 @@ class CanaryManager(MoveCalls):
         backend: str | Callable[..., Backend] = "auto",
     ) -> None:
         self.config = config
-        self.pools = (pools,) if isinstance(pools, KvPool) else tuple(pools)
+        self.pools = check_arguments(config, pools)
         self.max_requests = max_requests
         self.max_new_tokens = max_new_tokens
         self._phases = PhaseChecker()
@@ -92,6 +98,8 @@ class CanaryManager(MoveCalls):
         self._lifecycle: Lifecycle | None = None
         self._layers: dict[int, set[int | None]] = {}
         self._synced: StateSnapshot | None = None  # taken by the last `synchronize`
+        self._box: BlackBox | None = None
+        self._more_observers: tuple[Observer, ...] = ()
         if config.mode == "off":
             self._lifecycle = Lifecycle()
             return
@@ -109,15 +117,20 @@ class CanaryManager(MoveCalls):
         self._make_observers(self._backend)
         if config.perturb is not None:
             self._perturber = Perturber(config, self.pools, self._backend)
+        if config.nvtx:
+            add_ranges(self, self._sweep, self._observers)
 
     def _make_observers(self, backend: Backend) -> None:
         config, state = self.config, backend.state
         names = [pool_names(p, config.real_data) for p in self.pools]
+        self._digest_bytes = digest_bytes(self.pools, config.real_data)
         reader = RingReader(state.violation_log, state.control, config.ring_capacity)
-        self._violations = ViolationObserver(config, reader, names, new_secret())
+        box = self._box = open_black_box(self)
+        self._violations = ViolationObserver(config, reader, names, new_secret(), box.violations if box else None)
         handlers = [DelayedDeviceHostHandler(backend.staging(4), name) for name in ("health", "stats")]
         self._handlers = handlers
-        self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0])
+        on_report = box.stall if box else None
+        self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0], on_report)
         self._stats_logger = PeriodicCanaryStatsLogger(config, self.active_tags, handlers[1])
         self._agreement: RankAgreement | None = None
         self._observers: tuple[Any, ...] = (self._violations, self._health, self._stats_logger)
@@ -284,9 +297,9 @@ class CanaryManager(MoveCalls):
         if self._agreement is not None and self._phases.phase is not Phase.CLOSED:
             self._agreement.abandon(self._facts(self._backend), is_idle=self._is_idle)
         self._phases.abandon_step()
+        self._violations.poll()  # first: it asks nothing of a device that may have died
         if self._perturber is not None:
             self._perturber.restore(self._stream)
-        self._violations.poll()
 
     def step(
         self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
@@ -351,12 +364,22 @@ class CanaryManager(MoveCalls):
         self._step += 1
         self._n_counted_steps += counted
         step = self._step
-        due = [observer for observer in self._observers if observer.is_due(step)]
+        due: list[Observer] = [observer for observer in self._observers if observer.is_due(step)]
         # An observer with a snapshot to take looks at the stream itself.
         if all(observer in (self._violations, self._agreement) for observer in due) and self._has_odd_stream():
             due = list(self._observers)
+        if self._more_observers:
+            due += [observer for observer in self._more_observers if self._is_due(observer, step)]
         if due:
             self._observe(due, self._backend)
+
+    def _is_due(self, observer: Observer, step: int) -> bool:
+        try:
+            return observer.is_due(step)
+        except Exception:
+            self.n_observer_errors += 1
+            logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
+            return False
 
     def _has_odd_stream(self) -> bool:
         """A stream that is captured, or whose context died: for the handlers to refuse, so all observers are asked."""
@@ -365,7 +388,7 @@ class CanaryManager(MoveCalls):
         except Exception:  # noqa: BLE001  the observers meet it again and report it, after the violations were read
             return True
 
-    def _observe(self, due: Sequence[Any], backend: Backend) -> None:
+    def _observe(self, due: Sequence[Observer], backend: Backend) -> None:
         errors: list[KvCanaryError] = []
         # The order is violations, health, stats; the totals in the facts are those after the first.
         facts: StepFacts | None = None
@@ -417,6 +440,8 @@ class CanaryManager(MoveCalls):
 
     # ---- binding -----------------------------------------------------------------------------------------------------
     def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> _Bound:
+        if not isinstance(batch, StepBatch):
+            raise BatchError(f"batch is {type(batch).__name__}: give a StepBatch of the forward's arrays")
         key = (is_first, None if pools is None else tuple(pools))
         known = self._bound.setdefault(batch, {})
         if key not in known:
@@ -533,7 +558,13 @@ class CanaryManager(MoveCalls):
 
     def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
         """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
+        if provider is not None and not callable(provider):
+            raise ConfigError(
+                f"attach_resident_set({type(provider).__name__}): give a function without arguments, or None"
+            )
         if self._backend is not None:
+            if provider is not None and not self.config.sweep_interval:
+                logger.warning("a resident set is attached, but sweep_interval is 0: nothing is swept; set it to steps")
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 
@@ -550,8 +581,23 @@ class CanaryManager(MoveCalls):
 
     @staticmethod
     def chain(tokens: Sequence[int] | npt.NDArray[Any], salt: int = 0) -> int:
-        """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix."""
-        return hashing.prefix_chain(tokens, salt)
+        """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix.
+
+        Args:
+            tokens: integer token ids, of which the low 32 bits count.
+            salt: as in `StepBatch.salts`, 0 to 2^64 - 1.
+
+        Raises:
+            BatchError: anything else.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise BatchError(
+                f"chain(): tokens are {ids.dtype}{list(ids.shape)}: give a flat sequence of integer token ids"
+            )
+        if not isinstance(salt, (int, np.integer)) or not 0 <= salt < 1 << 64:
+            raise BatchError(f"chain(): salt={salt!r}: give an integer from 0 to 2^64 - 1")
+        return hashing.prefix_chain(ids.astype(np.int64), int(salt))
 
     def prove(self, batch: StepBatch, stream: Any = None) -> Proof:
         """Show that the wiring is right: flip one bit in each plane of a live slot and see that exactly it is named.
@@ -569,8 +615,17 @@ class CanaryManager(MoveCalls):
         return prove_batch(backend, self.pools, self.config, list(zip(bound.calls, bound.batches, strict=True)), stream)
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
+    def add_observer(self, observer: Observer) -> None:
+        """Have an observer asked at the end of each step, behind the guard's own; what it raises is logged and counted.
+
+        It runs on the thread that ends the step: it must neither wait for the device nor take long.
+        """
+        self._more_observers += (observer,)
+
     def on_violation(self, callback: Callable[[Violation], None]) -> None:
         """Call back for every first sighting of a violation, on the thread that ends the step (or polls)."""
+        if not callable(callback):
+            raise ConfigError(f"on_violation({callback!r}): give a function that takes a Violation")
         if self._backend is not None:
             self._violations.on_violation(callback)
 
@@ -589,14 +644,29 @@ class CanaryManager(MoveCalls):
         """
         if self._backend is None:
             return CanaryStats()
-        return CanaryStats.of(
+        newest, blocks, turns = self._newest_snapshot(), self._block_counts(), [p.n_turns for p in self._patrols]
+        stats = CanaryStats.of(
             self._step,
             self._sweep.sweep_passes,
             self._violations.violations_total,
             self._violations.observations_total,
-            self._newest_snapshot(),
-            self._block_counts(),
-            [patrol.n_turns for patrol in self._patrols],
+            newest,
+            blocks,
+            turns,
+        )
+        intervals = (self.config.stats_print_every_n_steps, self.config.health_check_every_n_steps)
+        return replace(
+            stats,
+            digested_bytes=round(stats.data_slots * self._digest_bytes),
+            is_on=self._phases.phase is not Phase.CLOSED,
+            is_paused=self._is_paused,
+            health=self._health.health.value,
+            stalls_total=self._health.n_reports,
+            observer_errors=self.n_observer_errors,
+            snapshots_not_taken=sum(handler.n_not_taken for handler in self._handlers),
+            snapshot_interval=min((n for n in intervals if n), default=0),
+            black_box_errors=self._box.n_errors if self._box is not None else 0,
+            pools=pool_stats(self.pools, newest, self._violations.counts(), dict(self._sweep.n_sweeps), turns, blocks),
         )
 
     def _block_counts(self) -> tuple[BlockCounts, ...]:
@@ -616,7 +686,8 @@ class CanaryManager(MoveCalls):
     @property
     def memory_bytes(self) -> int:
         """Device and pinned memory that the guard holds, in bytes."""
-        return self._backend.memory_bytes if self._backend is not None else 0
+        is_closed = self._phases.phase is Phase.CLOSED
+        return 0 if self._backend is None or is_closed else self._backend.memory_bytes
 
     # ---- end ---------------------------------------------------------------------------------------------------------
     def synchronize(self) -> None:
@@ -645,6 +716,8 @@ class CanaryManager(MoveCalls):
         if self._perturber is not None:
             self._perturber.restore(self._stream)
         self._violations.poll()
+        if self._box is not None:
+            self._box.end("close")
         for handler in self._handlers:
             handler.close()
         self._backend.close()

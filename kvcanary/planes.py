@@ -1,7 +1,8 @@
 """One plane: where the bytes that one array keeps for each slot lie.
 
 address(slot, chunk, byte) = first element + offset + slot // page_size * page_stride
-                             + slot % page_size * token_stride + chunk * chunk_stride + byte
+                             + token(slot % page_size) + chunk * chunk_stride + byte
+token(t) = t * token_stride, or with a split t // tok_split * tok_hi_stride + t % tok_split * token_stride
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _PLANE_NUMBERS = (
     ("page_stride", 0),
     ("token_stride", 0),
     ("chunk_stride", 0),
+    ("tok_split", 0),
+    ("tok_hi_stride", 0),
     ("n_chunks", 1),
     ("chunk_bytes", 1),
 )
@@ -40,6 +43,9 @@ class Plane:
         page_stride: bytes from one page to the next; may be smaller than ``token_stride``.
         token_stride: bytes from one slot to the next inside a page.
         chunk_stride: bytes from one chunk of a slot to the next.
+        tok_split: tokens of a page that are ``token_stride`` apart, where the page's tokens are interleaved; it divides
+            the page size. 0 = all of them.
+        tok_hi_stride: bytes from one such run of tokens to the next; 0 without ``tok_split``.
         half: `Half.K` also for fused and latent arrays.
         layer: number of the layer, as `verify_layer` and the reports call it.
         name: "k", "v", "k_scale", ...; empty = the half's.
@@ -53,6 +59,8 @@ class Plane:
     page_stride: int
     token_stride: int
     chunk_stride: int = 0
+    tok_split: int = 0
+    tok_hi_stride: int = 0
     n_chunks: int = 1
     chunk_bytes: int
     half: Half = Half.K
@@ -74,6 +82,13 @@ class Plane:
             object.__setattr__(self, "n_chunks", 1)
         if self.n_chunks == 1:
             object.__setattr__(self, "chunk_stride", 0)
+        if self.tok_hi_stride and not self.tok_split:
+            raise LayoutError(
+                f"{self.label}: tok_hi_stride={self.tok_hi_stride} without tok_split: give the tokens of a run, >= 1"
+            )
+        if self.tok_hi_stride == self.tok_split * self.token_stride:  # runs in line are no split
+            object.__setattr__(self, "tok_split", 0)
+            object.__setattr__(self, "tok_hi_stride", 0)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.dtype in ELEMENTS and self.element is None:
             raise LayoutError(
@@ -100,7 +115,7 @@ class Plane:
         found = ELEMENTS.get(self.dtype or self.view.dtype)
         if found is None or self.chunk_bytes % found.n_bytes:
             return None
-        steps = (self.offset, self.page_stride, self.token_stride, self.chunk_stride)
+        steps = (self.offset, self.page_stride, self.token_stride, self.tok_hi_stride, self.chunk_stride)
         return found if self.dtype or not any(step % found.n_bytes for step in steps) else None
 
     @property
@@ -117,9 +132,11 @@ def plane_address(plane_record: Any, slot: int, page_size: int, byte: int) -> in
     """Address of a slot's ``byte``-th digested byte in a plane; ``plane_record`` is one of `KvPool.plane_records`."""
     block, token = divmod(slot, page_size)
     chunk, rest = divmod(byte, int(plane_record["chunk_bytes"]))
+    run, token = divmod(token, int(plane_record["tok_split"]) or page_size)
     return (
         int(plane_record["base"])
         + block * int(plane_record["page_stride"])
+        + run * int(plane_record["tok_hi_stride"])
         + token * int(plane_record["token_stride"])
         + chunk * int(plane_record["chunk_stride"])
         + rest
@@ -129,7 +146,13 @@ def plane_address(plane_record: Any, slot: int, page_size: int, byte: int) -> in
 # ---- addresses -------------------------------------------------------------------------------------------------------
 def axes_of(plane: Plane, n_blocks: int, page_size: int) -> list[tuple[int, int]]:
     """(stride, count) of the axes that have more than one step."""
-    axes = (plane.page_stride, n_blocks), (plane.token_stride, page_size), (plane.chunk_stride, plane.n_chunks)
+    run = plane.tok_split or page_size
+    axes = (
+        (plane.page_stride, n_blocks),
+        (plane.tok_hi_stride, page_size // run),
+        (plane.token_stride, run),
+        (plane.chunk_stride, plane.n_chunks),
+    )
     return [(stride, n) for stride, n in axes if n > 1]
 
 
@@ -163,9 +186,13 @@ def check_addresses(plane: Plane, n_blocks: int, page_size: int) -> None:
     if not (_is_nested(plane, n_blocks, page_size) or _is_apart(plane, n_blocks, page_size)):
         raise LayoutError(
             f"{plane.label}: slots overlap, or cannot be shown to be apart, with page_stride {plane.page_stride}, "
-            f"token_stride {plane.token_stride}, {plane.n_chunks} chunks of {plane.chunk_bytes} bytes every "
-            f"{plane.chunk_stride}: check the strides (bytes, not elements)"
+            f"token_stride {plane.token_stride}{_split_words(plane)}, {plane.n_chunks} chunks of {plane.chunk_bytes} "
+            f"bytes every {plane.chunk_stride}: check the strides (bytes, not elements)"
         )
+
+
+def _split_words(plane: Plane) -> str:
+    return f" in runs of {plane.tok_split} tokens every {plane.tok_hi_stride}" if plane.tok_split else ""
 
 
 def _is_nested(plane: Plane, n_blocks: int, page_size: int) -> bool:

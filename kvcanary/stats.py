@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvcanary import abi
+from kvcanary.pool_stats import PoolStats
 from kvcanary.state import StateSnapshot
 
 
@@ -59,6 +60,21 @@ class CanaryStats:
     live_blocks: int = 0
     shared_blocks: int = 0
     free_blocks: int = 0
+    digested_bytes: int = 0
+    is_on: bool = False
+    is_paused: bool = False
+    health: str = "off"
+    stalls_total: int = 0
+    observer_errors: int = 0
+    snapshots_not_taken: int = 0
+    snapshot_interval: int = 0
+    black_box_errors: int = 0
+    pools: tuple[PoolStats, ...] = ()
+
+    @property
+    def lag_steps(self) -> int:
+        """Steps that ended since the newest snapshot was taken."""
+        return self.step - self.snapshot_step
 
     @classmethod
     def of(

@@ -210,10 +210,9 @@ class Twins:
     def write_kv(self, pool: int, slots: Array, bytes_of: np.random.Generator) -> None:
         """Random bytes into every plane of some slots (of the truth)."""
         kv = self.pools[pool]
-        blocks, offsets = slots // kv.page_size, slots % kv.page_size
         for plane in kv.planes:
             at = kv.host_bytes(plane)
-            at[blocks, offsets] = bytes_of.integers(0, 256, (len(slots), *at.shape[2:]), np.uint8)
+            at[kv.slot_index(plane, slots)] = bytes_of.integers(0, 256, (len(slots), *at.shape[-2:]), np.uint8)
 
     # ---- a forward ----
     def bind(self, arrays: Arrays) -> list[StepBatch]:

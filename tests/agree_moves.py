@@ -92,7 +92,7 @@ def carry_bytes(twins: Twins, pool: int, source: Array, target: Array) -> None:
     kv = twins.pools[pool]
     for plane in kv.planes:
         at = kv.host_bytes(plane)
-        at[target // kv.page_size, target % kv.page_size] = at[source // kv.page_size, source % kv.page_size]
+        at[kv.slot_index(plane, target)] = at[kv.slot_index(plane, source)]
 
 
 def load(twins: Twins, engine: Any, loads: Sequence[Load], rng: random.Random) -> None:

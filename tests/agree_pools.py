@@ -14,7 +14,7 @@ from kvcanary import Half, KvPool, Plane, PoolKind, layouts
 
 Build = Callable[[Mapping[str, Any]], KvPool]
 
-LAYOUTS = ("nhd", "nhd_slots", "hnd", "fused", "token_major", "planes", "groups")
+LAYOUTS = ("nhd", "nhd_slots", "hnd", "fused", "token_major", "planes", "groups", "interleaved")
 # heads, dim of 2-byte elements: chunks of 2, 8, 16, 32 and 144 bytes, and planes of more than 128 words
 _HEADS = ((1, 1), (2, 4), (2, 8), (3, 16), (1, 72), (2, 8), (1, 520))
 _ROW_BYTES = (1, 3, 20, 64, 130, 1040)
@@ -114,13 +114,29 @@ class _Shape:
                     forms[name], groups[name] = self._form((1, 2, 3, 4, 8), 3), f"{half}{i}"
         return self._of_forms(forms, groups)
 
-    def _form(self, chunk_bytes: tuple[int, ...], max_chunks: int) -> dict[str, int]:
+    def interleaved(self) -> Any:
+        """Tokens of a page in runs, beside a plane without any; the runs may share a digest with it."""
+        forms, groups = {}, {}
+        divisors = [d for d in range(1, self.page + 1) if self.page % d == 0]
+        for half in self.halves:
+            for i in range(self.n_layers):
+                group = self.rng.choice((None, f"{half}{i}"))
+                for name, form in (
+                    (f"{half}{i}", self._form((16, 32), 3)),
+                    (f"{half}{i}scale", self._form((1, 2, 4, 8, 16), 3, self.rng.choice(divisors))),
+                ):
+                    forms[name], groups[name] = form, group
+        return self._of_forms(forms, groups)
+
+    def _form(self, chunk_bytes: tuple[int, ...], max_chunks: int, tok_split: int = 0) -> dict[str, int]:
         counts = {
             "page_stride": self.n_blocks,
-            "token_stride": self.page,
+            "token_stride": tok_split or self.page,
             "chunk_stride": self.rng.randint(1, max_chunks),
         }
         form = {"chunk_bytes": self.rng.choice(chunk_bytes), "n_chunks": counts["chunk_stride"]}
+        if tok_split:
+            counts["tok_hi_stride"], form["tok_split"] = self.page // tok_split, tok_split
         extent, axes = form["chunk_bytes"], list(counts)
         self.rng.shuffle(axes)
         for axis in axes:

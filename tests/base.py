@@ -29,7 +29,9 @@ EVERY_FIELD: dict[str, Any] = {
     "lifecycle": False,
     "check_write_position": True,
     "log_tokens": False,
+    "log_format": "text",
     "black_box_path": None,
+    "nvtx": False,
     "perturb": None,
     "perturb_armed": False,
 }

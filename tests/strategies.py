@@ -23,12 +23,16 @@ class Form(NamedTuple):
     page_stride: int
     token_stride: int
     chunk_stride: int
+    tok_split: int = 0
+    tok_hi_stride: int = 0
 
     @property
     def axes(self) -> tuple[tuple[int, int], ...]:
-        """(stride, count) of blocks, tokens and chunks."""
-        counts = self.n_blocks, self.page_size, self.n_chunks
-        return tuple(zip((self.page_stride, self.token_stride, self.chunk_stride), counts, strict=True))
+        """(stride, count) of blocks, runs of tokens, tokens and chunks."""
+        run = self.tok_split or self.page_size
+        counts = self.n_blocks, self.page_size // run, run, self.n_chunks
+        strides = self.page_stride, self.tok_hi_stride, self.token_stride, self.chunk_stride
+        return tuple(zip(strides, counts, strict=True))
 
     @property
     def span(self) -> int:
@@ -38,9 +42,14 @@ class Form(NamedTuple):
     @property
     def starts(self) -> list[int]:
         """Offset of every chunk of every slot, by the definition."""
-        (page, n_blocks), (token, page_size), (chunk, n_chunks) = self.axes
+        n_blocks, page_size, n_chunks = self[:3]
+        run = self.tok_split or page_size
+        tokens = [t // run * self.tok_hi_stride + t % run * self.token_stride for t in range(page_size)]
         return [
-            b * page + t * token + c * chunk for b in range(n_blocks) for t in range(page_size) for c in range(n_chunks)
+            b * self.page_stride + token + c * self.chunk_stride
+            for b in range(n_blocks)
+            for token in tokens
+            for c in range(n_chunks)
         ]
 
     def plane(self, data: Any, offset: int = 0) -> Plane:
@@ -52,6 +61,8 @@ class Form(NamedTuple):
             chunk_stride=self.chunk_stride,
             n_chunks=self.n_chunks,
             chunk_bytes=self.chunk_bytes,
+            tok_split=self.tok_split,
+            tok_hi_stride=self.tok_hi_stride,
         )
 
     def pool(self, data: Any, offset: int = 0) -> KvPool:
@@ -77,19 +88,25 @@ _CHUNK_BYTES = st.sampled_from([1, 2, 3, 4, 6, 8, 16, 20, 32])
 @st.composite
 def nested_forms(draw: st.DrawFn) -> Form:
     """A form whose axes nest in any order (page inside token too), with or without padding between their steps."""
-    counts, chunk_bytes = draw(_COUNTS), draw(_CHUNK_BYTES)
-    strides, extent = [0, 0, 0], chunk_bytes
-    for axis in draw(st.permutations(range(3))):
+    (n_blocks, run, n_chunks), chunk_bytes = draw(_COUNTS), draw(_CHUNK_BYTES)
+    n_runs = draw(st.sampled_from([0, 0, 1, 2, 3]))  # 0: the tokens are not split
+    counts = n_blocks, run, n_chunks, max(1, n_runs)
+    strides, extent = [0, 0, 0, 0], chunk_bytes
+    for axis in draw(st.permutations(range(4))):
         strides[axis] = extent + draw(st.sampled_from([0, 0, 0, 1, 4, 16]))
         extent = strides[axis] * counts[axis]
-    return Form(*counts, chunk_bytes, *strides)
+    split = (run, strides[3]) if n_runs else (0, 0)
+    return Form(n_blocks, run * max(1, n_runs), n_chunks, chunk_bytes, *strides[:3], *split)
 
 
 @st.composite
 def any_forms(draw: st.DrawFn) -> Form:
     """A form of small arbitrary strides: most overlap somewhere."""
-    strides = [draw(st.integers(0, 24)) for _ in range(3)]
-    return Form(*draw(_COUNTS), draw(st.integers(1, 6)), *strides)
+    strides = [draw(st.integers(0, 24)) for _ in range(4)]
+    n_blocks, run, n_chunks = draw(_COUNTS)
+    n_runs = draw(st.sampled_from([0, 0, 1, 2, 3]))
+    split = (run, strides[3]) if n_runs else (0, 0)
+    return Form(n_blocks, run * max(1, n_runs), n_chunks, draw(st.integers(1, 6)), *strides[:3], *split)
 
 
 MAX_REQUESTS, MAX_NEW_TOKENS, MAX_LEN = 6, 24, 40

@@ -19,9 +19,9 @@ HEADER = ROOT / "kernels" / "abi.cuh"
 SIZES = {
     "Stamp": 32,
     "Register": 152,
-    "Plane": 56,
+    "Plane": 64,
     "Digest": 24,
-    "FloatPlane": 80,
+    "FloatPlane": 88,
     "Row": 56,
     "Due": 16,
     "BlockState": 16,

@@ -57,6 +57,24 @@ def test_chunks_that_touch_are_one() -> None:
     assert (merged.n_chunks, merged.chunk_bytes, merged.chunk_stride) == (1, 8, 0)
 
 
+def test_runs_of_tokens_in_line_are_no_split() -> None:
+    split = {"page_stride": 256, "token_stride": 8, "chunk_bytes": 8, "tok_split": 4}
+    in_line = plane(8, **split, tok_hi_stride=32)
+    assert (in_line.tok_split, in_line.tok_hi_stride) == (0, 0)
+    apart = plane(8, **split, tok_hi_stride=64)
+    assert (apart.tok_split, apart.tok_hi_stride) == (4, 64)
+
+
+def test_interleaved_tokens_go_the_general_way() -> None:
+    """However wide their loads: the kernels' fast ways know of no split."""
+    interleaved = plane(16, n_blocks=4, page_stride=64, token_stride=32, tok_split=2, tok_hi_stride=16)
+    pool = pool_of(interleaved, plane(16, 1))
+    assert pool.plane_records()["load_bytes"].tolist() == [16, 16]
+    assert pool.digest_records()[["n_loads", "load_bytes"]].tolist() == [(0, 0), (1, 16)]
+    starts = [plane_address(pool.plane_records()[0], slot, 4, 0) - (1 << 20) for slot in range(8)]
+    assert starts == [0, 32, 16, 48, 64, 96, 80, 112]
+
+
 def test_blocks_are_counted_from_the_array() -> None:
     assert pool_of(plane(8)).n_blocks == 4
     assert pool_of(plane(8), plane(8, 1, n_blocks=3)).n_slots == 12
@@ -82,6 +100,8 @@ def test_a_nested_form_addresses_what_its_strides_say(form: Form) -> None:
     flat = np.arange(form.span + 8, dtype=np.uint8)
     pool = form.pool(flat[3:], offset=5)
     starts = np.array(form.starts).reshape(form.n_blocks * form.page_size, form.n_chunks)
+    at = pool.host_bytes(pool.planes[0])[pool.slot_index(pool.planes[0], np.arange(pool.n_slots))]
+    assert at.reshape(pool.n_slots, -1).tolist() == pool.gather(pool.planes[0], np.arange(pool.n_slots)).tolist()
     for slot, chunks in enumerate(starts):
         expected = [8 + s + i for s in chunks for i in range(form.chunk_bytes)]
         assert digested_offsets(pool, flat, slot).tolist() == expected
@@ -141,6 +161,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "stride of elements": (lambda: plane(token_stride=0.5), "token_stride=0.5; give an integer"),
     "empty chunk": (lambda: plane(chunk_bytes=0), "chunk_bytes=0; give an integer >= 1"),
     "strides in elements": (lambda: pool_of(plane(8, token_stride=4, page_stride=16)), "slots overlap.* not elements"),
+    "negative split": (lambda: plane(tok_split=-1), "tok_split=-1; give an integer >= 0"),
+    "runs without a length": (lambda: plane(tok_hi_stride=8), "tok_hi_stride=8 without tok_split: give the tokens"),
+    "runs across pages": (
+        lambda: pool_of(plane(8, tok_split=3, tok_hi_stride=8)),
+        "tok_split=3 does not divide page_size=4: give the tokens of a run",
+    ),
+    "runs that overlap": (
+        lambda: pool_of(plane(8, tok_split=2, tok_hi_stride=4)),
+        "token_stride 8 in runs of 2 tokens every 4, 1 chunks",
+    ),
     "no room": (lambda: pool_of(plane(8, n_blocks=4, page_stride=8, token_stride=64)), "4 slots needs 200 bytes"),
     "too few bytes": (lambda: pool_of(plane(8), n_blocks=5), "5 blocks .* bytes 0 to 160 of an array of 128"),
     "no pages": (lambda: pool_of(plane(8), page_size=0), "page_size=0, n_blocks=0: give both >= 1"),

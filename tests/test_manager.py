@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -22,6 +23,7 @@ from kvcanary import (
     ConfigError,
     KvCanaryViolation,
     LayoutError,
+    LifecycleError,
     PhaseError,
     Reason,
     StepBatch,
@@ -611,6 +613,31 @@ class TestWhatAFirstUserFound:
         for pools in ("full", [], [0, "full"]):
             with pytest.raises(ConfigError, match="each once"):
                 engine.manager.head(engine.batch((0, 0, 4)), pools=pools)
+
+    def test_arguments_of_a_wrong_kind_say_what_is_wanted(self) -> None:
+        engine = ToyEngine(lifecycle=True)
+        manager = engine.manager
+        calls: list[tuple[Callable[[], object], type[Exception], str]] = [
+            (lambda: CanaryManager({}, [engine.pool], 2, 8), ConfigError, "config is dict: give a CanaryConfig"),  # type: ignore[arg-type]
+            (lambda: CanaryManager(manager.config, [None], 2, 8), ConfigError, "pools is a list of NoneType: give"),  # type: ignore[list-item]
+            (lambda: manager.head({}), BatchError, "batch is dict: give a StepBatch"),  # type: ignore[arg-type]
+            (lambda: manager.prove(None), BatchError, "batch is NoneType"),  # type: ignore[arg-type]
+            (lambda: manager.on_violation(None), ConfigError, r"on_violation\(None\): give a function"),  # type: ignore[arg-type]
+            (lambda: manager.attach_resident_set([1]), ConfigError, r"attach_resident_set\(list\)"),  # type: ignore[arg-type]
+            (lambda: manager.chain([1.5]), BatchError, r"tokens are float64\[1\]"),  # type: ignore[list-item]
+            (lambda: manager.chain([[1]]), BatchError, r"tokens are int64\[1, 1\]"),  # type: ignore[list-item]
+            (lambda: manager.chain([1], -1), BatchError, "salt=-1: give an integer from 0"),
+            (lambda: manager.lifecycle.owners("a"), LifecycleError, "block 'a': give a block id"),  # type: ignore[arg-type]
+            (lambda: manager.lifecycle.apply(None), LifecycleError, "events is NoneType"),  # type: ignore[arg-type]
+        ]
+        for call, error, text in calls:
+            with pytest.raises(error, match=text):
+                call()
+        assert manager.violations() == ()
+
+    def test_a_resident_set_that_is_never_swept_is_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
+        ToyEngine().manager.attach_resident_set(lambda: None)
+        assert "sweep_interval is 0: nothing is swept" in caplog.text
 
     def test_tables_and_histories_without_width_are_read_as_empty(self) -> None:
         engine = ToyEngine()

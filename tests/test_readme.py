@@ -6,18 +6,31 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 
-from kvcanary import PREFIX_CACHE, CanaryConfig, CanaryManager, KvPool, RankAgreement, Reason, SlotBundle, StepBatch
+from kvcanary import (
+    PREFIX_CACHE,
+    CanaryConfig,
+    CanaryManager,
+    KvPool,
+    RankAgreement,
+    Reason,
+    SlotBundle,
+    StepBatch,
+    layouts,
+)
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
     pytest.skip("README.md is not beside the tests", allow_module_level=True)
 TEXT = README.read_text()
-LOOP, CAPTURE, MOVES, OWNERS, RANKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+LOOP, CAPTURE, LAYOUTS, MOVES, OWNERS, METRICS, RANKS = BLOCKS
 PAGE, ROWS, MAX_LEN = 16, 2, 64
 
 
@@ -77,6 +90,25 @@ def test_the_ten_lines_see_swapped_tables() -> None:
     assert Reason.TOKEN in {r for v in found for r in Reason if r in v.reasons}
 
 
+def test_the_layouts_are_there_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"layouts": layouts, "kv_caches": [np.zeros((9, 2, PAGE, 16), np.float16)]}
+    exec(LAYOUTS, names)
+    assert names["pool"].n_blocks == 9
+    assert capsys.readouterr().out.startswith("pool 'full' (FULL): 9 blocks of 16 slots, 1 layer")
+    for path in re.findall(
+        r"`((?:[a-z]+_?[a-z]+)\.[a-z0-9_]+)`", TEXT[TEXT.index("| `layouts.` |") : TEXT.index("## Moves")]
+    ):
+        module, name = path.split(".")
+        assert callable(getattr(getattr(layouts, module), name)), path
+
+
+def test_every_constructor_is_in_the_table() -> None:
+    for module in (getattr(layouts, name) for name in layouts.__all__):
+        for name, value in vars(module).items() if isinstance(module, ModuleType) else ():
+            if callable(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                assert f"`{module.__name__.removeprefix('kvcanary.layouts.')}.{name}`" in TEXT
+
+
 def test_the_moves_carry_what_is_known() -> None:
     manager = run(tamper_at=None)
     slots, copies, new = (list(range(start, start + 16)) for start in (16, 112, 128))
@@ -101,6 +133,30 @@ def test_the_calls_about_blocks_do_what_their_comments_say() -> None:
     exec(OWNERS, {"manager": manager, "PREFIX_CACHE": PREFIX_CACHE})
     assert [manager.lifecycle.owners(block) for block in (4, 5, 6)] == [(PREFIX_CACHE,), (11,), (11,)]
     assert [manager.lifecycle.epoch(block) for block in (4, 5, 6)] == [1, 2, 2]
+
+
+def test_the_metrics_are_served_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("prometheus_client", reason='pip install "kvcanary[metrics]"')
+    registry = client.CollectorRegistry()
+    monkeypatch.setattr(client, "REGISTRY", registry)
+    start = client.start_http_server
+    monkeypatch.setattr(
+        client, "start_http_server", lambda port: servers.append(start(0, addr="127.0.0.1", registry=registry))
+    )
+    servers: list[Any] = []
+    exec(METRICS, {"manager": run(tamper_at=20)})
+    ((server, thread),) = servers
+    try:
+        with urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert 'kvcanary_steps_total{rank="0"} 40.0' in text
+    assert any(float(n) > 0 for n in re.findall(r'kvcanary_violations_total\{.*reason="TOKEN"\} (\S+)', text))
+    for name in re.findall(r"`(kvcanary_\w+)`", TEXT):
+        assert f"# HELP {name} " in text, name
 
 
 def test_the_agreement_is_attached() -> None:

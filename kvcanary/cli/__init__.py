@@ -1,4 +1,4 @@
-"""The command line: `kvcanary demo`, `kvcanary drill` and `kvcanary doctor`.
+"""The command line: `kvcanary demo`, `kvcanary drill`, `kvcanary doctor` and `kvcanary explain`.
 
 An exit code of 0 says that all is as it should be, 1 that it is not, 2 that the command could not do its work.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import kvcanary
-from kvcanary.cli import demo, doctor, drill
+from kvcanary.cli import demo, doctor, drill, explain
 from kvcanary.errors import KvCanaryError
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvcanary", description=kvcanary.__doc__)
     parser.add_argument("--version", action="version", version=f"kvcanary {kvcanary.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (demo, drill, doctor):
+    for module in (demo, drill, doctor, explain):
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:

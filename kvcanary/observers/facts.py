@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from kvcanary.state import CanaryDeviceState
 
@@ -30,3 +30,13 @@ class StepFacts(NamedTuple):
     n_sweeps: Mapping[int, int]
     violations_total: int
     observations_total: int
+
+
+class Observer(Protocol):
+    """What looks at the guard after each step, on the thread that ends it."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` has anything to do after step number ``step``; asked at every step."""
+
+    def step(self, facts: StepFacts) -> None:
+        """Look; must not wait for the device."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler, Words
 from kvcanary.errors import CanaryCounterError, CanaryStalledError
+from kvcanary.log_lines import line
 from kvcanary.observers.facts import StepFacts
 from kvcanary.state import StateSnapshot
 from kvcanary.tags import CanaryLaunchTag, Stage
@@ -25,6 +27,16 @@ ActiveTags: TypeAlias = Mapping[int, frozenset[CanaryLaunchTag]]
 
 
 _SWEEP_TAGS = frozenset(tag for tag in CanaryLaunchTag if tag.stage == Stage.SWEEP)
+
+
+class Health(Enum):
+    """What the health check last said."""
+
+    OFF = "off"  #: health_check_every_n_steps=0
+    WAITING = "waiting"  #: no snapshot was judged yet
+    RUNNING = "running"  #: every launch that was expected ran
+    STALLED = "stalled"  #: a launch that was expected did not run
+    FALLEN = "fallen"  #: a counter fell: the guard's device memory was overwritten
 
 
 class CounterChange(NamedTuple):
@@ -77,6 +89,7 @@ class KernelRunCounterHealthChecker:
             check.
         pool_names: by pool index, all pools.
         handler: over ``state.layout.n_words`` words; this checker is its only user.
+        on_report: gets the error that is about to be raised or logged; must not raise.
     """
 
     def __init__(
@@ -85,12 +98,17 @@ class KernelRunCounterHealthChecker:
         active_tags: ActiveTags,
         pool_names: Sequence[PoolNames],
         handler: DelayedDeviceHostHandler,
+        on_report: Callable[[CanaryStalledError], None] | None = None,
     ) -> None:
         self.active_tags = active_tags
         self.latest: StateSnapshot | None = None  #: the last snapshot that was delivered
+        self.health = Health.WAITING if config.health_check_every_n_steps else Health.OFF
+        self.n_reports = 0  #: checks that found something
         self._every = config.health_check_every_n_steps
         self._warmup = config.health_check_warmup_steps
         self._raises = config.health_raises
+        self._log_format = config.log_format
+        self._on_report = on_report
         self._pool_names = pool_names
         self._handler = handler
         self._baseline_steps = 0  # labels of the snapshot before, for the deltas
@@ -140,7 +158,11 @@ class KernelRunCounterHealthChecker:
         self.latest = now
         self._baseline_steps, self._baseline_sweeps = facts.n_counted_steps, facts.n_sweeps
         if any(self.active_tags.values()) and (verdict.stalled or verdict.fallen):
+            self.n_reports += 1
+            self.health = Health.FALLEN if verdict.fallen else Health.STALLED
             self._report(verdict, facts.step, since, n_steps)
+        elif any(expected.values()):  # else nothing was looked at, and what was known stays
+            self.health = Health.RUNNING
 
     def _expected_active_tags_for_health_check(self, facts: StepFacts) -> ActiveTags:
         """Tags that must have risen since the last snapshot: none without a counted step, SWEEP only after a sweep."""
@@ -166,9 +188,13 @@ class KernelRunCounterHealthChecker:
             )
         text += "(health_check_every_n_steps=0 turns this check off)"
         error = (CanaryCounterError if verdict.fallen else CanaryStalledError)(text, tags, step)
+        if self._on_report is not None:
+            self._on_report(error)
         if self._raises:
             raise error
-        logger.error("%s", error)
+        names = [[self._pool_names[change.pool].name, change.tag.name] for change in changes]
+        fields = {"step": step, "state": self.health.value, "tags": names}
+        logger.error("%s", line(self._log_format, logging.ERROR, "stall", text, fields))
 
     def _list(self, changes: list[CounterChange]) -> str:
         return ", ".join(

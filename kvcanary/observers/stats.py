@@ -8,6 +8,7 @@ from typing import Any
 
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler, Words
+from kvcanary.log_lines import line
 from kvcanary.observers.facts import StepFacts
 from kvcanary.observers.health import ActiveTags
 from kvcanary.state import StateSnapshot
@@ -39,6 +40,7 @@ class PeriodicCanaryStatsLogger:
         self.active_tags = active_tags
         self.latest: StateSnapshot | None = None  #: the last snapshot that was delivered
         self._every = config.stats_print_every_n_steps
+        self._log_format = config.log_format
         self._handler = handler
 
     def is_due(self, step: int) -> bool:
@@ -69,12 +71,16 @@ class PeriodicCanaryStatsLogger:
         active = frozenset[CanaryLaunchTag]().union(*self.active_tags.values())
         runs = snapshot.kernel_run_counters.tolist()
         has_run = {tag for tag in active if any(of_pool[tag] for of_pool in runs)}
-        logger.info(
-            STATS_LINE,
-            facts.step,
-            snapshot.protected_tokens,
-            facts.sweep_passes,
-            facts.violations_total,
-            len(has_run),
-            len(active),
-        )
+        numbers = {
+            "step": facts.step,
+            "protected_tokens": snapshot.protected_tokens,
+            "sweep_passes": facts.sweep_passes,
+            "violations": facts.violations_total,
+            "launch_tags_active": len(has_run),
+            "launch_tags": len(active),
+        }
+        if self._log_format == "text":
+            logger.info(STATS_LINE, *numbers.values())
+        else:
+            text = STATS_LINE % tuple(numbers.values())
+            logger.info("%s", line(self._log_format, logging.INFO, "stats", text, numbers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import KvCanaryViolation
+from kvcanary.log_lines import line, run_fields
 from kvcanary.observers.facts import StepFacts
-from kvcanary.tags import Detail
+from kvcanary.tags import Detail, Reason
 from kvcanary.violations import PoolNames, RingReader, Violation, decode, fold_runs, line_of
 
 logger = logging.getLogger("kvcanary")
@@ -47,14 +48,24 @@ class ViolationObserver:
         reader: the ring; this observer is its only user.
         pool_names: by pool index.
         secret: what masks the chains (`kvcanary.violations.new_secret`).
+        on_new: gets the first sightings of a step together, before anybody else does; must not raise.
     """
 
-    def __init__(self, config: CanaryConfig, reader: RingReader, pool_names: Sequence[PoolNames], secret: int) -> None:
+    def __init__(
+        self,
+        config: CanaryConfig,
+        reader: RingReader,
+        pool_names: Sequence[PoolNames],
+        secret: int,
+        on_new: Callable[[tuple[Violation, ...]], None] | None = None,
+    ) -> None:
         self.violations_total = 0  #: first sightings
         self.history: deque[Violation] = deque(maxlen=MAX_HISTORY)  #: the newest first sightings
         self.raises_when_agreed = False  #: leave raising to `take_agreed`, for all ranks to raise at one step
         self._raises = config.mode == "raise"
         self._log_tokens = config.log_tokens
+        self._log_format = config.log_format
+        self._on_new = on_new
         self._reader = reader
         self._pool_names = pool_names
         self._secret = secret
@@ -64,6 +75,7 @@ class ViolationObserver:
         self._callbacks: tuple[Callback, ...] = ()
         self._n_dropped = 0
         self._n_lines: dict[int, int] = {}
+        self._counts: Counter[tuple[int, Reason]] = Counter()
 
     @property
     def observations_total(self) -> int:
@@ -104,6 +116,11 @@ class ViolationObserver:
         with self._lock:
             return tuple(self.history)
 
+    def counts(self) -> dict[tuple[int, Reason], int]:
+        """First sightings by (pool, reasons)."""
+        with self._lock:
+            return dict(self._counts)
+
     def on_violation(self, callback: Callback) -> None:
         """Call ``callback(violation)`` for every first sighting, on the thread that reads it; its errors are logged."""
         with self._lock:
@@ -115,12 +132,12 @@ class ViolationObserver:
             n_new = n_dropped - self._n_dropped
             self._n_dropped = max(self._n_dropped, n_dropped)
         if n_new > 0:
-            logger.warning(
-                "[canary] %d violations more found the ring full: counted, but without a record (%d so far); "
-                "raise ring_capacity, or look at the records before them",
-                n_new,
-                n_dropped,
+            text = (
+                f"[canary] {n_new} violations more found the ring full: counted, but without a record ({n_dropped} so "
+                "far); raise ring_capacity, or look at the records before them"
             )
+            fields = {"dropped": n_new, "dropped_total": n_dropped}
+            logger.warning("%s", line(self._log_format, logging.WARNING, "dropped", text, fields))
 
     def forget(self) -> None:
         """Forget which findings were reported (the cache was flushed); the counts and the history stay."""
@@ -132,8 +149,11 @@ class ViolationObserver:
             new = self._take()
             self.violations_total += len(new)
             self.history.extend(new)
+            self._counts.update((v.pool, v.reasons) for v in new)
             if self._raises:
                 self._unraised.extend(new)
+        if new and self._on_new is not None:
+            self._on_new(new)
         for violation in new:
             self._call(violation)
         self._log(new)
@@ -167,17 +187,17 @@ class ViolationObserver:
                 logger.exception("[canary] a violation callback raised: %r", callback)
 
     def _log(self, new: tuple[Violation, ...]) -> None:
-        lines = [line for line in fold_runs(new) if self._is_worth_a_line(line[0])]
+        lines = [run for run in fold_runs(new) if self._is_worth_a_line(run[0])]
         for first, last in lines[:MAX_LINES]:
-            logger.warning("[canary] violation %s%s", line_of(first, last), self._so_far(first))
-            if logger.isEnabledFor(logging.DEBUG):
+            text = f"[canary] violation {line_of(first, last)}{self._so_far(first)}"
+            logger.warning("%s", line(self._log_format, logging.WARNING, "violation", text, run_fields(first, last)))
+            if self._log_format == "text" and logger.isEnabledFor(logging.DEBUG):
                 logger.debug("[canary] %s", first.details())
         if len(lines) > MAX_LINES:
-            logger.warning(
-                "[canary] and %d more findings in this step (violations_total=%d): see violations()",
-                len(lines) - MAX_LINES,
-                self.violations_total,
-            )
+            n, total = len(lines) - MAX_LINES, self.violations_total
+            text = f"[canary] and {n} more findings in this step (violations_total={total}): see violations()"
+            fields = {"more": n, "violations_total": total}
+            logger.warning("%s", line(self._log_format, logging.WARNING, "more_violations", text, fields))
 
     def _is_worth_a_line(self, violation: Violation) -> bool:
         """The first lines of each kind, then ever fewer: a fault that goes on must not fill the disk."""

@@ -10,6 +10,7 @@ import test_bundle
 import test_kernels_catch
 import test_kernels_museum
 import test_kernels_relative
+import test_layouts_digests
 import test_moves
 import test_moves_museum
 from agree import Side
@@ -18,7 +19,15 @@ from .test_agree import CupySide
 
 pytestmark = pytest.mark.gpu
 
-MODULES = (test_bundle, test_kernels_catch, test_kernels_museum, test_kernels_relative, test_moves, test_moves_museum)
+MODULES = (
+    test_bundle,
+    test_kernels_catch,
+    test_kernels_museum,
+    test_kernels_relative,
+    test_layouts_digests,
+    test_moves,
+    test_moves_museum,
+)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvcanary.deferred import DelayedDeviceHostHandler, HostStaging
 from kvcanary.errors import CanaryCounterError, CanaryStalledError
-from kvcanary.observers import KernelRunCounterHealthChecker, counter_deltas
+from kvcanary.observers import Health, KernelRunCounterHealthChecker, counter_deltas
 from kvcanary.state import CounterLayout
 from kvcanary.tags import N_TAGS, CanaryLaunchTag, Stage
 
@@ -53,6 +53,46 @@ class Rig:
     def run(self, n_steps: int, tags: frozenset[T] = frozenset()) -> None:
         for _ in range(n_steps):
             self.step(tags)
+
+
+class TestHealth:
+    """What `checker.health` says."""
+
+    def test_it_waits_for_its_first_snapshot_and_then_says_what_the_last_check_found(self) -> None:
+        rig = Rig({0: IN_GRAPH}, health_policy="log")
+        assert rig.checker.health is Health.WAITING
+        rig.run(3, IN_GRAPH)
+        assert rig.checker.health is Health.RUNNING
+        rig.run(4)
+        assert rig.checker.health is Health.STALLED and rig.checker.n_reports == 1
+        rig.run(2, IN_GRAPH)
+        assert rig.checker.health is Health.RUNNING
+        rig.state.kernel_run_counters[0, T.TAIL_V_FULL] = 0
+        rig.run(2, IN_GRAPH - {T.TAIL_V_FULL})
+        assert rig.checker.health is Health.FALLEN and rig.checker.n_reports == 2
+
+    def test_idle_steps_tell_nothing_new(self) -> None:
+        rig = Rig({0: IN_GRAPH}, health_policy="log")
+        rig.run(2)
+        rig.step()
+        assert rig.checker.health is Health.STALLED
+        for _ in range(6):
+            rig.step(counts=False)
+        assert rig.checker.health is Health.STALLED
+
+    def test_it_is_off_where_nothing_is_checked(self) -> None:
+        rig = Rig({0: IN_GRAPH}, health_check_every_n_steps=0)
+        rig.run(5, IN_GRAPH)
+        assert rig.checker.health is Health.OFF
+
+    def test_the_error_goes_to_the_receiver_first_and_is_raised_all_the_same(self) -> None:
+        told: list[CanaryStalledError] = []
+        rig = Rig({0: IN_GRAPH})
+        rig.checker._on_report = told.append
+        rig.run(2)
+        with pytest.raises(CanaryStalledError) as caught:
+            rig.step()
+        assert told == [caught.value]
 
 
 class TestKernelRunCounterDeltaCheck:

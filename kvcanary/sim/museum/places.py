@@ -84,7 +84,7 @@ class HostPlace:
     def write_kv(self, pool: KvPool, plane: Plane, slots: Any, data: Any) -> None:
         ok = (slots >= 0) & (slots < pool.n_slots)
         view = pool.host_bytes(plane)
-        view[slots[ok] // pool.page_size, slots[ok] % pool.page_size] = data[ok].reshape(-1, *view.shape[2:])
+        view[pool.slot_index(plane, slots[ok])] = data[ok].reshape(-1, *view.shape[-2:])
 
     def forget_graphs(self) -> None:
         pass
@@ -131,6 +131,7 @@ class CudaPlace:
 
     def write_kv(self, pool: KvPool, plane: Plane, slots: Any, data: Any) -> None:
         i32, i64 = np.int32, np.int64
+        assert not plane.tok_split, "no scenario has interleaved tokens"
         base = np.uint64(plane.view.pointer + plane.offset)
         strides = (i64(plane.page_stride), i64(plane.token_stride), i64(plane.chunk_stride))
         sizes = (i32(plane.chunk_bytes), i32(plane.n_bytes))

@@ -1,0 +1,56 @@
+"""What to do about it: for each root cause that `kvcanary.causes` names, in the words of somebody who was woken."""
+
+from __future__ import annotations
+
+CONTAIN = (
+    "Abort the requests named above and compute them anew from their prompts; what they have generated since then "
+    "is not to be trusted. Keep their blocks out of use, and out of the prefix cache, until the cause is known."
+)
+# By class of `kvcanary.causes.NAMES`; "" is "cannot tell".
+ADVICE: dict[str, str] = {
+    "C01": "Free blocks only after the last dispatched step that reads or writes them has ended on the device: look "
+    "at abort, preemption and completion while a step is in flight.",
+    "C02": "Free blocks only after the transfer has reported their end: look at aborts and time-outs of the connector.",
+    "C03": "Look for a block that was handed out twice or freed twice in the allocator; lifecycle=True refuses both "
+    "at the call.",
+    "C04": "Look at where the prefix index is updated when a block is evicted or rewritten; flush the prefix cache "
+    "now.",
+    "C05": "Put everything that changes the KV into the cache key (adapter, tenant, images, position scheme), and "
+    "use a hash that does not collide; flush the prefix cache now.",
+    "C06": "Publish a block to the prefix index only when the forward that writes it has been launched before any "
+    "reader.",
+    "C07": "Look at how the block table reaches the device: a copy that is missing, late, too short, or of the step "
+    "before.",
+    "C08": "The host overwrites metadata while the device still reads it: use one buffer per step in flight, or wait "
+    "for the event of the step before.",
+    "C09": "A captured graph replays an argument of its capture: pass it through a buffer at a fixed address, and "
+    "update the buffer before the replay.",
+    "C10": "Padding and dummy rows must write a reserved block or nothing: fill slot_mapping with -1 (or a reserved "
+    "slot) behind the last real token.",
+    "C12": "Check the arithmetic of the slot mapping (page size, offsets, 32-bit overflow) against the block table.",
+    "C13": "Exporter and importer do not agree on the layout (heads, ranks, page size, dtype): compare both sides.",
+    "C14": "Look at the block and position offsets with which KV is restored.",
+    "C15": "Wait for the load of a layer before that layer reads it; the completion that is waited for comes too "
+    "early.",
+    "C16": "A transfer was reported complete that was not: check how completions are counted, and what happens on "
+    "error.",
+    "C17": "Something zeroes blocks after they were written: order the zeroing before the write, on the same stream.",
+    "C18": "Move the scales with the quantised bytes: look at copies, offload and swaps that forget the scale array.",
+    "C19": "Look at the map from window or ring positions to slots, around the place where it wraps.",
+    "C20": "Look at how rejected drafts are taken back: lengths, slot mapping and accepted counts of that step.",
+    "C21": "A fork writes into a block that it shares: copy the last, partly filled block before the first write.",
+    "C22": "Off by one in the length of the prefix that is reused: compare the number of cached tokens with what was "
+    "read.",
+    "C24": "Look at the GPU first: ECC and XID errors (nvidia-smi -q, dmesg), then run compute-sanitizer to rule out "
+    "a stray write. Take the GPU out of service if it comes again.",
+    "": "The records do not say. Keep the file, run with verify_data_every=1 and lifecycle=True, and look at all "
+    "findings of the next time together.",
+}
+STALLED = (
+    "The guard did not run, so nothing was checked: capture the graphs again inside forward(), and mark steps that "
+    "run no forward as idle."
+)
+FALLEN = (
+    "A counter of the guard fell: something wrote into its device memory, and perhaps elsewhere. Take the process "
+    "out of service and look for the stray write with compute-sanitizer."
+)

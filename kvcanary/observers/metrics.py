@@ -1,0 +1,205 @@
+"""Prometheus metrics (extra ``metrics``): `register` a manager, and the application's own exposition shows it.
+
+A scrape reads what is on the host already, from whatever thread it comes, and never asks the device. The device's
+counters are those of the newest snapshot, which the stats line or the health check takes; turn both off, and they stay
+at 0.
+
+Where several processes share one exposition (PROMETHEUS_MULTIPROC_DIR), prometheus_client serves files that each
+process writes, and asks no collector. There `register` makes real counters and gauges, and an observer brings them up
+to date now and then, at the end of a step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from kvcanary.errors import ConfigError
+from kvcanary.observers.facts import StepFacts
+from kvcanary.observers.metric_families import FAMILIES, Family, Reading, read_manager
+
+_OWN_LABELS = {label for family in FAMILIES for label in family.labels}
+_LABEL = re.compile(r"[a-zA-Z][a-zA-Z0-9_]*")
+_collectors: weakref.WeakKeyDictionary[Any, CanaryCollector] = weakref.WeakKeyDictionary()
+_instruments: dict[tuple[str, ...], dict[str, Any]] = {}
+
+
+def register(
+    manager: Any, registry: Any = None, *, every_n_steps: int = 100, **labels: str
+) -> CanaryCollector | ProcessMetrics:
+    """Show a manager's metrics.
+
+    Args:
+        registry: of prometheus_client; None = its default one. Not used where several processes share an exposition.
+        every_n_steps: there, steps between two updates; a violation brings the next one forward.
+        labels: the same for all its metrics, to tell several managers apart: ``rank="0"``. All managers of a registry
+            have the same label names. Values from a small set: never an id of a slot or request.
+
+    Raises:
+        ConfigError: prometheus_client is missing, or labels that cannot be.
+    """
+    client = _client()
+    _check_labels(labels)
+    if client.values.ValueClass is not client.values.MutexValue:
+        metrics = ProcessMetrics(manager, labels, every_n_steps)
+        manager.add_observer(metrics)
+        return metrics
+    registry = client.REGISTRY if registry is None else registry
+    collector = _collectors.get(registry)
+    if collector is None:
+        collector = CanaryCollector()
+        collector.add(manager, labels)
+        registry.register(collector)
+        _collectors[registry] = collector
+    else:
+        collector.add(manager, labels)
+    return collector
+
+
+class CanaryCollector:
+    """A collector of prometheus_client over one or more managers; it does not keep them alive."""
+
+    def __init__(self) -> None:
+        self._managers: dict[tuple[str, ...], weakref.ref[Any]] = {}
+        self._names: tuple[str, ...] = ()
+
+    def add(self, manager: Any, labels: Mapping[str, str]) -> None:
+        """One more manager; one with the labels of a manager that was dropped takes its place."""
+        names, values = tuple(sorted(labels)), tuple(str(labels[name]) for name in sorted(labels))
+        living = {key: ref for key, ref in self._managers.items() if ref() is not None}
+        if living and names != self._names:
+            raise ConfigError(
+                f"labels {list(names)}: the managers before it have {list(self._names)}; give all the same names"
+            )
+        if values in living and living[values]() is not manager:
+            raise ConfigError(
+                f"labels {dict(labels)}: another manager has them; give each its own (rank='0', say), or drop the other"
+            )
+        self._names, self._managers = names, {**living, values: weakref.ref(manager)}
+
+    def describe(self) -> Iterator[Any]:
+        """The families without samples, so that the registry knows their names."""
+        for family in FAMILIES:
+            yield self._family(family)
+
+    def collect(self) -> Iterator[Any]:
+        """The families with the samples of all managers."""
+        readings = [(values, _read(ref())) for values, ref in self._managers.items()]
+        for family in FAMILIES:
+            found = self._family(family)
+            for values, reading in readings:
+                for own, value in family.read(reading) if reading is not None else ():
+                    found.add_metric([*values, *own], float(value))
+            yield found
+
+    def _family(self, family: Family) -> Any:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
+        return kind(family.name, family.help, labels=[*self._names, *family.labels])
+
+
+class ProcessMetrics:
+    """A manager's metrics as counters and gauges of this process; an observer of the manager.
+
+    Counters of all processes are added up, gauges as their `Family.mode` says, unless labels tell them apart. So that a
+    process that has ended no longer counts, the application calls ``prometheus_client.multiprocess.mark_process_dead``.
+    """
+
+    def __init__(self, manager: Any, labels: Mapping[str, str], every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(f"every_n_steps={every_n_steps}: give at least 1")
+        names = tuple(sorted(labels))
+        self._manager = weakref.ref(manager)
+        self._values = tuple(str(labels[name]) for name in names)
+        self._every = every_n_steps
+        self._has_news = False
+        self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._series: dict[tuple[str, tuple[str, ...]], Any] = {}
+        if names not in _instruments:
+            _instruments[names] = _make_instruments(names)
+        self._instruments = _instruments[names]
+        manager.on_violation(self._note)
+        self.update()
+        atexit.register(_update_at_exit, weakref.ref(self))
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` has anything to do."""
+        return self._has_news or step % self._every == 0
+
+    def step(self, facts: StepFacts) -> None:
+        """Bring the metrics up to date."""
+        self.update()
+
+    def update(self) -> None:
+        """Bring the metrics up to date now."""
+        self._has_news = False
+        reading = _read(self._manager())
+        if reading is None:
+            return
+        for family in FAMILIES:
+            for own, value in family.read(reading):
+                self._set(family, own, float(value))
+
+    def _note(self, _violation: Any) -> None:
+        self._has_news = True
+
+    def _set(self, family: Family, own: tuple[str, ...], value: float) -> None:
+        key = (family.name, own)
+        series = self._series.get(key)
+        if series is None:
+            values, instrument = (*self._values, *own), self._instruments[family.name]
+            series = self._series[key] = instrument.labels(*values) if values else instrument
+        if not family.is_counter:
+            series.set(value)
+            return
+        before = self._counted.get(key, 0.0)
+        if value > before:  # a counter that fell was overwritten: the health check says so, here it stays
+            series.inc(value - before)
+            self._counted[key] = value
+
+
+def _make_instruments(names: tuple[str, ...]) -> dict[str, Any]:
+    client = _client()
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        labels = [*names, *family.labels]
+        # In no registry: the files are what is served, and both together would show everything twice.
+        if family.is_counter:
+            found[family.name] = client.Counter(family.name, family.help, labels, registry=None)
+        else:
+            mode: Any = family.mode
+            found[family.name] = client.Gauge(family.name, family.help, labels, registry=None, multiprocess_mode=mode)
+    return found
+
+
+def _update_at_exit(ref: weakref.ref[ProcessMetrics]) -> None:
+    metrics = ref()
+    if metrics is not None:
+        with suppress(Exception):  # the folder may be gone by now
+            metrics.update()
+
+
+def _read(manager: Any) -> Reading | None:
+    return None if manager is None else read_manager(manager)
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    for name in labels:
+        if not _LABEL.fullmatch(name) or name in _OWN_LABELS:
+            raise ConfigError(
+                f"label {name!r}: give letters, digits and _, and none of {', '.join(sorted(_OWN_LABELS))}"
+            )
+
+
+def _client() -> Any:
+    try:
+        import prometheus_client
+        import prometheus_client.values
+    except ImportError as error:
+        raise ConfigError('there is no package prometheus_client: pip install "kvcanary[metrics]"') from error
+    return prometheus_client
