@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from kvcanary.config import CanaryConfig
-from kvcanary.errors import BackendError, ConfigError, KvCanaryError, PhaseError, RankStalledError
+from kvcanary.errors import (
+    BackendError,
+    CanaryStalledError,
+    ConfigError,
+    KvCanaryError,
+    PhaseError,
+    RankStalledError,
+)
+from kvcanary.log_lines import line
 from kvcanary.observers.facts import StepFacts
 from kvcanary.observers.violations import ViolationObserver
 from kvcanary.reducers import AllreduceMax, make_reducer, wait_for
@@ -102,6 +111,8 @@ class RankAgreement:
         self.is_broken = False  #: a rank did not come: there are no more agreements, each rank is on its own
         self._violations: ViolationObserver | None = None
         self._raises = self._raises_stalls = self._is_closed = False
+        self._log_format = "text"
+        self._on_stall: Callable[[CanaryStalledError], None] | None = None
         self._lock = threading.Lock()  # violations are read by any thread
         self._news = 0  # the verdict word of what was seen since the last agreement was begun
         self._words = np.zeros(N_WORDS, np.int64)
@@ -121,8 +132,17 @@ class RankAgreement:
         return new_unique_id(backend)
 
     # ---- what the manager calls --------------------------------------------------------------------------------------
-    def attach(self, violations: ViolationObserver, config: CanaryConfig, n_steps: int) -> None:
+    def attach(
+        self,
+        violations: ViolationObserver,
+        config: CanaryConfig,
+        n_steps: int,
+        on_stall: Callable[[CanaryStalledError], None] | None = None,
+    ) -> None:
         """Begin, after so many steps with a forward; `CanaryManager.attach_agreement` calls it.
+
+        Args:
+            on_stall: told of a rank that did not come, before it is raised or logged.
 
         Raises:
             PhaseError: it is attached, or closed.
@@ -131,6 +151,7 @@ class RankAgreement:
             raise PhaseError("this RankAgreement is attached already, or closed: make one per manager, on all ranks")
         self._violations, self._base = violations, n_steps
         self._raises, self._raises_stalls = config.mode == "raise", config.health_raises
+        self._log_format, self._on_stall = config.log_format, on_stall
         violations.raises_when_agreed = True
         violations.on_violation(self._note)
 
@@ -261,22 +282,22 @@ class RankAgreement:
         )
         if self._raises:
             return self._violations.take_agreed(text)
-        logger.warning("[canary] %s", text)
+        fields = {"step": step, "severity": verdict.severity.name, "rank": verdict.rank, "first_step": verdict.step}
+        fields |= {"reasons": verdict.reasons.names(), "n_ranks": self.n_ranks}
+        logger.warning("%s", line(self._log_format, logging.WARNING, "agreement", f"[canary] {text}", fields))
         return None
 
     def _compare(self, most: StepCount, fewest: StepCount) -> None:
         """Ranks with other numbers of steps are told once, and again when the difference changes."""
         mismatch = (most.n - fewest.n, most.rank, fewest.rank) if most.n != fewest.n else (0, 0, 0)
         if mismatch[0] and mismatch != self._mismatch:
-            logger.error(
-                "[canary] the ranks count other steps: rank %d is at %d with a forward, rank %d at %d. They would not "
-                "raise at the same step of the engine: end every step on all ranks, mark steps without a forward idle, "
-                "and attach the agreement at the same point, with the same every=",
-                most.rank,
-                most.n,
-                fewest.rank,
-                fewest.n,
+            text = (
+                f"[canary] the ranks count other steps: rank {most.rank} is at {most.n} with a forward, rank "
+                f"{fewest.rank} at {fewest.n}. They would not raise at the same step of the engine: end every step on "
+                "all ranks, mark steps without a forward idle, and attach the agreement at the same point"
             )
+            fields = {"most": most.n, "most_rank": most.rank, "fewest": fewest.n, "fewest_rank": fewest.rank}
+            logger.error("%s", line(self._log_format, logging.ERROR, "rank_steps", text, fields))
         self._mismatch = mismatch
 
     def _stalled(self, step: int) -> KvCanaryError | None:
@@ -294,7 +315,10 @@ class RankAgreement:
         )
         with suppress(Exception):
             self._reducer.abort()
+        if self._on_stall is not None:
+            self._on_stall(error)
         if self._raises_stalls:
             return error
-        logger.error("%s", error)
+        fields = {"step": step, "rank": self.rank, "n_ranks": self.n_ranks}
+        logger.error("%s", line(self._log_format, logging.ERROR, "rank_stall", str(error), fields))
         return None

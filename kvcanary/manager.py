@@ -575,7 +575,8 @@ class CanaryManager(MoveCalls):
         """
         if self._backend is not None:
             self._phases.need_outside_forward("attach_agreement()")
-            agreement.attach(self._violations, self.config, self._n_counted_steps)
+            on_stall = self._box.stall if self._box is not None else None
+            agreement.attach(self._violations, self.config, self._n_counted_steps, on_stall)
             self._agreement = agreement
             self._observers = (self._violations, agreement, *self._observers[1:])
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tracemalloc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from kvcanary import (
     Reason,
     Severity,
 )
+from kvcanary.cli import main
 
 EVERY, WITHIN = 8, 3
 
@@ -215,6 +218,31 @@ def test_a_stall_is_only_logged_where_the_health_policy_says_so(caplog: pytest.L
         run([first], 3 * EVERY)
     assert not first.raised
     assert [r.levelname for r in caplog.records if "did not come to the agreement" in r.message] == ["ERROR"]
+
+
+def test_lines_are_objects_where_the_log_is_json(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = ranks = pair(mode="log", log_format="json")
+    run(ranks, 3)
+    second.flip()
+    with caplog.at_level(logging.WARNING, "kvcanary"):
+        run(ranks, EVERY + WITHIN - 3)
+        run([first], 2 * EVERY)
+    told = [json.loads(r.message) for r in caplog.records]
+    agreed = [object_ for object_ in told if object_["event"] == "agreement"]
+    assert len(agreed) == 2 and {(a["rank"], a["severity"], *a["reasons"]) for a in agreed} == {(1, "READ", "DATA")}
+    (stall,) = (object_ for object_ in told if object_["event"] == "rank_stall")
+    assert (stall["rank"], stall["level"], stall["step"]) == (0, "ERROR", 2 * EVERY + WITHIN)
+
+
+def test_a_rank_that_does_not_come_is_in_the_black_box(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    box = tmp_path / "box.jsonl"
+    first, _second = (Rank(agreement, black_box_path=str(box)) for agreement in Group().make())
+    run([first], EVERY + WITHIN)
+    first.manager.close()
+    assert main(["explain", str(box)]) in (0, 1)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"1 report of the ranks, from step {EVERY + WITHIN} on" in told
+    assert "rank 1 did not come to the agreement" in told and "look at its process and its log" in told
 
 
 def test_a_communicator_that_fails_is_told_when_the_agreement_is_required() -> None:
