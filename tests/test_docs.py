@@ -9,13 +9,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from docs_blocks import DOCS, FRAGMENT, ROOT, Block, blocks_of, missing, needs_of, pages
 
 import kvcanary
-from kvcanary import Reason, errors
+from kvcanary import Reason, errors, layouts
 from kvcanary.cli import main
 
 if not DOCS.is_dir():
@@ -145,6 +146,12 @@ def test_every_public_name_is_in_the_reference() -> None:
     listed = set(re.findall(r"^::: kvcanary\.(\w+)", text, re.MULTILINE))
     in_errors = set(vars(errors)) if "errors" in listed else set()
     assert set(kvcanary.__all__) <= listed | in_errors
+
+
+def test_every_layout_of_an_engine_is_in_the_docs() -> None:
+    text = (DOCS / "layouts.md").read_text()
+    modules = {name for name in layouts.__all__ if isinstance(getattr(layouts, name), ModuleType)}
+    assert set(re.findall(r"^::: kvcanary\.layouts\.(\w+)", text, re.MULTILINE)) == modules
 
 
 def test_settings_named_in_the_docs_exist() -> None:
