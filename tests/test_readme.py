@@ -144,7 +144,8 @@ def test_the_metrics_are_served_as_it_says(monkeypatch: pytest.MonkeyPatch) -> N
         client, "start_http_server", lambda port: servers.append(start(0, addr="127.0.0.1", registry=registry))
     )
     servers: list[Any] = []
-    exec(METRICS, {"manager": run(tamper_at=20)})
+    manager = run(tamper_at=20)  # held here: the metrics hold it weakly
+    exec(METRICS, {"manager": manager})
     ((server, thread),) = servers
     try:
         with urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=10) as answer:
