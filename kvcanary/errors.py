@@ -33,7 +33,10 @@ class KvCanaryError(RuntimeError):
 
 
 class KvCanaryViolation(KvCanaryError):
-    """The KV cache is corrupt; ``violations`` holds the new records of this step, oldest first."""
+    """The KV cache is corrupt; ``violations`` holds the new records of this step, oldest first.
+
+    With a `RankAgreement` all ranks raise it: those that have seen nothing themselves with no records.
+    """
 
     def __init__(self, message: str, violations: Sequence[Violation] = ()) -> None:
         super().__init__(message)

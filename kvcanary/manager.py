@@ -276,6 +276,7 @@ class CanaryManager(MoveCalls):
 
         Raises:
             KvCanaryViolation: mode "raise" and new violations. CanaryStalledError: the guard stopped running.
+            RankStalledError: another rank did not come to an agreement (`attach_agreement`).
         """
         if self._backend is None:
             return
