@@ -8,6 +8,7 @@ from kvcanary.batch import StepBatch
 from kvcanary.bundle import SlotBundle
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
+from kvcanary.embedding import CanaryGraphs
 from kvcanary.errors import (
     BackendError,
     BatchError,
@@ -49,6 +50,7 @@ __all__ = [
     "CanaryConfig",
     "CanaryCounterError",
     "CanaryDeviceState",
+    "CanaryGraphs",
     "CanaryLaunchTag",
     "CanaryManager",
     "CanaryStalledError",

@@ -1,25 +1,23 @@
-"""Arrays and streams of any library, resolved to addresses; nothing is copied, synchronised or imported for it.
-
-(One import, and that at use: a CUDA array that speaks nothing but DLPack is read through ``cuda.core``.)
-"""
+"""Arrays and streams of any library, resolved to addresses; nothing is copied, synchronised or imported for it."""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvcanary import dlpack
 from kvcanary.errors import KvCanaryError
 
 _DEVICE = re.compile(r"cpu|cuda:\d+")
 _DLPACK_HOST, _DLPACK_CUDA = (1, 3), (2, 13)  # DLDeviceType: CPU and pinned host memory; CUDA and managed memory
-_NO_SYNC = -1  # the DLPack stream that asks the exporter for no synchronisation
+_PACKED = ("int2", "uint2", "int4", "uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")  # XLA's, on a device
 _MAX_ADDRESS = 1 << 64
 
 
@@ -161,9 +159,17 @@ def _resolve(obj: Any) -> ArrayView:
         return _from_numpy(obj, obj)
     if isinstance(obj, tuple):
         return _from_raw(obj)
+    refused: Exception | None = None
     for attributes, reader in _READERS:
-        if all(getattr(obj, a, None) is not None for a in attributes):
-            return reader(obj)
+        try:
+            if not all(getattr(obj, a, None) is not None for a in attributes):
+                continue
+        except Exception as error:  # noqa: BLE001  an interface that refuses this array; another one may not
+            refused = error
+            continue
+        return reader(obj)
+    if refused is not None:
+        raise refused
     raise _Unusable(
         f"{type(obj).__name__} is no array; give a NumPy, CuPy, torch or JAX array, an object with "
         "__cuda_array_interface__ or __dlpack__, or (pointer, shape, strides, itemsize, device)"
@@ -220,7 +226,7 @@ def _from_torch(tensor: Any) -> ArrayView:
         dtype=dtype,
         owner=tensor,
     )
-    return _with_host(view, dtype if dtype in np.sctypeDict else f"V{itemsize}")
+    return _with_host(view, _host_dtype(view))
 
 
 def _from_jax(array: Any) -> ArrayView:
@@ -232,6 +238,8 @@ def _from_jax(array: Any) -> ArrayView:
         raise _Unusable(f"on platform {devices[0].platform!r}; give an array in cpu or cuda memory")
     ordinal = getattr(devices[0], "local_hardware_id", None)
     dtype = np.dtype(array.dtype)
+    if dtype.name in _PACKED:
+        raise _Unusable(f"{dtype.name} elements share bytes; give the bytes, as uint8 (jax.lax.bitcast_convert_type)")
     view = ArrayView(
         pointer=int(array.unsafe_buffer_pointer()),
         shape=tuple(array.shape),
@@ -242,7 +250,7 @@ def _from_jax(array: Any) -> ArrayView:
         readonly=True,
         owner=array,
     )
-    return _with_host(view, dtype)
+    return _with_host(view, _host_dtype(view))
 
 
 def _jax_strides(array: Any, itemsize: int) -> tuple[int, ...]:
@@ -260,6 +268,9 @@ def _from_cuda_array_interface(obj: Any) -> ArrayView:
     if exported.get("mask") is not None:
         raise _Unusable("a masked array; give the array without its mask")
     dtype = np.dtype(exported["typestr"])
+    own = getattr(obj, "dtype", None) if dtype.kind == "V" else None  # the protocol has no bfloat16 and no float8
+    if isinstance(own, np.dtype) and own.itemsize == dtype.itemsize:
+        dtype = own
     shape, strides = tuple(exported["shape"]), exported.get("strides")
     pointer, readonly = exported["data"]
     return ArrayView(
@@ -288,27 +299,21 @@ def _cuda_ordinal(obj: Any) -> int:
 
 def _from_dlpack(obj: Any) -> ArrayView:
     kind, ordinal = (int(i) for i in obj.__dlpack_device__())
-    if kind in _DLPACK_HOST:
-        return _from_numpy(np.from_dlpack(obj), obj)
-    if kind not in _DLPACK_CUDA:
+    if kind not in (*_DLPACK_HOST, *_DLPACK_CUDA):
         raise _Unusable(f"DLPack device type {kind}; give an array in cpu or cuda memory")
-    try:
-        utils = import_module("cuda.core.utils")
-    except ImportError:
-        raise _Unusable("reading a CUDA array through DLPack needs cuda-core: pip install 'kvcanary[cuda13]'") from None
-    view = utils.StridedMemoryView.from_any_interface(obj, stream_ptr=_NO_SYNC)
-    dtype, shape = np.dtype(view.dtype), tuple(view.shape)
-    strides = contiguous_strides(shape, 1) if view.strides is None else tuple(view.strides)
-    return ArrayView(
-        pointer=int(view.ptr),
-        shape=shape,
-        strides=tuple(s * dtype.itemsize for s in strides),
-        itemsize=dtype.itemsize,
-        device=f"cuda:{ordinal}",
-        dtype=_dtype_name(dtype),
-        readonly=bool(view.readonly),
-        owner=(obj, view),
+    found = dlpack.describe(obj, is_host=kind in _DLPACK_HOST)
+    strides = contiguous_strides(found.shape, 1) if found.strides is None else found.strides
+    view = ArrayView(
+        pointer=found.pointer if math.prod(found.shape) else 0,
+        shape=found.shape,
+        strides=tuple(s * found.itemsize for s in strides),
+        itemsize=found.itemsize,
+        device="cpu" if kind in _DLPACK_HOST else f"cuda:{ordinal}",
+        dtype=found.dtype,
+        readonly=found.readonly or getattr(obj, "writeable", True) is False,
+        owner=(obj, found.capsule),
     )
+    return _with_host(view, _host_dtype(view))
 
 
 _READERS: tuple[tuple[tuple[str, ...], Callable[[Any], ArrayView]], ...] = (
@@ -317,6 +322,12 @@ _READERS: tuple[tuple[tuple[str, ...], Callable[[Any], ArrayView]], ...] = (
     (("__cuda_array_interface__",), _from_cuda_array_interface),
     (("__dlpack__", "__dlpack_device__"), _from_dlpack),
 )
+
+
+def _host_dtype(view: ArrayView) -> str:
+    """What NumPy calls the elements: their bytes where it has no such type of its own (ml_dtypes registers more)."""
+    is_own = view.dtype in np.sctypeDict and np.dtype(view.dtype).isbuiltin == 1
+    return view.dtype if is_own else f"V{view.itemsize}"
 
 
 def _with_host(view: ArrayView, dtype: npt.DTypeLike) -> ArrayView:
@@ -340,7 +351,8 @@ def stream_pointer(stream: Any, error: type[KvCanaryError] = KvCanaryError) -> i
 
     Args:
         stream: None, an integer, an object with ``__cuda_stream__`` (cuda.core streams and graph builders, CuPy, warp,
-            numba, torch), or one with ``ptr``, ``cuda_stream`` or ``handle``.
+            numba, torch), or one with ``ptr``, ``cuda_stream`` or ``handle``, or that is an integer by ``__index__``
+            (the handles of cuda.bindings, older ones too).
     """
     pointer: Any = stream
     protocol = getattr(stream, "__cuda_stream__", None)
@@ -348,7 +360,8 @@ def stream_pointer(stream: Any, error: type[KvCanaryError] = KvCanaryError) -> i
         pointer = (protocol() if callable(protocol) else protocol)[1]
     elif stream is not None and not _is_int(stream):
         found = (getattr(stream, name, None) for name in ("ptr", "cuda_stream", "handle"))
-        pointer = next((p for p in found if p is not None), "")
+        is_handle = hasattr(stream, "__index__") and not isinstance(stream, bool)
+        pointer = next((p for p in found if p is not None), operator.index(stream) if is_handle else "")
     pointer = getattr(pointer, "value", pointer)  # numba's handle is a ctypes pointer
     try:
         address = int(pointer or 0) if pointer != "" else -1

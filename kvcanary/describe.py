@@ -152,6 +152,8 @@ def _pool_lines(
     if blocks is not None:
         live, shared, free = blocks
         lines.append(f"  blocks: {live} held, {shared} of them shared, {free} free or cached")
+    if pool.may_alias:
+        lines.append("  shares memory with other pools: bytes are judged as long as somebody holds the block")
     if not n_digests:
         lines.append("  off: DATA (real_data='none', or no planes): damaged bytes are not seen")
     return lines

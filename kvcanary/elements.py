@@ -44,6 +44,7 @@ ELEMENTS: dict[str, Element] = {
         _ieee("float8_e5m2", 1, 0x7C, 0x3),
         _ieee("float8_e4m3", 1, 0x78, 0x7),
         Element("float8_e4m3fn", 1, 0x7F, 0x7F, 0),  # NaN is 0x7F and 0xFF; there is no Inf
+        Element("float8_e8m0fnu", 1, 0xFF, 0xFF, 0),  # scales: powers of two and one NaN
         *(Element(f"float8_{kind}fnuz", 1, 0xFF, 0x80, 0) for kind in ("e4m3", "e4m3b11", "e5m2")),  # NaN is 0x80
     )
 }

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, VERIFY_UNIT, zeros_of
 from kvcanary.arrays import ArrayView, host_array, view_of
 from kvcanary.errors import LayoutError
+from kvcanary.overlap import Placed, overlapping
 from kvcanary.planes import Plane, axes_of, blocks_that_fit, check_addresses, plane_address
 from kvcanary.tags import Half, PoolKind
 
@@ -51,6 +52,7 @@ class KvPool:
         reserved_blocks: blocks that hold no request's data (the null block, padding): at most 8.
         token_offset: token that position p holds is the request's token p + token_offset (EAGLE draft pools).
         slot_lut: i64[n_full] from the slot in the batch's tables to the slot here; negative or reserved = evicted.
+        may_alias: whether its bytes may also be another pool's, at other times; needs ``lifecycle``.
         expected_every_step: whether a step without a launch for this pool counts as a stalled guard.
 
     Raises:
@@ -66,6 +68,7 @@ class KvPool:
     reserved_blocks: tuple[int, ...] = (0,)
     token_offset: int = 0
     slot_lut: Any = None
+    may_alias: bool = False
     expected_every_step: bool = True
     ring_length: int = 0
     sink: int = 0
@@ -92,6 +95,7 @@ class KvPool:
         self._check_arrays()
         for plane in self.planes:
             check_addresses(plane, self.n_blocks, self.page_size)
+        self.check_overlaps()
 
     # ---- derived -----------------------------------------------------------------------------------------------------
     @property
@@ -246,6 +250,16 @@ class KvPool:
                     f"{MAX_PLANE_BYTES} are allowed: split it into planes by its chunks, or use real_data='partial'"
                 )
 
+    def check_overlaps(self) -> None:
+        """LayoutError if two planes share a byte."""
+        placed = [Placed(plane, self.n_blocks, self.page_size) for plane in self.planes]
+        for first, second in overlapping(placed, in_one_pool=True):
+            a, b = first.plane, second.plane
+            begin = " and begin at the same byte" if _first_byte(a) == _first_byte(b) else ""
+            raise self._error(
+                f"{a.label} and {b.label} share bytes{begin}: give shared memory once, and check offsets and strides"
+            )
+
     def _error(self, text: str) -> LayoutError:
         return LayoutError(f"pool {self.name!r}: {text}")
 
@@ -296,16 +310,12 @@ class KvPool:
                 )
 
     def _check_arrays(self) -> None:
-        first: dict[int, Plane] = {}
         for plane in self.planes:
             if plane.view.device != self.device:
                 raise self._error(
                     f"{self.planes[0].label} is on {self.device}, {plane.label} on {plane.view.device}: "
                     "one pool lies on one device, make a pool per device"
                 )
-            twin = first.setdefault(plane.view.pointer + plane.offset, plane)
-            if twin is not plane:
-                raise self._error(f"{twin.label} and {plane.label} begin at the same byte: give shared memory once")
         lut = self.lut_view
         if lut is None:
             return
@@ -313,3 +323,7 @@ class KvPool:
             raise self._error(f"slot_lut is {lut.dtype}{list(lut.shape)}: give a contiguous int64[n_full]")
         if self.device is not None and lut.device != self.device:
             raise self._error(f"slot_lut is on {lut.device}, the planes on {self.device}: put it beside them")
+
+
+def _first_byte(plane: Plane) -> int:
+    return plane.view.pointer + plane.offset

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvcanary import abi, hashing
 from kvcanary.agreement import RankAgreement
+from kvcanary.aliasing import check_overlaps
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.black_box import BlackBox, open_black_box
@@ -22,6 +23,7 @@ from kvcanary.construct import check_arguments, check_capacities, choose_backend
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
+from kvcanary.embedding import EmbedCalls
 from kvcanary.errors import BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
@@ -56,7 +58,7 @@ class _Bound(NamedTuple):
     batches: list[BoundBatch]
 
 
-class CanaryManager(MoveCalls):
+class CanaryManager(MoveCalls, EmbedCalls):
     """Guards the KV pools of one engine process.
 
     Args:
@@ -104,6 +106,7 @@ class CanaryManager(MoveCalls):
             self._lifecycle = Lifecycle()
             return
         check_capacities(self.pools, max_requests, max_new_tokens)
+        check_overlaps(self.pools, config)
         kind = backend if callable(backend) else choose_backend(backend, self.pools)
         device_kind = "cpu" if kind == "host" else "cuda"
         for pool in self.pools:

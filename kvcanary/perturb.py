@@ -112,6 +112,10 @@ class Perturber:
         """This is the batch of the forward at hand, until another comes; it is not kept alive."""
         self._batch = weakref.ref(batch)
 
+    def rebind(self, pools: Sequence[KvPool]) -> None:
+        """The pools lie in other arrays from now on."""
+        self._pools = pools
+
     @property
     def batch(self) -> StepBatch | None:
         """The batch that came last, if somebody still holds it."""

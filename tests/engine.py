@@ -25,6 +25,7 @@ class ToyEngine:
         self.history = np.full((max_requests, MAX_LEN), -1, np.int32)
         self.pool: KvPool = layouts.nhd(k=self.k, v=self.v, page_size=PAGE)
         self.config: CanaryConfig = full_config(**config)
+        self.backend = backend
         self.manager = CanaryManager(self.config, [self.pool], max_requests, 64, backend)
 
     def batch(self, *rows: tuple[int, int, int], **overrides: Any) -> StepBatch:

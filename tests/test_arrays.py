@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvcanary import dlpack
 from kvcanary.arrays import ArrayView, contiguous_strides, host_array, stream_pointer, view_of
 from kvcanary.errors import BatchError, KvCanaryError, LayoutError
 
@@ -142,8 +143,8 @@ def test_dlpack_of_host_memory(kind: int) -> None:
     array = np.arange(6, dtype=np.float32)
     exporter = HostDlpack(array, kind)
     view = view_of(exporter)
-    assert (view.pointer, view.device, view.dtype, view.owner) == (array.ctypes.data, "cpu", "float32", exporter)
-    assert set(exporter.streams) == {None}
+    assert (view.pointer, view.device, view.dtype) == (array.ctypes.data, "cpu", "float32")
+    assert view.owner[0] is exporter and set(exporter.streams) == {None}
 
 
 # ---- device arrays ---------------------------------------------------------------------------------------------------
@@ -194,23 +195,75 @@ def test_raw_tuples() -> None:
     assert summary(view_of((ADDRESS, [2], [64], 1, "cuda:1"))) == (ADDRESS, (2,), (64,), 1, "cuda:1", "", False)
 
 
-def test_cuda_dlpack_is_read_without_synchronising(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_cuda_dlpack_is_read_without_synchronising_and_without_a_library() -> None:
+    array = np.arange(12, dtype=np.int16).reshape(3, 4)[:, ::2]
+    exporter = HostDlpack(array, kind=2)
+    assert summary(view_of(exporter)) == (array.ctypes.data, (3, 2), (8, 4), 2, "cuda:2", "int16", False)
+    assert exporter.streams == [-1]
 
-    class StridedMemoryView:
-        ptr, shape, strides, dtype, readonly = ADDRESS, (2, 3), None, np.dtype(np.int32), True
 
-        @classmethod
-        def from_any_interface(cls, obj: Any, stream_ptr: int) -> StridedMemoryView:
-            asked.append(stream_ptr)
-            return cls()
+class Versioned(HostDlpack):
+    """One that speaks the versioned protocol; ``spoil`` changes what the capsule says."""
 
-    monkeypatch.setitem(sys.modules, "cuda.core.utils", SimpleNamespace(StridedMemoryView=StridedMemoryView))
-    view = view_of(HostDlpack(None, kind=2))
-    assert summary(view) == (ADDRESS, (2, 3), (12, 4), 4, "cuda:2", "int32", True) and asked == [-1]
-    monkeypatch.setitem(sys.modules, "cuda.core.utils", None)
-    with pytest.raises(KvCanaryError, match=r"pip install 'kvcanary\[cuda13\]'"):
-        view_of(HostDlpack(None, kind=2))
+    def __init__(self, array: Any, kind: int = 1, **spoil: int) -> None:
+        super().__init__(array, kind)
+        self._spoil = spoil
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
+        assert max_version == (1, 0)
+        capsule = self._array.__dlpack__(max_version=max_version)
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+        managed = dlpack._Versioned.from_address(pointer(capsule, b"dltensor_versioned"))
+        for name, value in self._spoil.items():
+            setattr(managed if hasattr(managed, name) else managed.tensor, name, value)
+        return capsule
+
+
+@pytest.mark.parametrize(
+    ("code", "bits", "name"), [(4, 16, "bfloat16"), (10, 8, "float8_e4m3fn"), (2, 16, "float16"), (6, 8, "bool")]
+)
+def test_dlpack_names_every_element_type(code: int, bits: int, name: str) -> None:
+    array = np.zeros((3, 4), f"u{bits // 8}")
+    for kind, device in ((1, "cpu"), (13, "cuda:2")):
+        view = view_of(Versioned(array, kind, code=code))
+        assert summary(view) == (array.ctypes.data, (3, 4), array.strides, bits // 8, device, name, False)
+        assert (view.host is not None) == (kind == 1)
+    assert view_of(Versioned(array, flags=1)).readonly
+
+
+def test_a_dlpack_capsule_is_held_as_long_as_the_view_and_no_longer() -> None:
+    array = np.arange(6)
+    n = sys.getrefcount(array)
+    view = view_of(HostDlpack(array, kind=2))
+    assert sys.getrefcount(array) > n + 1  # the exporter's and the capsule's
+    del view
+    gc.collect()
+    assert sys.getrefcount(array) == n
+
+
+def test_an_interface_that_refuses_leaves_the_word_to_the_next() -> None:
+    class Buffer(HostDlpack):  # as JAX hands them to a callback on the CPU
+        writeable = False
+
+        @property
+        def __cuda_array_interface__(self) -> Any:
+            raise RuntimeError("no GPU context")
+
+    array = np.arange(6)
+    view = view_of(Buffer(array))
+    assert (view.pointer, view.readonly) == (array.ctypes.data, True)
+
+
+def test_bfloat16_of_cupy_is_named_by_its_dtype() -> None:
+    class Bfloat16:  # as ml_dtypes registers it
+        name, itemsize = "bfloat16", 2
+
+    array = interface(typestr="<V2")
+    array.dtype = np.dtype("<f2")  # what stands in for ml_dtypes.bfloat16
+    assert view_of(array).dtype == "float16"
+    array.dtype = Bfloat16()
+    assert view_of(array).dtype == "void16", "only a dtype of NumPy's is believed"
 
 
 def test_no_gpu_library_is_imported() -> None:
@@ -236,6 +289,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "tpu": ((ADDRESS, (3,), None, 1, "tpu:0"), "device 'tpu:0': give 'cpu' or 'cuda:N'"),
     "meta tensor": (Torch("int32", 4, "meta", None), "give an array in cpu or cuda memory"),
     "JAX on TPU": (Jax("tpu"), "on platform 'tpu'; give an array"),
+    "a copy": (Versioned(np.zeros(3), flags=2), "it exports a copy"),
+    "DLPack int4": (Versioned(np.zeros(3, np.uint8), bits=4), "elements of 4 bits x 1: give the bytes"),
+    "DLPack 2": (Versioned(np.zeros(3), major=2), r"DLPack 2\.0; version 1 is understood"),
+    "no capsule": (SimpleNamespace(__dlpack__=lambda **_: 3, __dlpack_device__=lambda: (1, 0)), "gave a int, no"),
     "sharded": (Jax(n_devices=2), "sharded over 2 devices; give the addressable shard"),
     "masked": (interface(mask=interface()), "give the array without its mask"),
     "DLPack on ROCm": (HostDlpack(None, kind=10), "DLPack device type 10; give an array"),
@@ -253,7 +310,15 @@ def test_refused(case: str, error: type[KvCanaryError]) -> None:
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------------
+class Handle:
+    """As `cuda.bindings.driver.CUstream` of CUDA 12."""
+
+    def __index__(self) -> int:
+        return ADDRESS
+
+
 STREAMS: dict[str, tuple[Any, int]] = {
+    "cuda.bindings": (Handle(), ADDRESS),
     "none": (None, 0),
     "address": (ADDRESS, ADDRESS),
     "NumPy integer": (np.uint64(7), 7),
@@ -281,6 +346,32 @@ def test_no_stream(stream: Any) -> None:
 
 
 # ---- the libraries themselves ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float16", "uint8"])
+def test_torch_tensors_in_host_memory(dtype: str) -> None:
+    torch = pytest.importorskip("torch", reason="no torch: pip install torch")
+    whole = torch.zeros((4, 6), dtype=torch.uint8).to(getattr(torch, dtype))
+    tensor = whole.t()
+    view, n = view_of(tensor), tensor.element_size()
+    assert summary(view) == (tensor.data_ptr(), (6, 4), (n, 6 * n), n, "cpu", dtype, False)
+    whole.view(torch.uint8)[0, 0] = 7
+    assert view.host is not None and view.host.T.tobytes()[0] == 7
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e5m2", "float32"])
+def test_jax_arrays_in_host_memory(dtype: str) -> None:
+    jax = pytest.importorskip("jax", reason="no JAX: pip install jax")
+    with jax.default_device(jax.devices("cpu")[0]):
+        array = jax.numpy.ones((4, 6), dtype)
+    view = view_of(array)
+    assert summary(view)[1:] == ((4, 6), (6 * array.itemsize, array.itemsize), array.itemsize, "cpu", dtype, True)
+    assert view.host is not None and view.host.tobytes() == np.asarray(array).tobytes()
+    array.delete()
+    with pytest.raises(KvCanaryError, match="Array has been deleted"):
+        view_of(array)
+    with pytest.raises(KvCanaryError, match="int4 elements share bytes"):
+        view_of(jax.numpy.ones((4, 6), "int4"))
+
+
 @pytest.mark.gpu
 def test_cupy_arrays_and_streams() -> None:
     cupy = importlib.import_module("cupy")
@@ -328,3 +419,44 @@ def test_torch_tensors(dtype: str) -> None:
     assert summary(view) == (tensor.data_ptr(), (6, 4), (n, 6 * n), n, "cuda:0", dtype, False)
     stream = torch.cuda.Stream()
     assert stream_pointer(stream) == stream.cuda_stream
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int32"])
+def test_jax_arrays_and_callback_buffers_on_a_gpu(dtype: str) -> None:
+    jax = pytest.importorskip("jax", reason="no JAX: pip install 'jax[cuda13]'")
+    buffer_callback = importlib.import_module("jax.experimental.buffer_callback").buffer_callback
+    if jax.default_backend() != "gpu":
+        pytest.skip("JAX sees no GPU: pip install 'jax[cuda13]'")
+    array = jax.numpy.ones((4, 6), dtype)
+    n, pointer = array.itemsize, array.unsafe_buffer_pointer()
+    assert summary(view_of(array)) == (pointer, (4, 6), (6 * n, n), n, "cuda:0", dtype, True)
+    seen = []
+
+    def callback(context: Any, out: Any, given: Any) -> None:
+        seen.extend([view_of(out), view_of(given), context.stream])
+
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    result = jax.jit(buffer_callback(callback, shape, input_output_aliases={0: 0}))(array)
+    assert result.block_until_ready().shape == (4, 6)
+    for view in seen[:2]:
+        assert (view.shape, view.strides, view.device) == ((4, 6), (6 * n, n), "cuda:0") and view.pointer
+    assert stream_pointer(seen[2]) > 0
+
+
+@pytest.mark.gpu
+def test_numba_arrays_and_streams() -> None:
+    cuda = pytest.importorskip("numba.cuda", reason="no numba-cuda: pip install numba-cuda")
+    array = cuda.to_device(np.arange(12, dtype=np.int16).reshape(3, 4))
+    pointer = array.device_ctypes_pointer.value
+    assert summary(view_of(array)) == (pointer, (3, 4), (8, 2), 2, "cuda:0", "int16", False)
+    stream = cuda.stream()
+    assert stream_pointer(stream) == stream.__cuda_stream__()[1] and stream_pointer(cuda.default_stream()) in (0, 1)
+
+
+@pytest.mark.gpu
+def test_bfloat16_of_cupy() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="no ml_dtypes: pip install ml_dtypes")
+    cupy = importlib.import_module("cupy")
+    view = view_of(cupy.zeros((3, 4), ml_dtypes.bfloat16))
+    assert (view.strides, view.dtype) == ((8, 2), "bfloat16")

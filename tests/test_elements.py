@@ -18,6 +18,7 @@ HALVES = np.arange(1 << 16, dtype=np.uint16)
 # What the formats' papers say, spelled out.
 SPECIAL_BYTES = {
     "float8_e4m3fn": {0x7F, 0xFF},
+    "float8_e8m0fnu": {0xFF},
     "float8_e4m3fnuz": {0x80},
     "float8_e4m3b11fnuz": {0x80},
     "float8_e5m2fnuz": {0x80},

@@ -96,7 +96,7 @@ def test_the_layouts_are_there_and_described(capsys: pytest.CaptureFixture[str])
     assert names["pool"].n_blocks == 9
     assert capsys.readouterr().out.startswith("pool 'full' (FULL): 9 blocks of 16 slots, 1 layer")
     for path in re.findall(
-        r"`((?:[a-z]+_?[a-z]+)\.[a-z0-9_]+)`", TEXT[TEXT.index("| `layouts.` |") : TEXT.index("## Moves")]
+        r"`((?:[a-z]+_?[a-z]+)\.[a-z0-9_]+)`", TEXT[TEXT.index("| `layouts.` |") : TEXT.index("## In your stack")]
     ):
         module, name = path.split(".")
         assert callable(getattr(getattr(layouts, module), name)), path

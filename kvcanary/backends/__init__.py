@@ -16,6 +16,7 @@ from kvcanary import abi
 from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.deferred import Staging
+from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
 from kvcanary.state import CanaryDeviceState
 
@@ -55,6 +56,15 @@ class ProbeTarget:
         return row
 
 
+class CapturedGraph(Protocol):
+    """A CUDA graph that was captured; destroyed with `close`, or when nobody holds it any more."""
+
+    handle: int  #: CUgraph
+
+    def close(self) -> None:
+        """Destroy it; a second time does nothing."""
+
+
 class Backend(Protocol):
     """Everything the manager asks of a device. ``stream`` is whatever the engine handed in.
 
@@ -76,6 +86,9 @@ class Backend(Protocol):
     def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
         """Between `head` and `tail`: verify the data of one layer of the prefixes of pending rows; may be captured."""
 
+    def graphs(self, calls: Sequence[BoundCall]) -> tuple[CapturedGraph, CapturedGraph]:
+        """`head` and `tail` of a forward, captured on a stream of the backend's own; CaptureError without graphs."""
+
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         """Check resident slots; False if the last sweep's lists are still being copied, so that nothing was done."""
 
@@ -90,6 +103,9 @@ class Backend(Protocol):
 
     def shadow_arrays(self, pool: int) -> dict[str, Any]:
         """The guard's own arrays of a pool, in place: u8[n_slots, 32] per stamp plane, u64[n_slots] per digest."""
+
+    def rebind(self, pool: int, kv: KvPool, stream: Any) -> None:
+        """Look for a pool's planes in the arrays of ``kv`` (the same geometry), from here on ``stream`` on."""
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         """Stop or resume judging, from the next forward on ``stream`` on."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.lending import Lender
+from kvcanary.backends.whose import check_devices, foreign_context
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging, Words
 from kvcanary.errors import BackendError, BatchError
@@ -35,8 +37,9 @@ def make_cuda_backend(
     Raises:
         BackendError: no driver, no CuPy or cuda.core, kernels that do not compile, or not enough memory.
     """
-    device = next((int(p.device.split(":")[1]) for p in pools if p.device), None)
-    driver = CudaDriver(device)
+    check_driver()
+    check_devices(pools)
+    driver = make_driver(pools)
     try:
         with driver.current():
             return DeviceBackend("cuda", driver, config, pools, max_requests, max_new_tokens)
@@ -45,6 +48,16 @@ def make_cuda_backend(
         raise BackendError(
             f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes"
         ) from error
+
+
+def make_driver(pools: Sequence[KvPool]) -> CudaDriver:
+    """The driver in the context that the pools lie in: mostly the primary one of their device."""
+    context = foreign_context(pools)
+    if context is None:
+        return CudaDriver(next((int(p.device.split(":")[1]) for p in pools if p.device), None))
+    from kvcanary.backends.context import ContextDriver
+
+    return ContextDriver(context)
 
 
 def check_driver() -> None:
@@ -79,6 +92,19 @@ class _Handle:
         return 0, self._pointer
 
 
+class CudaGraph:
+    """`kvcanary.backends.CapturedGraph`: a handle and whoever destroys it."""
+
+    def __init__(self, handle: int, destroy: Callable[[int], Any]) -> None:
+        self.handle = handle
+        self._finalizer = weakref.finalize(self, destroy, handle)
+        self._finalizer.atexit = False  # the driver may be gone by then
+
+    def close(self) -> None:
+        self._finalizer()
+        self.handle = 0
+
+
 class CudaDriver:
     """`kvcanary.backends.device.Driver` on one GPU, in its primary context."""
 
@@ -95,6 +121,7 @@ class CudaDriver:
         self._streams: dict[int, Any] = {}
         self._lists: _ListUploader | None = None
         self._lender: Lender | None = None
+        self._capture_stream: Any = None
 
     @contextlib.contextmanager
     def current(self) -> Any:
@@ -132,6 +159,9 @@ class CudaDriver:
         kind = self._runtime.memcpyHostToDevice
         self._runtime.memcpyAsync(array.data.ptr, flat.ctypes.data, flat.nbytes, kind, pointer)
         self._runtime.streamSynchronize(pointer)
+
+    def write_table(self, array: Any, values: Array, stream: Any) -> None:
+        self._lending().put(array.data.ptr, values, stream)
 
     def set_word(self, array: Any, index: int, value: int, stream: Any) -> None:
         # The words are 0 or 1: their lowest byte, which comes first, is all there is to set.
@@ -183,6 +213,22 @@ class CudaDriver:
         with self._cupy_stream(stream):
             kernel(grid, (abi.THREADS,), (params,))
 
+    def capture(self, launch: Callable[[Any], None]) -> CudaGraph:
+        runtime = self._runtime
+        with self.current():
+            if self._capture_stream is None:
+                self._capture_stream = self._device.create_stream()
+            pointer = int(self._capture_stream.handle)
+            # Relaxed: what other threads of the engine allocate meanwhile is their business.
+            runtime.streamBeginCapture(pointer, runtime.streamCaptureModeRelaxed)
+            try:
+                launch(pointer)
+            except BaseException:
+                with contextlib.suppress(Exception):  # a capture that failed may have no graph
+                    runtime.graphDestroy(runtime.streamEndCapture(pointer))
+                raise
+            return CudaGraph(int(runtime.streamEndCapture(pointer)), runtime.graphDestroy)
+
     def _cupy_stream(self, stream: Any) -> Any:
         pointer = stream_pointer(stream)
         if pointer not in self._streams:
@@ -204,9 +250,12 @@ class CudaDriver:
     def lend(
         self, arrays: Sequence[Any], n_scratch: int, stream: Any
     ) -> contextlib.AbstractContextManager[tuple[list[int], int]]:
+        return self._lending().lend(arrays, n_scratch, stream)
+
+    def _lending(self) -> Lender:
         if self._lender is None:
             self._lender = Lender(self)
-        return self._lender.lend(arrays, n_scratch, stream)
+        return self._lender
 
     @property
     def lent_bytes(self) -> int:
@@ -225,7 +274,7 @@ class CudaDriver:
     def close(self) -> None:
         self._streams.clear()
         self._modules.clear()
-        self._lists = self._lender = None
+        self._lists = self._lender = self._capture_stream = None
 
 
 class CudaStaging:

@@ -6,7 +6,7 @@ has the real one; a test has one that runs the same kernels on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
-from kvcanary.backends import BoundCall, ProbeTarget, Resident
+from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident
 from kvcanary.backends.device_moves import DeviceMoves
 from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
@@ -77,11 +77,17 @@ class Driver(Protocol):
     def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
         """Launch with ``abi.THREADS`` threads a block and one by-value structure."""
 
+    def capture(self, launch: Callable[[Any], None]) -> CapturedGraph:
+        """The graph of what ``launch`` puts on the stream that it is given; touches no stream of the engine's."""
+
     def fill_zero(self, array: Any, stream: Any) -> None:
         """Zero an array, ordered on the stream."""
 
     def upload(self, array: Any, values: Array, stream: Any) -> None:
         """Copy host values into an array, ordered on the stream; may wait."""
+
+    def write_table(self, array: Any, values: Array, stream: Any) -> None:
+        """Copy host values into an array, ordered on the stream; waits only for buffers of its own, as `lend` does."""
 
     def set_word(self, array: Any, index: int, value: int, stream: Any) -> None:
         """Set one u64 word (value < 2^32), ordered on the stream, without waiting."""
@@ -221,15 +227,18 @@ class DeviceBackend:
         capacity = abi.due_capacity(n, len(digests), self._config.verify_data_every)
         if capacity:
             arrays["due"] = driver.zeros(capacity + 1, abi.DUE)
-        for key, records in (("planes", pool.plane_records(self._config.real_data)), ("digest_units", digests)):
+        for key, records in self._tables(pool).items():
             arrays[key] = driver.zeros(max(1, len(records)), records.dtype)
             if len(records):
                 driver.upload(arrays[key], records, None)
-        checked = plane_table(self._config, pool)
-        if len(checked):
-            arrays["float_planes"] = driver.zeros(len(checked), checked.dtype)
-            driver.upload(arrays["float_planes"], checked, None)
         return arrays
+
+    def _tables(self, pool: KvPool) -> dict[str, Array]:
+        """What the kernels know of where the pool's planes lie."""
+        real_data = self._config.real_data
+        tables = {"planes": pool.plane_records(real_data), "digest_units": pool.digest_records(real_data)}
+        checked = plane_table(self._config, pool)
+        return tables | ({"float_planes": checked} if len(checked) else {})
 
     def _make_state(self, ring_capacity: int) -> tuple[CanaryDeviceState, Array, Any]:
         driver, layout = self._driver, CounterLayout(len(self._kv_pools))
@@ -368,6 +377,10 @@ class DeviceBackend:
                 known[layer].append(BoundKernel(self._driver, kernel, verify.grid, params[()]))
         return known[layer]
 
+    def graphs(self, calls: Sequence[BoundCall]) -> tuple[CapturedGraph, CapturedGraph]:
+        capture = self._driver.capture
+        return capture(lambda stream: self.head(calls, stream)), capture(lambda stream: self.tail(calls, stream))
+
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         params, n = abi.zeros_of(abi.PARAMS["SweepParams"]), len(resident.slots)
@@ -405,6 +418,13 @@ class DeviceBackend:
         shadow = {f"{stage.upper()}_{half.name}": _as_bytes(arrays[f"{stage}{int(half)}"]) for half, stage in stages}
         n_digests = int(self._pools[pool]["n_digests"])
         return shadow | {f"DIGEST_{d}": arrays["digests"][d] for d in range(n_digests)}
+
+    def rebind(self, pool: int, kv: KvPool, stream: Any) -> None:
+        before, after = self._tables(self._kv_pools[pool]), self._tables(kv)
+        self._kv_pools = (*self._kv_pools[:pool], kv, *self._kv_pools[pool + 1 :])
+        for name, records in after.items():
+            if len(records) and records.tobytes() != before[name].tobytes():
+                self._driver.write_table(self._arrays[pool][name], records, stream)
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self._driver.set_word(self.state.words, abi.STATE_PAUSE, int(is_paused), stream)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kvcanary import abi, hashing
-from kvcanary.backends import BoundCall, ProbeTarget, Resident, ownership
+from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident, ownership
 from kvcanary.backends import reference as ref
 from kvcanary.backends import reference_moves as ref_moves
 from kvcanary.backends import reference_patrol as patrol
@@ -23,6 +23,7 @@ from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
+from kvcanary.errors import CaptureError
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
 from kvcanary.patrol import plan_patrol
@@ -369,6 +370,12 @@ class HostBackend:
         for index, plane in checked:
             self._recorder.report(ref_reserved.judge_reserved(pool, self._kv_pools[pool.index], index, plane))
 
+    def graphs(self, calls: Sequence[BoundCall]) -> tuple[CapturedGraph, CapturedGraph]:
+        raise CaptureError(
+            "graphs(): the host backend runs NumPy, there is nothing to capture: call head() and tail() around the "
+            "model, or guard KV on a GPU with backend='cuda'"
+        )
+
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
         pool, recorder = self._pools[pool_index], self._recorder
@@ -444,6 +451,10 @@ class HostBackend:
         found = {f"{stage}_{h.name}": getattr(arrays, stage.lower())[h] for h in halves for stage in ("HEAD", "TAIL")}
         shadow: dict[str, Any] = {name: a.view(np.uint8).reshape(len(a), -1) for name, a in found.items()}
         return shadow | {f"DIGEST_{d}": digests for d, digests in enumerate(arrays.digests)}
+
+    def rebind(self, pool: int, kv: KvPool, stream: Any) -> None:
+        self._kv_pools = (*self._kv_pools[:pool], kv, *self._kv_pools[pool + 1 :])
+        self._checked[pool] = checked_planes(self._config, kv)
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self.state.words[abi.STATE_PAUSE] = is_paused

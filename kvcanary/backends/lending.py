@@ -67,6 +67,16 @@ class Lender:
         finally:
             self._driver.stream_object(pointer).record(block.event)
 
+    def put(self, target: int, values: np.ndarray[Any, Any], stream: Any) -> None:
+        """Copy host values to a device address, ordered on the stream."""
+        block, n = self._take(values.nbytes, 0), values.nbytes
+        pointer, runtime = stream_pointer(stream), self._driver._runtime
+        block.host[:n] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        try:
+            runtime.memcpyAsync(target, block.host.ctypes.data, n, runtime.memcpyHostToDevice, pointer)
+        finally:
+            self._driver.stream_object(pointer).record(block.event)
+
     def _take(self, n_host: int, n_device: int) -> _Block:
         """A block that nothing reads any more, of at least these sizes."""
         if not self._blocks:

@@ -125,7 +125,8 @@ class FakeCuda:
         self.calls: Counter[str] = Counter()
         self.entered: list[FakeStream] = []
         self.streams: dict[int, FakeStream] = {0: FakeStream(self, 0)}
-        self._n_launches = 0
+        self.graphs: dict[int, FakeGraph] = {}  # by handle, until they are destroyed
+        self._n_launches = self._n_graphs = 0
         self.keep: list[Any] = []
         runtime = SimpleNamespace(
             getDevice=lambda: 0,
@@ -137,6 +138,10 @@ class FakeCuda:
             memsetAsync=self._memset_async,
             streamSynchronize=lambda handle: self.synchronize(self.streams[handle]),
             deviceSynchronize=self.synchronize,
+            streamCaptureModeRelaxed=2,
+            streamBeginCapture=lambda handle, _mode: self.streams[handle].begin_capture(),
+            streamEndCapture=self._end_capture,
+            graphDestroy=self.graphs.pop,
             streamIsCapturing=lambda handle: self.streams[handle].captured is not None,
         )
         device = SimpleNamespace(attributes={"MultiProcessorCount": 2})
@@ -160,6 +165,12 @@ class FakeCuda:
             LEGACY_DEFAULT_STREAM=self.streams[0],
             LegacyPinnedMemoryResource=lambda: SimpleNamespace(allocate=self._pinned),
         )
+
+    def _end_capture(self, handle: int) -> int:
+        graph = self.streams[handle].end_capture()
+        self._n_graphs += 1
+        self.graphs[1000 + self._n_graphs] = graph
+        return 1000 + self._n_graphs
 
     def new_stream(self) -> FakeStream:
         handle = 16 * len(self.streams)
