@@ -81,8 +81,13 @@
 #define KVC_STATE_SCRUB_SLOTS 16
 #define KVC_STATE_SCRUB_ORPHANS 17
 #define KVC_STATE_RESERVED_CHECKS 18
+#define KVC_STATE_FORWARD_BASE 19
 #define KVC_N_STATE_WORDS 24
+#define KVC_RENUMBER_AT 2147483648
+#define KVC_RENUMBER_KEEP 1073741824
+#define KVC_LAST_FORWARD 4294967294
 #define KVC_CONTROL_ALARM 0
+#define KVC_CONTROL_RENUMBER 1
 #define KVC_CONTROL_READ 8
 #define KVC_N_CONTROL_WORDS 16
 #define KVC_NO_TOKEN (-1)
@@ -386,6 +391,14 @@ struct LifecycleParams {
     int32_t ids[1000];
 };
 static_assert(sizeof(LifecycleParams) == 4048, "the layout of kvcanary/abi.py");
+
+struct RenumberParams {
+    Guard guard;
+    Pool pool;
+    uint32_t n_pools;
+    uint32_t unused;
+};
+static_assert(sizeof(RenumberParams) == 320, "the layout of kvcanary/abi.py");
 
 struct MoveParams {
     Guard guard;

@@ -189,7 +189,10 @@ KVC_DEVICE bool kvc_is_live(const Pool& pool, const Batch& batch, const RowExten
 KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
     uint64_t* state = kvc_state(p.guard);
     if (p.is_first_pool) {
-        const uint64_t is_judging = state[KVC_STATE_PAUSE] == 0;
+        const uint64_t is_judging = state[KVC_STATE_PAUSE] == 0 && forward < KVC_LAST_FORWARD;
+        if (forward >= KVC_RENUMBER_AT) {
+            kvc_store_volatile_u64(kvc_mutable_pointer<uint64_t>(p.guard.control) + KVC_CONTROL_RENUMBER, forward);
+        }
         state[KVC_STATE_FORWARD] = forward;
         state[KVC_STATE_STEP] = state[KVC_STATE_STEP_DONE] + (p.batch.is_first_forward ? 1 : 0);
         state[KVC_STATE_JUDGING] = is_judging;
@@ -206,6 +209,9 @@ KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
     if (p.pool.scrub_blocks && p.batch.is_first_forward && state[KVC_STATE_PAUSE] == 0) pool_state.scrub_turn += 1;
 }
 
+// The number after this one. The last one stays, as 0 would mean that nothing was ever written.
+KVC_DEVICE uint32_t kvc_next_forward(uint64_t done) { return done < KVC_LAST_FORWARD ? (uint32_t)done + 1 : KVC_LAST_FORWARD; }
+
 // ---- kvc_begin -----------------------------------------------------------------------------------------------------------
 // A block per row, and more along grid.y that only claim slots where rows bring many tokens. The chain of a first forward may
 // need the row's whole history: the block walks it together.
@@ -214,7 +220,8 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     const Batch& batch = p.batch;
     uint64_t* state = kvc_state(p.guard);
     // FORWARD is changed by the last block of this very launch; FORWARD_DONE only by a later one.
-    const uint32_t forward = (uint32_t)(p.is_first_pool ? state[KVC_STATE_FORWARD_DONE] + 1 : state[KVC_STATE_FORWARD]);
+    const uint32_t forward =
+        p.is_first_pool ? kvc_next_forward(state[KVC_STATE_FORWARD_DONE]) : (uint32_t)state[KVC_STATE_FORWARD];
     const int32_t index = (int32_t)kvc_block();
     const bool is_last = kvc_block() == kvc_n_blocks() - 1;
     if (kvc_block_y() > 0) {

@@ -109,10 +109,17 @@ STATE_SKIPPED_MOVES = 15  # entries of moves that named no slot, or one that cou
 STATE_SCRUB_SLOTS = 16  # written slots that the patrol has checked
 STATE_SCRUB_ORPHANS = 17  # written slots that it passed over, because nobody holds their block
 STATE_RESERVED_CHECKS = 18  # (plane, reserved block) pairs that were looked through for NaN and Inf
+STATE_FORWARD_BASE = 19  # what was taken off the number of the forward by renumbering; their sum is how many there were
 N_STATE_WORDS = 24
+
+# ---- numbers of forwards: 32 bits in stamps, so that they are moved down now and then (kernels/renumber.cu) ----------
+RENUMBER_AT = 1 << 31  # from this number on, kvc_begin asks for it
+RENUMBER_KEEP = 1 << 30  # forwards whose numbers keep their order
+LAST_FORWARD = (1 << 32) - 2  # if nobody answers: this number stays, and nothing is judged any more
 
 # ---- mapped control block, u64 words, each on a cache line of its own ------------------------------------------------
 CONTROL_ALARM = 0  # device -> host: some record was committed (a hint)
+CONTROL_RENUMBER = 1  # device -> host: not 0 while the numbers of forwards are to be moved down
 CONTROL_READ = 8  # host -> device: records read so far
 N_CONTROL_WORDS = 16
 
@@ -376,6 +383,7 @@ PARAMS: dict[str, np.dtype[Any]] = {
             ("ids", "<i4", (MAX_BLOCK_IDS,)),
         ]
     ),
+    "RenumberParams": np.dtype([("guard", GUARD), ("pool", POOL), ("n_pools", "<u4"), ("unused", "<u4")]),
     # Lists are i32, or all of them i64 (wide); entry i of n is slot i % per_entry of slots[i / per_entry].
     "MoveParams": np.dtype(
         [
@@ -442,6 +450,9 @@ _INT_NAMES = (
     "WRITE_TILE",
     "SHORT_ROW",
     "TAIL_CHUNK",
+    "RENUMBER_AT",
+    "RENUMBER_KEEP",
+    "LAST_FORWARD",
 )
 _C_TYPES = {"<u8": "uint64_t", "<i8": "int64_t", "<u4": "uint32_t", "<i4": "int32_t"}
 

@@ -9,6 +9,7 @@ from kvcanary.backends import Backend
 from kvcanary.errors import ConfigError, LifecycleError
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockLedger
+from kvcanary.turns import Turns, one_at_a_time
 
 KINDS = ("allocate", "share", "free", "claim")
 Gate = Callable[[str, Any], tuple[Any, int]]  # (call, stream or None) -> stream to use, step at hand; may refuse
@@ -35,11 +36,13 @@ class Lifecycle:
 
     Calls may come between steps and inside a step, but neither between HEAD and TAIL of a forward nor inside a capture
     of their stream. They hold from their place on the stream on: a forward launched before them is judged by what was
-    true before. Neither the ledger nor these calls are thread-safe. A call with up to 1,000 ids is one launch.
+    true before. Calls from several threads take turns, in no order of their own. A call with up to 1,000 ids is one
+    launch.
 
     Args:
         pools: all of the manager's; none with the guard off, when calls do nothing.
         pool_index: name or number of a pool -> its number, or a ConfigError.
+        turns: the manager's.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Lifecycle:
         backend: Backend | None = None,
         gate: Gate | None = None,
         pool_index: Callable[[str | int], int] | None = None,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns or Turns()
         self._ledgers = [BlockLedger(p.n_blocks, p.reserved_blocks, p.name) for p in pools]
         self._backend, self._gate, self._pool_index = backend, gate, pool_index
 
@@ -62,6 +67,7 @@ class Lifecycle:
             stream, step = self._gate(f"{kind}_blocks()", stream)
             self._do(kind, ids, owner, pool, stream, step)
 
+    @one_at_a_time
     def apply(self, events: Iterable[LifecycleEvent | tuple[Any, ...] | Mapping[str, Any]], stream: Any = None) -> None:
         """Do the calls of a batch in order, as `allocate_blocks`, `share_blocks`, ... would.
 

@@ -18,13 +18,14 @@ from kvcanary.aliasing import check_overlaps
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.black_box import BlackBox, open_black_box
+from kvcanary.captured import CaptureWatch
 from kvcanary.config import CanaryConfig
 from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.embedding import EmbedCalls
-from kvcanary.errors import BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
+from kvcanary.errors import BackendError, BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
 from kvcanary.moves import MoveCalls
@@ -46,6 +47,7 @@ from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import ResidentSet, SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Stage
+from kvcanary.turns import Turns, one_at_a_time, watch_forks
 from kvcanary.violations import RingReader, Violation, new_secret
 
 logger = logging.getLogger("kvcanary")
@@ -86,12 +88,14 @@ class CanaryManager(MoveCalls, EmbedCalls):
         self.max_requests = max_requests
         self.max_new_tokens = max_new_tokens
         self._phases = PhaseChecker()
+        self._turns = Turns()
         self._backend: Backend | None = None
         self._step = 0
         self._n_counted_steps = 0
         self._is_idle = False
         self._inputs_seen: set[str] = set()
-        self.n_observer_errors = 0  #: steps at which an observer raised something that is not ours (a log handler, say)
+        self._n_observer_errors = 0
+        self._is_out_of_numbers = False
         self._is_paused = False
         self._perturber: Perturber | None = None  # the fault drill, when armed
         self._stream: Any = None
@@ -113,13 +117,25 @@ class CanaryManager(MoveCalls, EmbedCalls):
             pool.check(config.real_data, None if callable(kind) else device_kind)
         self._device_kind = next((p.device.split(":")[0] for p in self.pools if p.device), device_kind)
         self._backend = make_backend(kind, config, self.pools, max_requests, max_new_tokens)
+        try:
+            self._complete(config, self._backend)
+        except BaseException:
+            backend_of_this, self._backend, self._lifecycle = self._backend, None, None
+            backend_of_this.close()
+            raise
+        self._captures = CaptureWatch(self, self._backend)
+        self._control = memoryview(self._backend.state.control)  # type: ignore[arg-type]  # the cheapest way to read a word of it
+        watch_forks(self)
+
+    def _complete(self, config: CanaryConfig, backend: Backend) -> None:
+        """All that comes after the backend; what it fails to allocate is not held by anybody."""
         if config.lifecycle:
-            self._lifecycle = Lifecycle(self.pools, self._backend, self._gate, self._pool_index)
+            self._lifecycle = Lifecycle(self.pools, backend, self._gate, self._pool_index, self._turns)
         self._sweep = SweepOrchestrator(config.sweep_interval)
         self._patrols = plan_patrol(config, self.pools)
-        self._make_observers(self._backend)
+        self._make_observers(backend)
         if config.perturb is not None:
-            self._perturber = Perturber(config, self.pools, self._backend)
+            self._perturber = Perturber(config, self.pools, backend)
         if config.nvtx:
             add_ranges(self, self._sweep, self._observers)
 
@@ -139,6 +155,12 @@ class CanaryManager(MoveCalls, EmbedCalls):
         self._observers: tuple[Any, ...] = (self._violations, self._health, self._stats_logger)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
+    @property
+    def n_observer_errors(self) -> int:
+        """How often something that is not ours raised beside the engine's step: a log handler, a driver, a provider."""
+        n_lines = self._violations.n_errors if self._backend is not None else 0
+        return self._n_observer_errors + n_lines
+
     @property
     def is_on(self) -> bool:
         """Whether the guard runs at all (mode is not "off")."""
@@ -188,6 +210,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         return tags
 
     # ---- phases ------------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def begin_step(self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None) -> None:
         """Begin an outer engine step, outside any capture.
 
@@ -203,6 +226,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         if self._perturber is not None:
             self._perturb_before(self._perturber, batch)
 
+    @one_at_a_time
     def head(
         self, batch: StepBatch, stream: Any = None, *, index: int = 0, pools: Sequence[str | int] | None = None
     ) -> None:
@@ -225,11 +249,14 @@ class CanaryManager(MoveCalls, EmbedCalls):
         if self._perturber is not None:
             self._perturber.note(batch)
         try:
+            if not self._captures.was_captured:
+                self._captures.note(self._handlers[0].is_capturing(stream))
             self._backend.head(calls, stream)
         except BaseException:
             self.abandon_forward()
             raise
 
+    @one_at_a_time
     def verify_layer(self, batch: StepBatch, layer: int, stream: Any = None) -> None:
         """Digest one layer of the prefixes of the rows marked ``pending``, right before that layer reads them.
 
@@ -246,6 +273,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         if self._backend is None:
             return
+        self._phases.need_open("verify_layer()")
         if self._open_forward is None or self._open_forward[1] is not batch:
             raise PhaseError("verify_layer() must come between head() and tail() of the same StepBatch object")
         if batch.pending is None:
@@ -263,6 +291,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
             self._layers[pool] = {unit.layer for unit in self.pools[pool].digest_units(self.config.real_data)}
         return self._layers[pool]
 
+    @one_at_a_time
     def tail(self, batch: StepBatch, stream: Any = None) -> None:
         """TAIL of the forward that `head` began, after the model; may run inside a capture."""
         if self._backend is None:
@@ -274,6 +303,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         calls, self._open_forward = self._open_forward[0], None
         self._backend.tail(calls, stream)
 
+    @one_at_a_time
     def end_step(self) -> None:
         """End the outer step: sweep if due, count it, then violations, health and stats; never waits for the device.
 
@@ -295,15 +325,15 @@ class CanaryManager(MoveCalls, EmbedCalls):
 
     def abandon_step(self) -> None:
         """The engine raised inside a step: report what is there without raising, and be ready for the next step."""
-        if self._backend is None:
+        if self._backend is None or self._phases.is_over:
             return
         self.abandon_forward()
-        if self._agreement is not None and self._phases.phase is not Phase.CLOSED:
+        if self._agreement is not None:
             self._agreement.abandon(self._facts(self._backend), is_idle=self._is_idle)
         self._phases.abandon_step()
-        self._violations.poll()  # first: it asks nothing of a device that may have died
-        if self._perturber is not None:
-            self._perturber.restore(self._stream)
+        # Whatever goes wrong here would stand in front of the engine's own error.
+        self._quietly(self._violations.poll)  # first: it asks nothing of a device that may have died
+        self._quietly(self._restore_perturbed)
 
     def step(
         self, stream: Any = None, *, idle: bool = False, batch: StepBatch | None = None
@@ -333,6 +363,10 @@ class CanaryManager(MoveCalls, EmbedCalls):
             perturber.note(batch)
         self._perturb(perturber, is_before_forward=True)
 
+    def _restore_perturbed(self) -> None:
+        if self._perturber is not None:
+            self._perturber.restore(self._stream)
+
     def _perturb_after(self, perturber: Perturber) -> None:
         perturber.restore(self._stream)
         self._perturb(perturber, is_before_forward=False)
@@ -361,8 +395,10 @@ class CanaryManager(MoveCalls, EmbedCalls):
     def _post_ops_outside_graph(self) -> None:
         assert self._backend is not None
         counted = not (self._is_idle or self._is_paused)
-        if not self._is_paused:
-            self._sweep.step(self._step + 1, self._backend, self._stream)
+        if not self._is_paused and self._sweep.is_sweeping:
+            self._quietly(self._sweep_now)
+        if self._control[abi.CONTROL_RENUMBER]:  # once in two thousand million forwards
+            self._quietly(self._renumber)
         if self._agreement is not None:
             self._agreement.tick(is_idle=self._is_idle)
         self._step += 1
@@ -377,12 +413,43 @@ class CanaryManager(MoveCalls, EmbedCalls):
         if due:
             self._observe(due, self._backend)
 
+    def _renumber(self) -> None:
+        """Numbers of forwards have 32 bits: move them down. Records told before have the old ones."""
+        assert self._backend is not None
+        if self._has_odd_stream() or self._is_out_of_numbers:  # else it is asked for again
+            return
+        self._is_out_of_numbers = bool(self._backend.state.control[abi.CONTROL_RENUMBER] == abi.LAST_FORWARD)
+        if self._is_out_of_numbers:
+            logger.error(
+                "[canary] step %d: more than %d forwards since the last end_step(), so that their numbers ran out: "
+                "nothing is judged any more. Make a new manager, and end a step now and then",
+                self._step + 1,
+                abi.LAST_FORWARD - abi.RENUMBER_AT,
+            )
+            return
+        self._backend.renumber(self._stream)
+        logger.info("[canary] step %d: the numbers of forwards were moved down", self._step + 1)
+
+    def _sweep_now(self) -> None:
+        assert self._backend is not None
+        self._sweep.step(self._step + 1, self._backend, self._stream)
+
+    def _quietly(self, work: Callable[[], object]) -> None:
+        """Do something that is not worth the engine's step: whatever it raises is counted and logged."""
+        try:
+            work()
+        except Exception:
+            self._n_observer_errors += 1
+            with suppress(Exception):
+                logger.exception("[canary] the guard could not do all of its work; the engine goes on")
+
     def _is_due(self, observer: Observer, step: int) -> bool:
         try:
             return observer.is_due(step)
         except Exception:
-            self.n_observer_errors += 1
-            logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
+            self._n_observer_errors += 1
+            with suppress(Exception):
+                logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
             return False
 
     def _has_odd_stream(self) -> bool:
@@ -397,7 +464,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         # The order is violations, health, stats; the totals in the facts are those after the first.
         facts: StepFacts | None = None
         for observer in due:
-            if self._phases.phase is Phase.CLOSED:  # a callback closed the manager
+            if self._phases.is_over:  # a callback closed the manager, or this is a child that it forked
                 return
             try:
                 facts = facts or self._facts(backend)
@@ -405,7 +472,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
             except KvCanaryError as error:  # the others still get their step; the first error is the one raised
                 errors.append(error)
             except Exception:  # a log handler that raises is not the engine's problem
-                self.n_observer_errors += 1
+                self._n_observer_errors += 1
                 with suppress(Exception):
                     logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
             if observer is self._violations:
@@ -483,6 +550,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
             )
         return self._lifecycle
 
+    @one_at_a_time
     def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
 
@@ -499,6 +567,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         self.lifecycle.call("allocate", ids, owner, pool, stream)
 
+    @one_at_a_time
     def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
 
@@ -506,6 +575,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         self.lifecycle.call("share", ids, owner, pool, stream)
 
+    @one_at_a_time
     def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
 
@@ -513,6 +583,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         self.lifecycle.call("free", ids, owner, pool, stream)
 
+    @one_at_a_time
     def claim_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that the only holder of blocks, who came to them by sharing, writes them from now on.
 
@@ -530,11 +601,20 @@ class CanaryManager(MoveCalls, EmbedCalls):
     # ---- host-driven calls -------------------------------------------------------------------------------------------
     def _host_driven(self, call: str, stream: Any = None) -> Backend:
         stream = self._stream if stream is None else stream
-        if self._phases.phase is not Phase.CLOSED and self._handlers[0].is_capturing(stream):
+        self._phases.need_open(call)
+        try:
+            is_capturing = self._handlers[0].is_capturing(stream)
+        except Exception as error:  # of the driver: the stream, or its context, is gone
+            raise BackendError(
+                f"{call}: stream {stream!r} cannot be used ({error}); without one of its own, a call is ordered on the "
+                "stream of the last step: if that was destroyed, call it within step() on one that lives"
+            ) from error
+        if is_capturing:
             raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
         self._phases.need_outside_forward(call)
         return self.backend
 
+    @one_at_a_time
     def pause(self) -> None:
         """Stop judging from the next forward on, also in captured graphs; stamps and digests are still written.
 
@@ -544,12 +624,14 @@ class CanaryManager(MoveCalls, EmbedCalls):
             self._host_driven("pause()").set_paused(True, self._stream)
             self._is_paused = True
 
+    @one_at_a_time
     def resume(self) -> None:
         """Judge again, from the next forward on."""
         if self._backend is not None:
             self._host_driven("resume()").set_paused(False, self._stream)
             self._is_paused = False
 
+    @one_at_a_time
     def reset(self, pool: str | int | None = None) -> None:
         """Forget all stamps, digests and registers (of one pool): for cache flush, sleep and wake, weight reload.
 
@@ -560,6 +642,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
             self._host_driven("reset()").reset(index, self._stream)
             self._violations.forget()
 
+    @one_at_a_time
     def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
         """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
         if provider is not None and not callable(provider):
@@ -572,6 +655,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 
+    @one_at_a_time
     def attach_agreement(self, agreement: RankAgreement) -> None:
         """Let all ranks log or raise at the same step, see `RankAgreement`; between steps, on all ranks; for good.
 
@@ -604,6 +688,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
             raise BatchError(f"chain(): salt={salt!r}: give an integer from 0 to 2^64 - 1")
         return hashing.prefix_chain(ids.astype(np.int64), int(salt))
 
+    @one_at_a_time
     def prove(self, batch: StepBatch, stream: Any = None) -> Proof:
         """Show that the wiring is right: flip one bit in each plane of a live slot and see that exactly it is named.
 
@@ -636,10 +721,12 @@ class CanaryManager(MoveCalls, EmbedCalls):
 
     def poll(self) -> tuple[Violation, ...]:
         """Read what is new in the ring now, without waiting and without raising; from any thread."""
+        self._phases.need_parent("poll()")
         return self._violations.poll() if self._backend is not None else ()
 
     def violations(self) -> tuple[Violation, ...]:
         """Recent first sightings, oldest first; from any thread."""
+        self._phases.need_parent("violations()")
         return self._violations.violations() if self._backend is not None else ()
 
     def stats(self) -> CanaryStats:
@@ -649,6 +736,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         if self._backend is None:
             return CanaryStats()
+        self._phases.need_parent("stats()")
         newest, blocks, turns = self._newest_snapshot(), self._block_counts(), [p.n_turns for p in self._patrols]
         stats = CanaryStats.of(
             self._step,
@@ -695,6 +783,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         return 0 if self._backend is None or is_closed else self._backend.memory_bytes
 
     # ---- end ---------------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def synchronize(self) -> None:
         """Wait for all that was launched, deliver all snapshots, read all violations, and bring `stats` up to date.
 
@@ -710,22 +799,28 @@ class CanaryManager(MoveCalls, EmbedCalls):
             self._synced = StateSnapshot(self._step, self._backend.state.layout, words)
             self._violations.note_dropped(int(words[abi.STATE_DROPPED]))
 
+    @one_at_a_time
     def close(self) -> None:
         """Give everything back; waits for the device. Graphs with the guard's launches must not be replayed after."""
-        if self._backend is None or self._phases.phase is Phase.CLOSED:
+        if self._backend is None or self._phases.is_over:
             return
         self._phases.close()
         if self._agreement is not None:
             self._agreement.close()
         self._open_forward = None
-        if self._perturber is not None:
-            self._perturber.restore(self._stream)
-        self._violations.poll()
+        self._quietly(self._restore_perturbed)
+        self._quietly(self._violations.poll)
+        self._captures.end()
         if self._box is not None:
             self._box.end("close")
         for handler in self._handlers:
             handler.close()
         self._backend.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: every call but `close` is refused, and nothing of the parent's device state is touched."""
+        self._phases.phase = Phase.FORKED
+        self._turns.renew()
 
     def __enter__(self) -> CanaryManager:
         return self

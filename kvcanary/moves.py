@@ -17,6 +17,7 @@ from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import BatchError, BundleError, CaptureError
 from kvcanary.layout import KvPool
+from kvcanary.turns import Turns, one_at_a_time
 
 Array = npt.NDArray[Any]
 _MAX_POSITION = (1 << 31) - 1
@@ -43,6 +44,7 @@ class MoveCalls:
     _backend: Backend | None
     _handlers: list[DelayedDeviceHostHandler]
     _stream: Any
+    _turns: Turns
 
     def _host_driven(self, call: str) -> Backend:
         raise NotImplementedError
@@ -51,6 +53,7 @@ class MoveCalls:
         raise NotImplementedError
 
     # ---- within a pool -----------------------------------------------------------------------------------------------
+    @one_at_a_time
     def copy_slots(self, src: Any, dst: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None) -> None:
         """Carry stamps and digests of slots whose KV bytes the engine copies: copy-on-write, forks, defragmentation.
 
@@ -74,6 +77,7 @@ class MoveCalls:
         lists.check_lengths(src=sources, dst=slots)
         self._move(lists, MoveOp.COPY, pool, stream, slots=slots, sources=sources)
 
+    @one_at_a_time
     def commit_slots(
         self,
         src: Any,
@@ -121,6 +125,7 @@ class MoveCalls:
         )  # fmt: skip
 
     # ---- out and in --------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def export_slots(self, slots: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None) -> SlotBundle:
         """What is known of slots whose KV leaves the pool: offload, prefix stores, transfers to another engine.
 
@@ -135,6 +140,7 @@ class MoveCalls:
         image = self._move(lists, MoveOp.EXPORT, pool, stream, slots=lists.slots("slots", slots))
         return SlotBundle.from_image(Geometry.of(kv, self.config.real_data), image)
 
+    @one_at_a_time
     def import_slots(
         self, bundle: SlotBundle, slots: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None
     ) -> None:
@@ -168,6 +174,7 @@ class MoveCalls:
         self._move(lists, MoveOp.IMPORT, pool, stream, slots=taken, image=bundle.to_image())
 
     # ---- in place ----------------------------------------------------------------------------------------------------
+    @one_at_a_time
     def refresh_digests(self, slots: Any, *, blocks: bool = False, pool: str | int = 0, stream: Any = None) -> None:
         """Digest anew what lies in slots whose bytes were changed on purpose (re-quantised, rotated, zero-filled).
 
@@ -178,6 +185,7 @@ class MoveCalls:
             lists = _Lists("refresh_digests()", self.pools[self._pool_index(pool)], blocks)
             self._move(lists, MoveOp.REFRESH, pool, stream, slots=lists.slots("slots", slots, is_target=True))
 
+    @one_at_a_time
     def adopt_slots(
         self,
         slots: Any,
@@ -211,6 +219,7 @@ class MoveCalls:
             chains = _chains_from_zero(at, known, salt)
         self._move(lists, MoveOp.ADOPT, pool, stream, slots=taken, positions=at, tokens=known, chains=chains)
 
+    @one_at_a_time
     def localize_slots(
         self,
         slots: Any,

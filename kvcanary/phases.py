@@ -15,6 +15,7 @@ class Phase(Enum):
     FORWARD = "tail() with the same batch, on the same stream"
     FORWARD_IN_STEP = "tail() with the same batch, on the same stream, then end_step()"
     CLOSED = "nothing: the manager is closed; make a new one"
+    FORKED = "nothing: this process was forked from the one whose manager it is; make a manager of its own"
 
 
 _OUTSIDE, _STEP, _FORWARD, _FORWARD_IN_STEP = Phase.OUTSIDE, Phase.STEP, Phase.FORWARD, Phase.FORWARD_IN_STEP
@@ -58,16 +59,26 @@ class PhaseChecker:
 
     def abandon_step(self) -> None:
         """The engine raised inside a step."""
-        if self.phase is not Phase.CLOSED:
+        if not self.is_over:
             self.phase = Phase.OUTSIDE
 
+    @property
+    def is_over(self) -> bool:
+        """Closed, or in a forked child."""
+        return self.phase is Phase.CLOSED or self.phase is Phase.FORKED
+
     def need_open(self, call: str) -> None:
-        """Any phase but CLOSED."""
-        if self.phase is Phase.CLOSED:
+        """Neither closed nor in a forked child."""
+        if self.is_over:
+            self._refuse(call)
+
+    def need_parent(self, call: str) -> None:
+        """Not in a forked child."""
+        if self.phase is Phase.FORKED:
             self._refuse(call)
 
     def need_outside_forward(self, call: str) -> None:
-        """Not between HEAD and TAIL, not closed."""
+        """Not between HEAD and TAIL, not closed, not in a forked child."""
         if self.phase not in (Phase.OUTSIDE, Phase.STEP):
             self._refuse(call)
 

@@ -117,4 +117,4 @@ class StateSnapshot:
     @property
     def protected_tokens(self) -> int:
         """Sum of all slot_run_counters: a slot counts once per tag and launch, so a token several times a step."""
-        return int(self.slot_run_counters.sum())
+        return sum(self.slot_run_counters.ravel().tolist())  # in Python's integers: u64 would wrap

@@ -104,7 +104,7 @@ class CanaryStats:
         return replace(
             stats,
             snapshot_step=snapshot.step,
-            forwards=snapshot.word(abi.STATE_FORWARD),
+            forwards=snapshot.word(abi.STATE_FORWARD) + snapshot.word(abi.STATE_FORWARD_BASE),
             protected_tokens=snapshot.protected_tokens,
             data_slots=snapshot.word(abi.STATE_DATA_SLOTS),
             unjudged_slots=snapshot.word(abi.STATE_UNJUDGED_SLOTS),

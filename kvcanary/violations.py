@@ -435,6 +435,13 @@ def _decode(r: dict[str, int], pools: Sequence[PoolNames], secret: int, log_toke
     )
 
 
+def places_of(first: int, n: int, capacity: int) -> npt.NDArray[np.intp]:
+    """Places in a ring of ``capacity`` (and one for record 0) of ``n`` records from number ``first`` on."""
+    records = np.arange(n, dtype=np.uint64) + np.uint64(first)  # unsigned to the end
+    places = np.where(records == 0, np.uint64(0), 1 + (records - np.uint64(1)) % np.uint64(capacity))
+    return places.astype(np.intp)
+
+
 class RingReader:
     """The host's end of the violation ring; one reader per ring, not thread-safe.
 
@@ -475,10 +482,9 @@ class RingReader:
         if not self.has_new:
             return np.empty(0, abi.VIOLATION)
         n = self._capacity if limit is None else min(limit, self._capacity)
-        records = np.arange(self._n_read, self._n_read + n)
-        places = np.where(records == 0, 0, 1 + (records - 1) % self._capacity)
+        places = places_of(self._n_read, n, self._capacity)
         # Commit words first, rows after: the writer made the row visible before its commit word.
-        is_open = self._commits[places] != (records + 1).astype(np.uint64)
+        is_open = self._commits[places] != np.arange(n, dtype=np.uint64) + np.uint64(self._n_read + 1)
         n_complete = int(is_open.argmax()) if is_open.any() else n
         out = self._log[places[:n_complete]]
         self._n_read += n_complete

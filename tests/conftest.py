@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # Matrices here are small: BLAS threads only get into each other's way. Before NumPy is loaded.
@@ -58,7 +59,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     if find_compiler() is None:
         pytest.skip("no C++ compiler: install g++ or clang++")
-    return simt_library(tmp_path_factory.getbasetemp())
+    return simt_library(Path(os.environ.get("KVC_SIMT_BUILD") or tmp_path_factory.getbasetemp()))
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ SIZES = {
     "StepParams": 504,
     "LayerParams": 568,
     "SweepParams": 352,
+    "RenumberParams": 320,
     "ReservedParams": 328,
     "LifecycleParams": 4048,
     "MoveParams": 408,

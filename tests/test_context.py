@@ -103,7 +103,7 @@ def test_everything_is_given_back(driver: FakeDriver) -> None:
 
 def test_too_little_memory_is_said(driver: FakeDriver) -> None:
     driver.n_bytes_left = 1 << 8
-    with pytest.raises(BackendError, match=r"not enough GPU memory .* see CanaryManager.estimate_bytes"):
+    with pytest.raises(BackendError, match=r"not enough GPU memory: .* see CanaryManager.estimate_bytes"):
         FakeToy(driver._world)
     assert driver.contexts == [PRIMARY]
 

@@ -110,6 +110,9 @@ class Backend(Protocol):
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         """Stop or resume judging, from the next forward on ``stream`` on."""
 
+    def renumber(self, stream: Any) -> None:
+        """Move the numbers of forwards down, ordered on the stream (``abi.CONTROL_RENUMBER``), without waiting."""
+
     def reset(self, pool: int | None, stream: Any) -> None:
         """Forget all stamps, digests and registers of a pool, or of all, ordered on ``stream``."""
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from kvcanary import abi
 from kvcanary.arrays import host_array, stream_pointer
 from kvcanary.backends.compile import INSTALL, compile_cubin
-from kvcanary.backends.cuda import Array, CudaDriver
+from kvcanary.backends.cuda import Array, CudaDriver, no_pinned_memory
 from kvcanary.errors import BackendError
 
 _EVENT_WITHOUT_TIME, _STREAM_NON_BLOCKING, _PORTABLE_AND_MAPPED = 2, 1, 3
@@ -70,7 +70,7 @@ class _Calls:
             raise ContextOutOfMemoryError(f"{name}: out of memory")
         if status:
             raise BackendError(f"{name} failed in the engine's context with CUDA error {status} ({result[0]!r})")
-        return result[1] if len(result) > 1 else None
+        return None if len(result) < 2 else result[1] if len(result) == 2 else result[1:]
 
 
 class DeviceArray:
@@ -175,6 +175,7 @@ class _Runtime:
         self._calls = calls
         self.streamCaptureModeRelaxed = calls.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self.deviceSynchronize = calls.cuCtxSynchronize
+        self.memGetInfo = calls.cuMemGetInfo
         self.streamSynchronize = calls.cuStreamSynchronize
         self.streamBeginCapture = calls.cuStreamBeginCapture
         self.streamEndCapture = lambda stream: int(calls.cuStreamEndCapture(stream))
@@ -203,7 +204,7 @@ class ContextDriver(CudaDriver):
     def __init__(self, context: int) -> None:
         self._calls = calls = _Calls(import_driver(), context)
         driver = calls.driver
-        self.out_of_memory = ContextOutOfMemoryError
+        self.wanted = 0
         self._runtime = _Runtime(calls)
         self._device = SimpleNamespace(
             create_event=lambda: _Event(calls),
@@ -235,7 +236,10 @@ class ContextDriver(CudaDriver):
         if dtype.fields is not None:
             shape, dtype = (*shape, dtype.itemsize), np.dtype(np.uint8)
         n_bytes = max(1, math.prod(shape) * dtype.itemsize)
-        pointer = int(self._calls.cuMemAlloc(n_bytes))
+        try:
+            pointer = int(self._calls.cuMemAlloc(n_bytes))
+        except ContextOutOfMemoryError:
+            raise self._no_memory(n_bytes) from None
         memory = _Memory(pointer, self._calls.cuMemFree)
         self._calls.cuMemsetD8(pointer, 0, n_bytes)
         return DeviceArray(memory, pointer, shape, dtype, self._calls)
@@ -243,7 +247,10 @@ class ContextDriver(CudaDriver):
     def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
         dtype, calls = np.dtype(dtype), self._calls
         n_bytes = n * dtype.itemsize
-        address = int(calls.cuMemHostAlloc(max(1, n_bytes), _PORTABLE_AND_MAPPED))
+        try:
+            address = int(calls.cuMemHostAlloc(max(1, n_bytes), _PORTABLE_AND_MAPPED))
+        except BackendError as error:
+            raise no_pinned_memory(n_bytes, error) from None
         memory = host_array(address, (n_bytes,), (1,), np.uint8, owner=_Memory(address, calls.cuMemFreeHost))
         memory[:] = 0
         return memory.view(dtype), int(calls.cuMemHostGetDevicePointer(address, 0))
@@ -268,6 +275,9 @@ class ContextDriver(CudaDriver):
         pointers = (ctypes.c_void_p * 1)(held.ctypes.data)
         block, address = (abi.THREADS, 1, 1), ctypes.addressof(pointers)
         self._calls.cuLaunchKernel(kernel, *grid, 1, *block, 0, stream_pointer(stream), address, 0)
+
+    def give_back(self) -> None:
+        """Memory is freed as soon as nothing uses it."""
 
     def close(self) -> None:
         for module in self._modules.values():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from kvcanary.backends.lending import Lender
 from kvcanary.backends.whose import check_devices, foreign_context
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging, Words
+from kvcanary.describe import estimate_bytes
 from kvcanary.errors import BackendError, BatchError
 from kvcanary.layout import KvPool
 
@@ -40,14 +42,15 @@ def make_cuda_backend(
     check_driver()
     check_devices(pools)
     driver = make_driver(pools)
+    driver.wanted = estimate_bytes(config, pools, max_requests)
     try:
         with driver.current():
             return DeviceBackend("cuda", driver, config, pools, max_requests, max_new_tokens)
-    except driver.out_of_memory as error:
-        driver.close()
-        raise BackendError(
-            f"not enough GPU memory for the guard ({error}); see CanaryManager.estimate_bytes"
-        ) from error
+    except BackendError as error:
+        text = str(error)  # the error itself holds frames, and they hold what was allocated before it
+    driver.close()
+    driver.give_back()
+    raise BackendError(text)
 
 
 def make_driver(pools: Sequence[KvPool]) -> CudaDriver:
@@ -80,6 +83,14 @@ def import_cuda() -> tuple[Any, Any]:
     except ImportError as error:
         raise BackendError(f"backend='cuda' needs CuPy and cuda.core ({error}): {INSTALL}") from error
     return cupy, core
+
+
+def no_pinned_memory(n_bytes: int, error: Exception) -> BackendError:
+    """What is said where page-locked memory does not suffice."""
+    return BackendError(
+        f"no pinned host memory of {n_bytes} bytes ({error}): see `ulimit -l` and what else is pinned, or "
+        "lower ring_capacity"
+    )
 
 
 class _Handle:
@@ -116,7 +127,8 @@ class CudaDriver:
         self._device = self._core.Device(self.device_id)
         with self.current():
             self.n_multiprocessors = int(self._cupy.cuda.Device().attributes["MultiProcessorCount"])
-        self.out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
+        self.wanted = 0  #: bytes that all of the guard takes, for messages
+        self._out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
         self._modules: dict[str, Any] = {}
         self._streams: dict[int, Any] = {}
         self._lists: _ListUploader | None = None
@@ -134,16 +146,31 @@ class CudaDriver:
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else shape
-        if dtype.fields is None:
-            return self._cupy.zeros(shape, dtype)
-        return self._cupy.zeros((*shape, dtype.itemsize), np.uint8)
+        shape, of = (shape, dtype) if dtype.fields is None else ((*shape, dtype.itemsize), np.dtype(np.uint8))
+        try:
+            return self._cupy.zeros(shape, of)
+        except self._out_of_memory:
+            pass
+        raise self._no_memory(math.prod(shape) * of.itemsize)
+
+    def _no_memory(self, n_bytes: int) -> BackendError:
+        free, total = self._runtime.memGetInfo()
+        return BackendError(
+            f"not enough GPU memory: {n_bytes} bytes more are wanted, {free} of {total} are free on "
+            f"cuda:{self.device_id}. The whole guard takes {self.wanted}, see CanaryManager.estimate_bytes: "
+            "leave it as much (a smaller KV cache), or guard fewer pools, or with real_data='none'"
+        )
 
     def pointer(self, array: Any) -> int:
         return int(array.data.ptr)
 
     def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
         dtype = np.dtype(dtype)
-        buffer = self._core.LegacyPinnedMemoryResource().allocate(max(1, n * dtype.itemsize))
+        n_bytes = max(1, n * dtype.itemsize)
+        try:
+            buffer = self._core.LegacyPinnedMemoryResource().allocate(n_bytes)
+        except Exception as error:  # noqa: BLE001  cuda.core's errors have no public base class
+            raise no_pinned_memory(n_bytes, error) from None
         address = int(buffer.handle)  # the device sees pinned memory at its host address
         # The view keeps the buffer alive: a host thread may still poll the ring when the driver is closed.
         memory = host_array(address, (n * dtype.itemsize,), (1,), np.uint8, owner=buffer)
@@ -270,6 +297,11 @@ class CudaDriver:
     def synchronize(self) -> None:
         with self.current():
             self._runtime.deviceSynchronize()
+
+    def give_back(self) -> None:
+        """Give memory that nothing uses any more back to the device: CuPy would keep it for itself."""
+        with self.current():
+            self._cupy.get_default_memory_pool().free_all_blocks()
 
     def close(self) -> None:
         self._streams.clear()

@@ -41,6 +41,7 @@ KERNELS = {
     ),
     "scrub": ("kvc_scrub",),
     "reserved": ("kvc_reserved_check",),
+    "renumber": ("kvc_renumber", "kvc_renumber_end"),
     "moves": (
         *("kvc_moves_gather", "kvc_moves_scatter", "kvc_moves_commit"),
         *("kvc_moves_localize", "kvc_moves_adopt", "kvc_moves_digest"),
@@ -428,6 +429,17 @@ class DeviceBackend:
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self._driver.set_word(self.state.words, abi.STATE_PAUSE, int(is_paused), stream)
+
+    def renumber(self, stream: Any) -> None:
+        params = abi.zeros_of(abi.PARAMS["RenumberParams"])
+        params["guard"], params["n_pools"] = self._guard, len(self._pools)
+        most = self._driver.n_multiprocessors * self._resident["kvc_renumber"]
+        for pool in self._pools:
+            params["pool"] = pool
+            blocks = -(-max(int(pool["n_slots"]), self._max_requests) // abi.THREADS)
+            grid = (max(1, min(blocks, most)), 1)
+            self._driver.launch(self._kernels["kvc_renumber"], grid, params[()].copy(), stream)
+        self._driver.launch(self._kernels["kvc_renumber_end"], (1, 1), params[()], stream)
 
     def reset(self, pool: int | None, stream: Any) -> None:
         for arrays in self._arrays if pool is None else [self._arrays[pool]]:

@@ -17,6 +17,7 @@ from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident, o
 from kvcanary.backends import reference as ref
 from kvcanary.backends import reference_moves as ref_moves
 from kvcanary.backends import reference_patrol as patrol
+from kvcanary.backends import reference_renumber as ref_renumber
 from kvcanary.backends import reference_reserved as ref_reserved
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
@@ -30,6 +31,7 @@ from kvcanary.patrol import plan_patrol
 from kvcanary.reserved import checked_planes
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
+from kvcanary.violations import places_of
 
 
 def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> CanaryDeviceState:
@@ -76,9 +78,8 @@ class Recorder:
         np.bitwise_or.at(self.state.taint, records["row"][in_batch], records["reasons"][in_batch])
         capacity, claimed = len(ring) - 1, int(words[abi.STATE_CLAIMED])
         n = min(len(records), capacity - (claimed - int(control[abi.CONTROL_READ])))
-        claims = np.arange(claimed, claimed + n)
-        records["commit"][:n] = claims + 1
-        ring[np.where(claims == 0, 0, 1 + (claims - 1) % capacity)] = records[:n]
+        records["commit"][:n] = np.arange(n, dtype=np.uint64) + np.uint64(claimed + 1)
+        ring[places_of(claimed, n, capacity)] = records[:n]
         words[abi.STATE_CLAIMED] = claimed + n
         self.add(abi.STATE_OBSERVATIONS, len(records))
         self.add(abi.STATE_DROPPED, len(records) - n)
@@ -181,9 +182,12 @@ class HostBackend:
     def _begin(self, call: BoundCall, is_first_pool: bool) -> None:
         pool, batch, words = self._pools[call.pool], call.batch, self.state.words
         if is_first_pool:
-            words[abi.STATE_FORWARD] = words[abi.STATE_FORWARD_DONE] + np.uint64(1)
+            forward = min(int(words[abi.STATE_FORWARD_DONE]) + 1, abi.LAST_FORWARD)
+            words[abi.STATE_FORWARD] = forward
+            if forward >= abi.RENUMBER_AT:
+                self.state.control[abi.CONTROL_RENUMBER] = forward
             words[abi.STATE_STEP] = words[abi.STATE_STEP_DONE] + np.uint64(batch.is_first_forward)
-            words[abi.STATE_JUDGING] = words[abi.STATE_PAUSE] == 0
+            words[abi.STATE_JUDGING] = words[abi.STATE_PAUSE] == 0 and forward < abi.LAST_FORWARD
             words[abi.STATE_FORWARDS_JUDGED] += words[abi.STATE_JUDGING]
             if batch.is_first_forward:
                 self.state.taint[:] = 0
@@ -458,6 +462,9 @@ class HostBackend:
 
     def set_paused(self, is_paused: bool, stream: Any) -> None:
         self.state.words[abi.STATE_PAUSE] = is_paused
+
+    def renumber(self, stream: Any) -> None:
+        ref_renumber.renumber(self._pools, self.state)
 
     def reset(self, pool: int | None, stream: Any) -> None:
         for p in self._pools if pool is None else [self._pools[pool]]:

@@ -226,6 +226,17 @@ class Side:
         found = [np.ascontiguousarray(self.array(0, name)).reshape(-1).view(abi.STAMP) for name in names]
         return np.concatenate([stamps[at].view(np.uint8) for stamps in found for at in slots])
 
+    def renumbered(self) -> Facts:
+        """What moving the numbers of forwards down left behind, as if very many forwards had gone by."""
+        words = self.backend.snapshot_words()
+        words[abi.STATE_FORWARD] = words[abi.STATE_FORWARD_DONE] = abi.RENUMBER_AT
+        self._device.assign(self.backend.state.words, words)
+        self.backend.renumber(None)
+        self.backend.synchronize()
+        numbers = self.backend.snapshot_words()[[abi.STATE_FORWARD, abi.STATE_FORWARD_DONE, abi.STATE_FORWARD_BASE]]
+        names = ("head", "tail", "claims", "register_claims", "blocks")
+        return {"kvc_renumber": {"numbers": self.arrays(*names)}, "kvc_renumber_end": {"forwards": numbers}}
+
     def adopted(self) -> Facts:
         """What the adopting launch left behind."""
         n = self.backend.snapshot_words()[abi.STATE_ADOPTED_SLOTS : abi.STATE_ADOPTED_SLOTS + 1]
@@ -268,6 +279,7 @@ def _both_facts(make_backend: MakeBackend, device: Device) -> list[tuple[Facts, 
         else:
             pairs.append((sides[0].facts(), sides[1].facts()))
             pairs.append((sides[0].moved(script), sides[1].moved(script)))
+            pairs.append((sides[0].renumbered(), sides[1].renumbered()))
         for side in sides:
             side.backend.close()
     return pairs

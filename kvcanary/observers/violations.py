@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -75,6 +76,7 @@ class ViolationObserver:
         self._callbacks: tuple[Callback, ...] = ()
         self._n_dropped = 0
         self._n_lines: dict[int, int] = {}
+        self.n_errors = 0  #: log handlers that raised
         self._counts: Counter[tuple[int, Reason]] = Counter()
 
     @property
@@ -137,7 +139,8 @@ class ViolationObserver:
                 "far); raise ring_capacity, or look at the records before them"
             )
             fields = {"dropped": n_new, "dropped_total": n_dropped}
-            logger.warning("%s", line(self._log_format, logging.WARNING, "dropped", text, fields))
+            told = line(self._log_format, logging.WARNING, "dropped", text, fields)
+            self._quietly(partial(logger.warning, "%s", told))
 
     def forget(self) -> None:
         """Forget which findings were reported (the cache was flushed); the counts and the history stay."""
@@ -156,7 +159,7 @@ class ViolationObserver:
             self._on_new(new)
         for violation in new:
             self._call(violation)
-        self._log(new)
+        self._quietly(lambda: self._log(new))
         return new
 
     def _take(self) -> tuple[Violation, ...]:
@@ -183,8 +186,15 @@ class ViolationObserver:
         for callback in self._callbacks:
             try:
                 callback(violation)
-            except Exception:
-                logger.exception("[canary] a violation callback raised: %r", callback)
+            except Exception:  # noqa: BLE001  logged in the next line, which may raise too
+                self._quietly(partial(logger.exception, "[canary] a violation callback raised: %r", callback))
+
+    def _quietly(self, log: Callable[[], None]) -> None:
+        """A log handler that raises costs a line, never a violation or the caller's own error."""
+        try:
+            log()
+        except Exception:  # noqa: BLE001  there is nobody left to tell
+            self.n_errors += 1
 
     def _log(self, new: tuple[Violation, ...]) -> None:
         lines = [run for run in fold_runs(new) if self._is_worth_a_line(run[0])]

@@ -16,9 +16,11 @@ import numpy as np
 
 from kvcanary.errors import KvCanaryError
 from kvcanary.manager import CanaryManager
+from kvcanary.sim import footprint
 from kvcanary.sim.behaviours import BEHAVIOURS, Watch, resident_set
 from kvcanary.sim.disaggregated import PrefillEngine, receive
 from kvcanary.sim.engine import SimEngine
+from kvcanary.sim.footprint import Footprint
 from kvcanary.sim.guard import CanaryGuard, pool_of
 from kvcanary.sim.mix import Mix, draw, random_prompt
 from kvcanary.sim.model import NumpyModel
@@ -241,6 +243,34 @@ def soak_all(n_steps: int, processes: int, first_seed: int, backend: str) -> lis
         return list(pool.map(soak, seeds, steps, [None] * n_seeds, [backend] * n_seeds))
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Seeds that one process served one after the other, and what it held after each."""
+
+    results: list[SoakResult]
+    held: list[Footprint]
+
+
+def soak_for(minutes: float, first_seed: int, stride: int, backend: str) -> Stretch:
+    """Seeds ``first_seed``, ``first_seed + stride``, ... until so many minutes have gone by; at least one."""
+    end, seed, stretch = time.perf_counter() + 60 * minutes, first_seed, Stretch([], [])
+    while not stretch.results or time.perf_counter() < end:
+        stretch.results.append(soak(seed, STEPS_PER_SEED[backend], None, backend))
+        held = Footprint.now(on_gpu=backend == "cuda")
+        stretch.held.extend([held] if held is not None else [])
+        seed += stride
+    return stretch
+
+
+def soak_all_for(minutes: float, processes: int, first_seed: int, backend: str) -> list[Stretch]:
+    """A stretch by each process, beside each other."""
+    if processes == 1:
+        return [soak_for(minutes, first_seed, 1, backend)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        firsts, n = range(first_seed, first_seed + processes), processes
+        return list(pool.map(soak_for, [minutes] * n, firsts, [n] * n, [backend] * n))
+
+
 def told(results: Sequence[SoakResult], seconds: float) -> str:
     """What was done, in words: the sums, and how often each behaviour happened."""
     steps, did = sum(r.steps for r in results), Counter[str]()
@@ -268,20 +298,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """What a soak is told."""
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="guarded steps (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, metavar="M", help="so long instead of --steps, and memory must stay flat"
+    )
     parser.add_argument("--processes", type=int, default=1, metavar="P", help="default: %(default)s")
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Soak, and tell it; 1 if the guard reported anything."""
-    start = time.perf_counter()
+    """Soak, and tell it; 1 if the guard reported anything, or memory, files or threads grew."""
+    start, given = time.perf_counter(), (arguments.processes, arguments.first_seed, arguments.backend)
+    stretches: list[Stretch] = []
     try:
-        results = soak_all(arguments.steps, arguments.processes, arguments.first_seed, arguments.backend)
+        if arguments.minutes > 0:
+            stretches = soak_all_for(arguments.minutes, *given)
+            results = [result for stretch in stretches for result in stretch.results]
+        else:
+            results = soak_all(arguments.steps, *given)
     except FalseAlarmError as error:
         print(f"FALSE ALARM: {error}")
         return 1
     print(told(results, time.perf_counter() - start))
-    return 0
+    grown = [footprint.growth(stretch.held) for stretch in stretches]
+    for stretch, grew in zip(stretches, grown, strict=True):
+        print(footprint.told(stretch.held, grew))
+    return any(grew is not None and not footprint.is_flat(grew) for grew in grown)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from kvcanary import captured
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,3 +17,10 @@ def _no_pool() -> None:
         import cupy
 
         cupy.cuda.set_allocator(None)
+
+
+@pytest.fixture(autouse=True)
+def _no_orphans() -> Iterator[None]:
+    """Graphs of a test are gone with it: so is the memory that is kept for graphs of managers nobody closed."""
+    yield
+    captured._orphans.clear()

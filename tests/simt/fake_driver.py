@@ -56,7 +56,8 @@ class FakeDriver:
             assert self.contexts[-1] == CONTEXT or name == "cuCtxPushCurrent", f"{name} in another context"
             self.n_calls += 1
             value = do(self, *arguments)
-            return (NOT_READY if value is NotImplemented else 2 if value is MemoryError else 0, value)
+            status = NOT_READY if value is NotImplemented else 2 if value is MemoryError else 0
+            return (status, *value) if isinstance(value, tuple) else (status, value)
 
         return call
 
@@ -84,6 +85,9 @@ class FakeDriver:
         address = (memory.ctypes.data + 255) // 256 * 256
         self._memory[address] = memory
         return address
+
+    def _cuMemGetInfo(self) -> tuple[int, int]:
+        return self.n_bytes_left, 1 << 40
 
     def _cuMemFree(self, address: int) -> None:
         del self._memory[address]

@@ -1,0 +1,161 @@
+"""Bugs in the host logic and in the reference, by file."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+OBSERVER, MANAGER = "tests/observers/test_violation_observer.py", "tests/test_manager.py"
+HEALTH, DEFERRED = "tests/observers/test_health.py", "tests/test_deferred.py tests/test_interleavings.py"
+LIMITS, OWNERSHIP = "tests/test_kernels_limits.py", "tests/test_kernels_ownership.py"
+CATCH = f"tests/test_kernels_catch.py {LIMITS}"
+LEDGER = "tests/test_ledger.py tests/test_lifecycle.py"
+
+
+def _in(file: str, tests: str, *mutants: tuple[str, str, str], is_quick: bool = False) -> list[Mutant]:
+    return [Mutant(name, f"kvcanary/{file}", old, new, tests, is_quick=is_quick) for name, old, new in mutants]
+
+
+RING = [
+    *_in(
+        "violations.py",
+        "tests/test_violations.py tests/test_overflow.py",
+        ("reads what is not complete", "self._n_read += n_complete", "self._n_read += n"),
+        ("places not handed back", "        self._control[abi.CONTROL_READ] = self._n_read\n", ""),
+        ("laps confused", "self._commits[places] != np.arange", "self._commits[places] == 0 * np.arange"),
+        is_quick=True,
+    ),
+    *_in(
+        "observers/violations.py",
+        OBSERVER,
+        ("told at every forward", "            self._seen.move_to_end(key)\n            return False", "            return True"),
+        ("mode raise raises twice", "            self._unraised.clear()\n", ""),
+        ("newest is forgotten first", "self._seen.popitem(last=False)", "self._seen.popitem(last=True)"),
+    ),
+]  # fmt: skip
+
+OBSERVERS = [
+    *_in(
+        "observers/health.py",
+        HEALTH,
+        ("stall not seen", "if now[pool][tag] == before[pool][tag]]", "if now[pool][tag] < before[pool][tag]]"),
+        ("compared with the start", "        self.latest = now\n", "        self.latest = self.latest or now\n"),
+        ("steps without a forward count", "if facts.n_counted_steps <= self._baseline_steps:", "if False:"),
+        ("warm-up ignored", "is_due = facts.step >= self._warmup and", "is_due ="),
+        is_quick=True,
+    ),
+    *_in(
+        "deferred.py",
+        DEFERRED,
+        ("not asked whether it arrived", "and self._staging.is_done(self._in_flight[0][0]):", "and True:"),
+        ("buffer reused in flight", "if len(self._in_flight) == self._depth:", "if len(self._in_flight) > self._depth:"),
+        ("one buffer for all", "        self._n_staged += 1\n", ""),
+        ("newest first", "index, receiver = self._in_flight.popleft()", "index, receiver = self._in_flight.pop()"),
+        ("not counted", "        self.n_not_taken += 1\n        n =", "        n ="),
+    ),
+    *_in("sweep.py", MANAGER, ("sweeps at other steps", "if step % self.interval == 0 and", "if step % self.interval and")),
+    *_in(
+        "patrol.py",
+        "tests/test_kernels_scrub.py",
+        ("last turn left out", "-(-pool.n_blocks // n), n * n_bytes", "pool.n_blocks // n, n * n_bytes"),
+    ),
+]  # fmt: skip
+
+MANAGER_LOGIC = [
+    *_in(
+        "phases.py",
+        MANAGER,
+        ("TAIL ends the step", "self.phase is _FORWARD_IN_STEP:\n            self.phase = _STEP",
+         "self.phase is _FORWARD_IN_STEP:\n            self.phase = _OUTSIDE"),
+        ("HEAD twice", "            self._refuse(\"head()\")\n", "            pass\n"),
+        is_quick=True,
+    ),
+    *_in(
+        "manager.py",
+        MANAGER,
+        ("idle steps counted", "self._n_counted_steps += counted", "self._n_counted_steps += 1"),
+        ("dropped not told", "            self._violations.note_dropped(int(words[abi.STATE_DROPPED]))\n", ""),
+    ),
+    *_in("contexts.py", MANAGER, ("engine's error masked", "self._manager.abandon_step()", "self._manager.end_step()")),
+    *_in("config.py", f"tests/test_config.py {MANAGER}", ("switch does not win", "return cls(mode=\"off\")", "pass")),
+    *_in(
+        "ledger.py",
+        LEDGER,
+        ("ids may come twice", "if marks.tobytes() != places.tobytes():", "if False:"),
+        ("sharers not counted", "            words += _ONE_SHARER\n", ""),
+        ("freed by one who never had it", "            if np.count_nonzero(is_left) < n_left:", "            if False:"),
+    ),
+    *_in("lifecycle.py", LEDGER, ("wrong event named", "blocks, i) from error", "blocks, i + 1) from error")),
+    *_in("batch.py", "tests/test_batch.py", ("a row too many", "if rows > max_requests:", "if rows > max_requests + 1:")),
+    *_in(
+        "bundle.py",
+        "tests/test_bundle.py",
+        ("damage on the way", "if _checksum(body) != data[-_CHECKSUM_BYTES:]:", "if False:"),
+        ("link of the first kept", "    first[first == abi.PREV_IN_LIST] = abi.PREV_NONE\n", ""),
+    ),
+]  # fmt: skip
+
+REFERENCE = [
+    *_in(
+        "backends/host.py",
+        CATCH,
+        ("taint not cleared", "                self.state.taint[:] = 0\n", "                pass\n"),
+        ("swapped K and V", "v[\"tag\"] += np.uint32(unit.half)", "v[\"tag\"] += np.uint32(unit.half ^ 1)"),
+        ("stale step", "words[abi.STATE_STEP_DONE] + np.uint64(batch.is_first_forward)", "words[abi.STATE_STEP_DONE]"),
+    ),
+    *_in(
+        "backends/reference.py",
+        CATCH,
+        ("padding test skipped", "    if q1 - q0 > length:\n        return row  # padding\n", ""),
+        ("window off by one", "prefix - pool.window + 1), end)", "prefix - pool.window), end)"),
+        ("wrong stage", "(pool.tail[half][\"step\"][slots] == step)", "(pool.head[half][\"step\"][slots] == step)"),
+    ),
+    *_in("backends/ownership.py", OWNERSHIP, ("owner stays", "        words[\"owner\"] = 0\n", "        pass\n")),
+    *_in(
+        "hashing.py",
+        "tests/test_hashing.py",
+        ("wrong shift", "x = (x ^ (x >> np.uint64(27)))", "x = (x ^ (x >> np.uint64(26)))"),
+    ),
+]  # fmt: skip
+
+ABUSE_TESTS = "tests/test_abuse.py tests/test_abuse_cuda.py"
+ABUSE = [
+    *_in("manager.py", ABUSE_TESTS, ("first error lost", "            raise errors[0]\n\n    def _note", "            raise errors[-1]\n\n    def _note")),
+    *_in(
+        "turns.py",
+        ABUSE_TESTS,
+        ("child is not told", "        owner.after_fork()\n", "        pass\n"),
+        ("child frees what is the parent's", "        _kept.append(owner)\n", ""),
+        ("waits too long", "self.lock.acquire(timeout=MAX_WAIT_S)", "self.lock.acquire(timeout=25)"),
+    ),
+    *_in(
+        "manager.py",
+        ABUSE_TESTS,
+        ("lock of a thread that is not there", "        self._turns.renew()\n", ""),
+        ("engine's error behind ours", "        self._quietly(self._violations.poll)\n\n    def step", "        self._violations.poll()\n\n    def step"),
+        ("driver's error comes through", "        except Exception as error:  # of the driver", "        except ZeroDivisionError as error:  # of the driver"),
+        ("half a manager left behind", "            backend_of_this.close()\n", ""),
+        ("sweep on a dead stream", "            self._quietly(self._sweep_now)\n", "            self._sweep_now()\n"),
+    ),
+    *_in(
+        "observers/violations.py",
+        ABUSE_TESTS,
+        ("log handler takes the violation along", "        self._quietly(lambda: self._log(new))\n", "        self._log(new)\n"),
+        ("callback takes the next one along", "            except Exception:  # noqa: BLE001  logged", "            except ZeroDivisionError:  # logged"),
+    ),
+    *_in(
+        "captured.py",
+        ABUSE_TESTS,
+        ("memory of a live graph freed", "        _orphans.append(backend)\n", ""),
+        ("memory of no graph kept", "        if not self.was_captured:\n            return\n", ""),
+        ("closed, and kept all the same", "        self._finalizer.detach()\n", "        pass\n"),
+    ),
+    *_in(
+        "backends/cuda.py",
+        ABUSE_TESTS,
+        ("memory not given back", "            self._cupy.get_default_memory_pool().free_all_blocks()\n", "            pass\n"),
+        ("memory stays in the error", "    driver.close()\n    driver.give_back()\n    raise BackendError(text)\n",
+         "        driver.close()\n        driver.give_back()\n        raise\n"),
+    ),
+]  # fmt: skip
+
+HOST = [*RING, *OBSERVERS, *MANAGER_LOGIC, *REFERENCE, *ABUSE]

@@ -1,0 +1,115 @@
+"""What random engines seldom reach: the longest rows, the oldest length of a register, more failures than are kept."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from agree import Sides, Twins
+from agree_pools import random_pool
+from agree_script import A, Row, Script, kinds
+
+from kvcanary import Reason, abi
+
+
+@pytest.mark.parametrize("n", [abi.SHORT_ROW, abi.SHORT_ROW + 1, abi.SHORT_ROW + abi.WRITE_TILE + 300])
+def test_prefill_around_the_length_from_which_on_tiles_are_long(sides: Sides, n: int) -> None:
+    page, n_blocks = 64, 300
+    spec = random_pool(random.Random(1), n_blocks=n_blocks, page_size=page, layout="token_major")
+    twins = Twins([spec], sides(), 1, n, real_data="none")
+    rng = np.random.default_rng(n)
+    table = (1 + rng.permutation(n_blocks - 1)).astype(np.int32)[None]
+    ids, positions = rng.integers(0, 1 << 30, n + 1).astype(np.int32), np.arange(n + 1)
+    slots = table[0, positions // page].astype(np.int64) * page + positions % page
+    for first, last in ((0, n), (n, n + 1)):
+        arrays = {
+            "block_table": table,
+            "seq_lens": np.array([last], np.int32),
+            "query_start_loc": np.array([0, last - first], np.int32),
+            "input_ids": ids[first:last],
+            "slot_mapping": slots[first:last],
+            "request_slots": np.zeros(1, np.int32),
+            "request_ids": np.ones(1, np.uint32),
+        }
+        assert len(twins.forward(arrays)) == 0
+
+
+@pytest.mark.parametrize("n_back", [abi.N_REGISTER_LENGTHS - 1, abi.N_REGISTER_LENGTHS])
+@pytest.mark.parametrize("chunk", [1, 20])
+def test_drafts_taken_back_to_the_oldest_length_that_a_register_keeps_and_beyond(
+    sides: Sides, n_back: int, chunk: int
+) -> None:
+    s = Script(sides(), leave_out=["token_history"])
+    table, text = [1, 2, 3, 4, 5], A
+    for start in range(0, 20, chunk):
+        assert s.forward(Row(1, text, start, start + chunk, table)) == []
+    assert s.forward(Row(1, text, 20 - n_back, 20 - n_back + 1, table)) == []
+    assert s.forward(Row(1, text, 21 - n_back, 22 - n_back, table)) == []
+    s.twins.edit_guard(0, "head0", lambda head: head["token"].__setitem__(4 + 21 - n_back, 999))
+    assert kinds(s.forward(Row(1, text, 22 - n_back, 23 - n_back, table)))[4 + 21 - n_back] & Reason.CHAIN
+
+
+def test_more_failed_forwards_than_a_pool_remembers(sides: Sides) -> None:
+    """Of the oldest only the highest number is kept: they, and all before them, count as failed."""
+    s = Script(sides())
+    n = abi.N_ABORTED + 3
+    assert s.forward(Row(1, A, 0, 1, [1])) == []
+    for i in range(n):
+        s.forward(Row(2, A, 0, 4, [2]) if i in (2, 3) else Row(3, A, 0, 1, [3]), has_tail=False)
+    state = s.twins.sides[0].pool_state(0)[0]
+    assert s.forward(Row(1, A, 1, 2, [1])) == []
+    state = s.twins.sides[0].pool_state(0)[0]
+    assert (state["n_aborted"], state["aborted_floor"]) == (n, 4)
+    before = int(s.twins.words[abi.STATE_UNJUDGED_SLOTS])
+    # Block 2 was written last in forward 5, which is in the list; then, behind the guard's back, in forward 4.
+    assert s.forward(Row(2, A, 4, 5, [2, 4])) == []
+    s.twins.edit_guard(0, "head0", lambda head: head["step"].__setitem__(slice(8, 12), 4))
+    assert s.forward(Row(2, A, 5, 6, [2, 4])) == []
+    assert s.twins.words[abi.STATE_UNJUDGED_SLOTS] == before + 8
+
+
+def test_taint_is_that_of_the_step_at_hand(sides: Sides) -> None:
+    s = Script(sides())
+    s.forward(Row(1, A, 0, 4, [1]), Row(2, A, 0, 4, [2]))
+    s.damage(0, 9)
+    s.forward(Row(1, A, 4, 5, [1, 3]), Row(2, A, 4, 5, [2, 4]))
+    taint = s.twins.sides[0].manager.taint
+    assert taint.tolist()[:2] == [0, Reason.DATA]
+    s.damage(0, 9)  # as it was
+    s.forward(Row(1, A, 5, 6, [1, 3]), Row(2, A, 5, 6, [2, 4]))
+    assert not taint.any()
+
+
+def test_a_row_of_more_new_tokens_than_it_is_long_is_padding(sides: Sides) -> None:
+    s = Script(sides())
+    s.forward(Row(1, A, 0, 4, [1]))
+    lengths = np.array([5, 2], np.int32)
+    assert s.forward(Row(1, A, 4, 5, [1, 3]), Row(2, A, 0, 3, [5]), seq_lens=lengths) == []
+    head = s.twins.sides[0].read_guard(0, "head0")
+    assert head["step"][12] == 2 and not head["step"][20:24].any(), "nor is it stamped"
+
+
+def test_bytes_of_a_forward_that_failed_are_nobodys(sides: Sides) -> None:
+    """A digest is there from the forward before it, and the bytes are new: neither vouches for the other."""
+    s = Script(sides())
+    s.forward(Row(1, A, 0, 6, [1, 2]))
+    s.forward(Row(1, A, 4, 6, [1, 2]), has_tail=False)
+    s.damage(1, 8)
+    assert s.forward(Row(1, A, 6, 7, [1, 2])) == []
+    assert s.twins.words[abi.STATE_UNJUDGED_SLOTS] == 2
+    s.damage(1, 5)
+    assert kinds(s.forward(Row(1, A, 7, 8, [1, 2]))) == {5: Reason.DATA}
+
+
+def test_what_was_written_before_its_block_was_allocated_is_not_carried_along(sides: Sides) -> None:
+    s = Script(sides(), lifecycle=True)
+    s.own("allocate", [1, 2], 1)
+    s.own("allocate", [4, 5], 2)
+    assert s.forward(Row(1, A, 0, 8, [1, 2])) == []
+    s.own("free", [2], 1)
+    s.own("allocate", [2], 2)
+    s.twins.call("copy_slots", range(8, 12), range(16, 20))
+    assert not s.twins.sides[0].read_guard(0, "head0")["step"][16:20].any()
+    found = kinds(s.forward(Row(2, A, 4, 5, [4, 5])))
+    assert {found[slot] & Reason.UNWRITTEN for slot in range(16, 20)} == {Reason.UNWRITTEN}
