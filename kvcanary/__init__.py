@@ -3,6 +3,7 @@
 import logging
 
 from kvcanary import layouts
+from kvcanary.agreement import RankAgreement
 from kvcanary.batch import StepBatch
 from kvcanary.bundle import SlotBundle
 from kvcanary.config import CanaryConfig
@@ -22,6 +23,7 @@ from kvcanary.errors import (
     LayoutError,
     LifecycleError,
     PhaseError,
+    RankStalledError,
 )
 from kvcanary.layout import KvPool, Plane
 from kvcanary.ledger import PREFIX_CACHE
@@ -34,6 +36,7 @@ from kvcanary.state import CanaryDeviceState
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Half, PoolKind, Reason, Stage
+from kvcanary.verdict import RankVerdict, Severity
 from kvcanary.violations import Violation
 
 __version__ = "0.1.0"
@@ -69,7 +72,11 @@ __all__ = [
     "PhaseError",
     "Plane",
     "PoolKind",
+    "RankAgreement",
+    "RankStalledError",
+    "RankVerdict",
     "Reason",
+    "Severity",
     "SlotBundle",
     "Stage",
     "StepBatch",

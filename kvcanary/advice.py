@@ -50,6 +50,10 @@ STALLED = (
     "The guard did not run, so nothing was checked: capture the graphs again inside forward(), and mark steps that "
     "run no forward as idle."
 )
+RANK_GONE = (
+    "Another rank died, hangs or is behind: look at its process and its log. If it is gone, restart the group, and end "
+    "this process without waiting for it. If all ranks live, give RankAgreement a larger within=."
+)
 FALLEN = (
     "A counter of the guard fell: something wrote into its device memory, and perhaps elsewhere. Take the process "
     "out of service and look for the stray write with compute-sanitizer."

@@ -141,6 +141,16 @@ class CanaryConfig:
         return self.health_policy == "raise" or (self.health_policy == "as-mode" and self.mode == "raise")
 
 
+def choices_of(name: str) -> tuple[str, ...]:
+    """The words that a setting takes; empty if it takes no fixed ones."""
+    return _CHOICES.get(name, ())
+
+
+def range_of(name: str) -> tuple[int, int] | None:
+    """The least and the greatest value of a setting that is a number."""
+    return _RANGES.get(name)
+
+
 def given_by_environment() -> list[str]:
     """The settings that `CanaryConfig.from_env` would take from the environment now, as NAME=value."""
     return sorted(f"{key}={text}" for key, text in os.environ.items() if key.startswith(ENV_PREFIX) and text.strip())

@@ -3,7 +3,8 @@
 KvCanaryError(RuntimeError)
 ├── KvCanaryViolation     the cache is corrupt (mode "raise"); .violations
 ├── CanaryStalledError    the guard itself has stopped running; .tags, .step
-│   └── CanaryCounterError    a counter of the guard fell: its state was overwritten or reset behind its back
+│   ├── CanaryCounterError    a counter of the guard fell: its state was overwritten or reset behind its back
+│   └── RankStalledError      another rank did not come to an agreement: it died, hangs or is behind; .step
 ├── ConfigError           a configuration value that cannot work
 ├── LayoutError           a plane or pool that cannot be addressed
 ├── BatchError            a batch whose arrays do not fit together, or exceed the manager's capacities
@@ -32,7 +33,10 @@ class KvCanaryError(RuntimeError):
 
 
 class KvCanaryViolation(KvCanaryError):
-    """The KV cache is corrupt; ``violations`` holds the new records of this step, oldest first."""
+    """The KV cache is corrupt; ``violations`` holds the new records of this step, oldest first.
+
+    With a `RankAgreement` all ranks raise it: those that have seen nothing themselves with no records.
+    """
 
     def __init__(self, message: str, violations: Sequence[Violation] = ()) -> None:
         super().__init__(message)
@@ -50,6 +54,10 @@ class CanaryStalledError(KvCanaryError):
 
 class CanaryCounterError(CanaryStalledError):
     """A launch counter is lower than at the check before: the guard's device state was overwritten."""
+
+
+class RankStalledError(CanaryStalledError):
+    """Another rank did not come to an agreement in time; see `RankAgreement`. ``tags`` is empty."""
 
 
 class ConfigError(KvCanaryError, ValueError):

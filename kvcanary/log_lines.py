@@ -19,7 +19,8 @@ def line(log_format: str, level: int, event: str, text: str, fields: Mapping[str
         log_format: "text": ``text`` as it is; "json": an object of event, level, time (seconds since the epoch), the
             fields, and ``text`` as "message".
         level: of `logging`.
-        event: "violation", "more_violations", "dropped", "stall" or "stats".
+        event: "violation", "more_violations", "dropped", "stall" or "stats"; with several ranks also "agreement",
+            "rank_stall" and "rank_steps".
     """
     if log_format == "text":
         return text

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi, hashing
+from kvcanary.agreement import RankAgreement
 from kvcanary.aliasing import check_overlaps
 from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
@@ -150,7 +151,8 @@ class CanaryManager(MoveCalls, EmbedCalls):
         on_report = box.stall if box else None
         self._health = KernelRunCounterHealthChecker(config, self.active_tags, names, handlers[0], on_report)
         self._stats_logger = PeriodicCanaryStatsLogger(config, self.active_tags, handlers[1])
-        self._observers = (self._violations, self._health, self._stats_logger)
+        self._agreement: RankAgreement | None = None
+        self._observers: tuple[Any, ...] = (self._violations, self._health, self._stats_logger)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
     @property
@@ -310,6 +312,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
 
         Raises:
             KvCanaryViolation: mode "raise" and new violations. CanaryStalledError: the guard stopped running.
+            RankStalledError: another rank did not come to an agreement (`attach_agreement`).
         """
         if self._backend is None:
             return
@@ -328,6 +331,8 @@ class CanaryManager(MoveCalls, EmbedCalls):
         if self._backend is None or self._phases.is_over:
             return
         self.abandon_forward()
+        if self._agreement is not None:
+            self._agreement.abandon(self._facts(self._backend), is_idle=self._is_idle)
         self._phases.abandon_step()
         # Whatever goes wrong here would stand in front of the engine's own error.
         self._quietly(self._violations.poll)  # first: it asks nothing of a device that may have died
@@ -397,12 +402,14 @@ class CanaryManager(MoveCalls, EmbedCalls):
             self._quietly(self._sweep_now)
         if self._control[abi.CONTROL_RENUMBER]:  # once in two thousand million forwards
             self._quietly(self._renumber)
+        if self._agreement is not None:
+            self._agreement.tick(is_idle=self._is_idle)
         self._step += 1
         self._n_counted_steps += counted
         step = self._step
         due: list[Observer] = [observer for observer in self._observers if observer.is_due(step)]
         # An observer with a snapshot to take looks at the stream itself.
-        if all(observer is self._violations for observer in due) and self._has_odd_stream():
+        if all(observer in (self._violations, self._agreement) for observer in due) and self._has_odd_stream():
             due = list(self._observers)
         if self._more_observers:
             due += [observer for observer in self._more_observers if self._is_due(observer, step)]
@@ -657,6 +664,19 @@ class CanaryManager(MoveCalls, EmbedCalls):
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 
+    @one_at_a_time
+    def attach_agreement(self, agreement: RankAgreement) -> None:
+        """Let all ranks log or raise at the same step, see `RankAgreement`; between steps, on all ranks; for good.
+
+        `close` closes it. Does nothing in mode "off".
+        """
+        if self._backend is not None:
+            self._phases.need_outside_forward("attach_agreement()")
+            on_stall = self._box.stall if self._box is not None else None
+            agreement.attach(self._violations, self.config, self._n_counted_steps, on_stall)
+            self._agreement = agreement
+            self._observers = (self._violations, agreement, *self._observers[1:])
+
     @staticmethod
     def chain(tokens: Sequence[int] | npt.NDArray[Any], salt: int = 0) -> int:
         """The chain over a prefix of ``tokens``: what `StepBatch.prefix_chain` takes for a row with that prefix.
@@ -794,6 +814,8 @@ class CanaryManager(MoveCalls, EmbedCalls):
         if self._backend is None or self._phases.is_over:
             return
         self._phases.close()
+        if self._agreement is not None:
+            self._agreement.close()
         self._open_forward = None
         self._quietly(self._restore_perturbed)
         self._quietly(self._violations.poll)

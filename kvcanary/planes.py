@@ -70,15 +70,7 @@ class Plane:
     dtype: Any = ""
 
     def __post_init__(self) -> None:
-        halves = [half for half in Half if isinstance(self.half, int) and half == self.half]
-        if not halves or not isinstance(self.name, str):
-            raise LayoutError(f"plane of half={self.half!r}, name={self.name!r}: give Half.K or Half.V, and a string")
-        object.__setattr__(self, "half", halves[0])
-        object.__setattr__(self, "name", self.name or self.half.name.lower())
-        if not isinstance(self.layer, (int, np.integer)):
-            raise LayoutError(f"plane {self.name!r}: layer={self.layer!r}; give the number of the layer")
-        if not isinstance(self.group, (int, np.integer, str, type(None))):
-            raise LayoutError(f"{self.label}: group={self.group!r}; give an integer or a string, or None for none")
+        self._check_names()
         for field, least in _PLANE_NUMBERS:
             value = getattr(self, field)
             if not isinstance(value, (int, np.integer)) or value < least:
@@ -102,6 +94,17 @@ class Plane:
                 f"{self.label}: dtype {self.dtype} in chunks of {self.chunk_bytes} bytes: give the type whose size "
                 "divides them, or an integer type (uint8) for what holds no floats"
             )
+
+    def _check_names(self) -> None:
+        halves = [half for half in Half if isinstance(self.half, int) and half == self.half]
+        if not halves or not isinstance(self.name, str):
+            raise LayoutError(f"plane of half={self.half!r}, name={self.name!r}: give Half.K or Half.V, and a string")
+        object.__setattr__(self, "half", halves[0])
+        object.__setattr__(self, "name", self.name or self.half.name.lower())
+        if not isinstance(self.layer, (int, np.integer)):
+            raise LayoutError(f"plane {self.name!r}: layer={self.layer!r}; give the number of the layer")
+        if not isinstance(self.group, (int, np.integer, str, type(None))):
+            raise LayoutError(f"{self.label}: group={self.group!r}; give an integer or a string, or None for none")
 
     @property
     def label(self) -> str:

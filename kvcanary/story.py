@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcanary.advice import ADVICE, CONTAIN, FALLEN, STALLED
+from kvcanary.advice import ADVICE, CONTAIN, FALLEN, RANK_GONE, STALLED
 from kvcanary.box_reader import BoxRun
 from kvcanary.causes import Cause, classify
 from kvcanary.config import CanaryConfig
@@ -114,9 +114,10 @@ def _episode(part: Sequence[tuple[float, Violation]]) -> Episode:
 
 
 def stall_advice(run: BoxRun) -> list[str]:
-    """What to do about the reports of the health check."""
+    """What to do about the reports of the health check, and about ranks that did not come."""
     kinds = {stall.get("error") for stall in run.stalls}
-    return [text for kind, text in (("CanaryCounterError", FALLEN), ("CanaryStalledError", STALLED)) if kind in kinds]
+    known = (("CanaryCounterError", FALLEN), ("CanaryStalledError", STALLED), ("RankStalledError", RANK_GONE))
+    return [text for kind, text in known if kind in kinds]
 
 
 def as_json(run: BoxRun) -> dict[str, Any]:

@@ -13,14 +13,24 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from kvcanary import PREFIX_CACHE, CanaryConfig, CanaryManager, KvPool, Reason, SlotBundle, StepBatch, layouts
+from kvcanary import (
+    PREFIX_CACHE,
+    CanaryConfig,
+    CanaryManager,
+    KvPool,
+    RankAgreement,
+    Reason,
+    SlotBundle,
+    StepBatch,
+    layouts,
+)
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 if not README.is_file():
     pytest.skip("README.md is not beside the tests", allow_module_level=True)
 TEXT = README.read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-LOOP, CAPTURE, LAYOUTS, MOVES, OWNERS, METRICS = BLOCKS
+LOOP, CAPTURE, LAYOUTS, MOVES, OWNERS, METRICS, RANKS = BLOCKS
 PAGE, ROWS, MAX_LEN = 16, 2, 64
 
 
@@ -134,7 +144,8 @@ def test_the_metrics_are_served_as_it_says(monkeypatch: pytest.MonkeyPatch) -> N
         client, "start_http_server", lambda port: servers.append(start(0, addr="127.0.0.1", registry=registry))
     )
     servers: list[Any] = []
-    exec(METRICS, {"manager": run(tamper_at=20)})
+    manager = run(tamper_at=20)  # held here: the metrics hold it weakly
+    exec(METRICS, {"manager": manager})
     ((server, thread),) = servers
     try:
         with urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=10) as answer:
@@ -147,6 +158,15 @@ def test_the_metrics_are_served_as_it_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert any(float(n) > 0 for n in re.findall(r'kvcanary_violations_total\{.*reason="TOKEN"\} (\S+)', text))
     for name in re.findall(r"`(kvcanary_\w+)`", TEXT):
         assert f"# HELP {name} " in text, name
+
+
+def test_the_agreement_is_attached() -> None:
+    mpi = pytest.importorskip("mpi4py.MPI", reason='needs pip install "kvcanary[mpi]"')
+    manager = run(tamper_at=None)
+    names: dict[str, Any] = {"manager": manager, "comm": mpi.COMM_SELF, "RankAgreement": RankAgreement}
+    exec(RANKS, names)
+    assert (names["agreement"].every, names["agreement"].within) == (64, 32)
+    manager.close()
 
 
 def test_every_setting_and_reason_named_in_the_text_exists() -> None:

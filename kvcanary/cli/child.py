@@ -9,6 +9,7 @@ import ctypes
 import json
 import subprocess
 import sys
+import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,15 @@ def driver() -> dict[str, Any]:
 
 def _gpu(cuda: Any, index: int) -> dict[str, Any]:
     device, n_bytes, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
-    major, minor = ctypes.c_int(), ctypes.c_int()
+    major, minor, raw_uuid = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(16)
     cuda.cuDeviceGet(ctypes.byref(device), index)
     cuda.cuDeviceGetName(name, len(name), device)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(n_bytes), device)
     cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    cuda.cuDeviceGetUuid_v2(raw_uuid, device)
     return {
+        "uuid": f"GPU-{uuid.UUID(bytes=raw_uuid.raw)}",  # as nvidia-smi -L and CUDA_VISIBLE_DEVICES have it
         "name": name.value.decode(errors="replace"),
         "capability": [major.value, minor.value],
         "bytes": n_bytes.value,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcanary.cli import fleet
 from kvcanary.cli.drill_readme import render
 from kvcanary.cli.drill_report import as_json, causes_ok, print_causes, print_sdc, print_table, sdc_as_json, verdict_of
 from kvcanary.cli.rig import choose_backend
@@ -57,6 +58,7 @@ def add_parser(commands: Any) -> None:
     soaking = parser.add_argument_group("soak: honest load of everything that engines do, instead of the drill")
     soaking.add_argument("--soak", action="store_true", help="serve random prompts; the guard must stay silent")
     soak.add_arguments(soaking)
+    fleet.add_arguments(soaking)
     parser.set_defaults(run=run)
 
 
@@ -72,6 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.json, arguments.render_readme):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no directory {path.parent}; make it first")
+    if fleet.is_asked(arguments):
+        if not arguments.soak:
+            raise ConfigError("--workers and --scheduler are for a soak: add --soak")
+        return fleet.run(arguments)
     chosen = choose(arguments.scenario)
     choice = choose_backend(arguments.backend)
     print(f"backend {choice.backend}: {choice.why}")

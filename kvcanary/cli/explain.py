@@ -140,7 +140,8 @@ def _tell_stalls(run: BoxRun) -> Iterator[str]:
         return
     yield ""
     n, first = len(run.stalls), run.stalls[0]
-    yield f"-- the guard itself: {_count(n, 'report')} of the health check, from step {first.get('step')} on"
+    of_what = "the ranks" if first.get("error") == "RankStalledError" else "the health check"
+    yield f"-- the guard itself: {_count(n, 'report')} of {of_what}, from step {first.get('step')} on"
     yield from _entry("said", str(first.get("text")))
     for text in stall_advice(run):
         yield from _entry("do", text)

@@ -7,6 +7,7 @@ tokens of an interleaved block (then t = token in the run), any other = content 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from kvcanary.arrays import ArrayView
@@ -75,7 +76,7 @@ def k_and_v(
     return [
         Part("kv"[half] + suffix, half, source, views_of(source, arrays), tuple(axes), hint=hint, dtype=dtype)
         for source, half, arrays in zip(sources, Half, (k, v), strict=True)
-        if arrays is not None
+        if arrays is not None or (half is Half.K and v is not None)
     ]
 
 
@@ -214,6 +215,8 @@ def _one_half(view: ArrayView, part: Part, label: str) -> tuple[ArrayView, str]:
 
 
 def _layer_numbers(parts: Sequence[Part], layers: Sequence[int] | None) -> list[int]:
+    if not parts:
+        raise LayoutError("None instead of arrays: give a list with one array per layer, at least one")
     counts = {part.source: len(part.arrays) for part in parts}
     if layers is not None:
         if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):

@@ -29,6 +29,8 @@ MAX_LINES_OF_A_KIND = 100  # then only the 128th, 256th, ... finding with the sa
 MAX_LINES = 20  # violations of one step that are written out
 MAX_NEW = 256  # first sightings after which a step reads no further (some 4 ms); the rest waits in the ring
 MAX_RECORDS = 4096  # records of any kind, likewise
+STOP = "Stop serving the requests named here and keep .violations; mode='log' reports without raising"
+STOP_ELSEWHERE = "Stop serving the requests that the log of that rank names; mode='log' reports without raising"
 
 
 class ViolationObserver:
@@ -60,6 +62,7 @@ class ViolationObserver:
     ) -> None:
         self.violations_total = 0  #: first sightings
         self.history: deque[Violation] = deque(maxlen=MAX_HISTORY)  #: the newest first sightings
+        self.raises_when_agreed = False  #: leave raising to `take_agreed`, for all ranks to raise at one step
         self._raises = config.mode == "raise"
         self._log_tokens = config.log_tokens
         self._log_format = config.log_format
@@ -83,7 +86,7 @@ class ViolationObserver:
 
     def is_due(self, step: int) -> bool:
         """Whether `step` has anything to do: one NumPy read."""
-        return self._reader.has_new or (self._raises and bool(self._unraised))
+        return self._reader.has_new or (self._raises and bool(self._unraised) and not self.raises_when_agreed)
 
     def step(self, facts: StepFacts) -> None:
         """Report what is new; one NumPy read when nothing is. Touches no stream, so it may run beside a capture.
@@ -95,8 +98,13 @@ class ViolationObserver:
         """
         if self._reader.has_new:
             self._report_some()
-        if self._raises and self._unraised:
-            self._raise(facts.step)
+        if self._raises and self._unraised and not self.raises_when_agreed:
+            raise self._error(f"{len(self._unraised)} new violations of the KV cache at step {facts.step}", STOP)
+
+    def take_agreed(self, text: str) -> KvCanaryViolation:
+        """What to raise when the ranks have agreed on ``text``: with this rank's own findings, if any."""
+        n = len(self._unraised)
+        return self._error(f"{text}; {n or 'no'} new violations on this rank until here", STOP if n else STOP_ELSEWHERE)
 
     def poll(self) -> tuple[Violation, ...]:
         """Report all that is new without raising (the next `step` will): the first sightings, oldest first."""
@@ -210,17 +218,17 @@ class ViolationObserver:
         n = self._n_lines[violation.reasons]
         return f" ({n} findings of this kind so far; most are no longer written)" if n > MAX_LINES_OF_A_KIND else ""
 
-    def _raise(self, step: int) -> None:
+    def _error(self, text: str, what_to_do: str) -> KvCanaryViolation:
         with self._lock:
             new = tuple(self._unraised)
             self._unraised.clear()
-        lines = [f"{len(new)} new violations of the KV cache at step {step}, {self.violations_total} so far:"]
         runs = fold_runs(new)
+        lines = [f"{text}, {self.violations_total} so far{':' if runs else ''}"]
         lines.extend(f"  {line_of(first, last)}" for first, last in runs[:MAX_LINES])
         if len(runs) > MAX_LINES:
             lines.append(f"  and {len(runs) - MAX_LINES} more")
-        lines.append("Stop serving the requests named here and keep .violations; mode='log' reports without raising")
-        raise KvCanaryViolation("\n".join(lines), new)
+        lines.append(what_to_do)
+        return KvCanaryViolation("\n".join(lines), new)
 
 
 def _findings(records: npt.NDArray[Any]) -> list[tuple[int, ...]]:

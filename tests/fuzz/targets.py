@@ -20,8 +20,7 @@ from kvcanary import CanaryConfig, CanaryManager, KvCanaryError, KvPool, Plane, 
 from .source import Source
 from .values import array, odd
 
-logging.getLogger("kvcanary").setLevel(logging.CRITICAL + 1)
-
+_LOGGER = logging.getLogger("kvcanary")
 _FIELDS = tuple(f.name for f in fields(CanaryConfig))
 _TEXTS = (
     *(
@@ -230,8 +229,12 @@ def play(name: str, data: bytes) -> bool:
     Raises:
         Exception: a finding.
     """
+    level = _LOGGER.level
+    _LOGGER.setLevel(logging.CRITICAL + 1)  # what it says of such input is read by nobody
     try:
         TARGETS[name](Source(data))
     except KvCanaryError:
         return False
+    finally:
+        _LOGGER.setLevel(level)
     return True

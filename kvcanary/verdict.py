@@ -1,0 +1,109 @@
+"""What ranks tell each other: a verdict in one word, of which the greatest wins."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcanary.tags import Reason
+
+_STEP_BITS, _RANK_BITS, _REASON_BITS, _COUNT_BITS = 32, 16, 12, 47
+_MAX_STEP, _MAX_REASONS, _MAX_COUNT = (1 << _STEP_BITS) - 1, (1 << _REASON_BITS) - 1, (1 << _COUNT_BITS) - 1
+MAX_RANK = (1 << _RANK_BITS) - 1
+VERDICT, MOST, FEWEST, N_WORDS = 0, 1, 2, 3  # places in the reduced array
+_OF_WRITES = Reason.WRITE_TOKEN | Reason.WRITE_POSITION | Reason.FOREIGN_WRITE | Reason.DUPLICATE_WRITE
+
+
+class Severity(IntEnum):
+    """How bad what a rank has seen is: of several findings, and of several ranks, the worst one counts."""
+
+    NONE = 0  #: nothing new
+    RESERVED = 1  #: a reserved block is not finite: rows whose kernel gathers it are spoiled, the KV is right
+    WRITE = 2  #: a write went, or will go, where it should not
+    READ = 3  #: what a request reads is not what was written for it
+
+    @classmethod
+    def of(cls, reasons: Reason) -> Severity:
+        """The worst of some reasons; a reason that is of no other kind counts as READ."""
+        if reasons & ~(_OF_WRITES | Reason.NONFINITE_RESERVED):
+            return cls.READ
+        return cls.WRITE if reasons & _OF_WRITES else cls.RESERVED if reasons else cls.NONE
+
+
+class RankVerdict(NamedTuple):
+    """The worst that any rank has newly seen; all zero when no rank has seen anything.
+
+    Reasons of several ranks cannot be OR-ed by a maximum, so the word is ordered by who should be heard, and the
+    reasons of that rank ride behind what decides:
+
+    - bits 62 to 60, severity: the worse finding has the greater word;
+    - bits 59 to 28, 2^32 - 1 - step: of these, the earlier first sighting;
+    - bits 27 to 12, 2^16 - 1 - rank: of these, the lower rank;
+    - bits 11 to 0, reasons: two ranks never come here with one word.
+
+    Bit 63 stays 0, so that a maximum over i64 and one over u64 are the same; 0 is "nothing seen".
+
+    Attributes:
+        severity: of the finding that won.
+        step: at which its rank first saw something as bad, since the agreement before; at most 2^32 - 1.
+        rank: which one.
+        reasons: of that sighting, on that rank.
+    """
+
+    severity: Severity = Severity.NONE
+    step: int = 0
+    rank: int = 0
+    reasons: Reason = Reason(0)
+
+    def as_word(self) -> int:
+        """The word of this verdict."""
+        if not self.severity:
+            return 0
+        fields = (
+            (self.severity, _STEP_BITS + _RANK_BITS + _REASON_BITS),
+            (_MAX_STEP - min(self.step, _MAX_STEP), _RANK_BITS + _REASON_BITS),
+            (MAX_RANK - self.rank, _REASON_BITS),
+            (self.reasons & _MAX_REASONS, 0),
+        )
+        return sum(int(value) << shift for value, shift in fields)
+
+    @classmethod
+    def of_word(cls, word: int) -> RankVerdict:
+        """The verdict of a word."""
+        if not word:
+            return cls()
+        reasons, rest = Reason(word & _MAX_REASONS), word >> _REASON_BITS
+        rank, rest = MAX_RANK - (rest & MAX_RANK), rest >> _RANK_BITS
+        return cls(Severity(rest >> _STEP_BITS), _MAX_STEP - (rest & _MAX_STEP), rank, reasons)
+
+
+class StepCount(NamedTuple):
+    """How many steps a rank has made."""
+
+    n: int
+    rank: int
+
+
+def fill_words(words: npt.NDArray[np.int64], verdict_word: int, count: StepCount) -> None:
+    """What one rank brings to a maximum: its verdict and its step count, once for the most and once for the fewest.
+
+    Args:
+        words: i64[N_WORDS], overwritten.
+    """
+    low = MAX_RANK - count.rank
+    words[VERDICT] = verdict_word
+    words[MOST] = count.n << _RANK_BITS | low
+    words[FEWEST] = (_MAX_COUNT - count.n) << _RANK_BITS | low
+
+
+def read_words(words: npt.NDArray[np.int64]) -> tuple[RankVerdict, StepCount, StepCount]:
+    """The verdict that won, the rank with the most steps and the one with the fewest (of equal ones, the lowest)."""
+    verdict, most, fewest = (int(word) for word in words)
+    return (
+        RankVerdict.of_word(verdict),
+        StepCount(most >> _RANK_BITS, MAX_RANK - (most & MAX_RANK)),
+        StepCount(_MAX_COUNT - (fewest >> _RANK_BITS), MAX_RANK - (fewest & MAX_RANK)),
+    )
