@@ -101,6 +101,26 @@ def test_everything_is_given_back(driver: FakeDriver) -> None:
     assert driver._memory == {} and driver.contexts == [PRIMARY]
 
 
+@pytest.mark.parametrize("answer", [None, 78], ids=["gone", "its place is another's"])
+def test_a_context_that_is_gone_is_never_touched(
+    driver: FakeDriver, answer: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver itself takes no question about a context that was destroyed: the process dies of it."""
+    toy, graph = prefilled(driver._world)
+    graphs = toy.manager.graphs(toy.fill((0, 1, 1), (1, 1, 1)))
+    taint = toy.manager.taint
+    toy.manager.close()
+    driver.contexts[:] = [PRIMARY]
+    n_calls = driver.n_calls
+    gone = FakeLibcuda()
+    gone.answers[7] = answer  # type: ignore[assignment]
+    monkeypatch.setattr(whose, "libcuda", lambda: gone)
+    graphs.close()
+    del toy, graph, graphs, taint
+    gc.collect()
+    assert driver.n_calls == n_calls
+
+
 def test_too_little_memory_is_said(driver: FakeDriver) -> None:
     driver.n_bytes_left = 1 << 8
     with pytest.raises(BackendError, match=r"not enough GPU memory: .* see CanaryManager.estimate_bytes"):

@@ -22,6 +22,7 @@ from kvcanary import abi
 from kvcanary.arrays import host_array, stream_pointer
 from kvcanary.backends.compile import INSTALL, compile_cubin
 from kvcanary.backends.cuda import Array, CudaDriver, no_pinned_memory
+from kvcanary.backends.whose import buffer_id
 from kvcanary.errors import BackendError
 
 _EVENT_WITHOUT_TIME, _STREAM_NON_BLOCKING, _PORTABLE_AND_MAPPED = 2, 1, 3
@@ -40,11 +41,47 @@ def import_driver() -> Any:
     return driver
 
 
+class _Sentinel:
+    """A byte that lives as long as its context."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer, self._id = pointer, buffer_id(pointer)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._id is not None and buffer_id(self._pointer) == self._id
+
+    def free(self, push: Any, context: Any, free: Any, pop: Any) -> None:
+        if self.is_alive and int(push(context)[0]) == 0:
+            free(self._pointer)
+            pop()
+
+
 class _Calls:
     """Driver calls in a context: ``calls.cuMemAlloc(n)`` returns what the call returns behind its status."""
 
     def __init__(self, driver: Any, context: int) -> None:
         self.driver, self._context = driver, driver.CUcontext(context)
+        self._sentinel = _Sentinel(int(self.cuMemAlloc(1)))
+        free = (driver.cuCtxPushCurrent, self._context, driver.cuMemFree, driver.cuCtxPopCurrent)
+        weakref.finalize(self, self._sentinel.free, *free).atexit = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the context is still there: the driver takes no question about one that was destroyed."""
+        return self._sentinel.is_alive
+
+    def at_end_of(self, owner: object, name: str, *arguments: Any) -> weakref.finalize[..., Any]:
+        """Make a call when nobody holds ``owner`` any more, if the context is there then; else all in it is gone."""
+        finalizer = weakref.finalize(owner, self.last, name, *arguments)
+        finalizer.atexit = False
+        return finalizer
+
+    def last(self, name: str, *arguments: Any) -> None:
+        """A call that gives something back."""
+        if self.is_alive:
+            with contextlib.suppress(BackendError):
+                getattr(self, name)(*arguments)
 
     @contextlib.contextmanager
     def pushed(self) -> Iterator[None]:
@@ -116,16 +153,11 @@ class DeviceArray:
 
 
 class _Memory:
-    """An allocation, freed when nobody holds it."""
+    """An allocation, freed by the call named ``free`` when nobody holds it."""
 
-    def __init__(self, pointer: int, free: Callable[[int], Any]) -> None:
+    def __init__(self, calls: _Calls, pointer: int, free: str) -> None:
         self.pointer = pointer
-        weakref.finalize(self, _quietly, free, pointer).atexit = False
-
-
-def _quietly(free: Callable[[int], Any], pointer: int) -> None:
-    with contextlib.suppress(BackendError):  # the engine may have destroyed its context, and all that is in it
-        free(pointer)
+        calls.at_end_of(self, free, pointer)
 
 
 class _Event:
@@ -133,7 +165,7 @@ class _Event:
 
     def __init__(self, calls: _Calls) -> None:
         self._calls, self.handle = calls, calls.cuEventCreate(_EVENT_WITHOUT_TIME)
-        weakref.finalize(self, _quietly, calls.cuEventDestroy, self.handle).atexit = False
+        calls.at_end_of(self, "cuEventDestroy", self.handle)
 
     @property
     def is_done(self) -> bool:
@@ -179,7 +211,7 @@ class _Runtime:
         self.streamSynchronize = calls.cuStreamSynchronize
         self.streamBeginCapture = calls.cuStreamBeginCapture
         self.streamEndCapture = lambda stream: int(calls.cuStreamEndCapture(stream))
-        self.graphDestroy = lambda graph: calls.cuGraphDestroy(calls.driver.CUgraph(graph))
+        self.graphDestroy = lambda graph: calls.last("cuGraphDestroy", calls.driver.CUgraph(graph))
         self.streamIsCapturing = lambda stream: int(calls.cuStreamIsCapturing(stream)) != 0
         self._copies = {1: calls.cuMemcpyHtoD, 2: calls.cuMemcpyDtoH}
         self._async_copies = {1: calls.cuMemcpyHtoDAsync, 2: calls.cuMemcpyDtoHAsync, 3: calls.cuMemcpyDtoDAsync}
@@ -198,7 +230,8 @@ class ContextDriver(CudaDriver):
     """`kvcanary.backends.device.Driver` in a context of the engine's own.
 
     Args:
-        context: ``CUcontext``; it must live as long as the guard.
+        context: ``CUcontext``; it must live until the guard is closed. What is still held of the guard's memory then
+            (counters, say) is freed with it.
     """
 
     def __init__(self, context: int) -> None:
@@ -240,7 +273,7 @@ class ContextDriver(CudaDriver):
             pointer = int(self._calls.cuMemAlloc(n_bytes))
         except ContextOutOfMemoryError:
             raise self._no_memory(n_bytes) from None
-        memory = _Memory(pointer, self._calls.cuMemFree)
+        memory = _Memory(self._calls, pointer, "cuMemFree")
         self._calls.cuMemsetD8(pointer, 0, n_bytes)
         return DeviceArray(memory, pointer, shape, dtype, self._calls)
 
@@ -251,7 +284,7 @@ class ContextDriver(CudaDriver):
             address = int(calls.cuMemHostAlloc(max(1, n_bytes), _PORTABLE_AND_MAPPED))
         except BackendError as error:
             raise no_pinned_memory(n_bytes, error) from None
-        memory = host_array(address, (n_bytes,), (1,), np.uint8, owner=_Memory(address, calls.cuMemFreeHost))
+        memory = host_array(address, (n_bytes,), (1,), np.uint8, owner=_Memory(calls, address, "cuMemFreeHost"))
         memory[:] = 0
         return memory.view(dtype), int(calls.cuMemHostGetDevicePointer(address, 0))
 
@@ -281,5 +314,5 @@ class ContextDriver(CudaDriver):
 
     def close(self) -> None:
         for module in self._modules.values():
-            _quietly(self._calls.cuModuleUnload, module)
+            self._calls.last("cuModuleUnload", module)
         super().close()

@@ -9,7 +9,7 @@ from typing import Any
 from kvcanary.errors import LayoutError
 from kvcanary.layout import KvPool
 
-_CONTEXT, _MEMORY_TYPE, _IS_MANAGED, _ORDINAL = 1, 2, 8, 9  # CU_POINTER_ATTRIBUTE_*
+_CONTEXT, _MEMORY_TYPE, _BUFFER_ID, _IS_MANAGED, _ORDINAL = 1, 2, 7, 8, 9  # CU_POINTER_ATTRIBUTE_*
 _DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
 
 
@@ -62,6 +62,13 @@ def foreign_context(pools: Sequence[KvPool]) -> int | None:
             return None
         context, device = current.value, ordinal.value
     return None if device is None or context == _primary_context(driver, device) else context
+
+
+def buffer_id(pointer: int) -> int | None:
+    """The driver's number of the allocation at an address, given once in a process; None where there is none."""
+    driver = libcuda()
+    found: int | None = None if driver is None else _attribute(driver, _BUFFER_ID, pointer, ctypes.c_ulonglong())
+    return found
 
 
 def _primary_context(driver: Any, ordinal: int) -> int | None:

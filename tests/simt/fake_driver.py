@@ -195,7 +195,7 @@ class FakeLibcuda:
     def __init__(
         self, context: int | None = CONTEXT, device: int = 0, current: int = 0, is_managed: bool = False
     ) -> None:
-        self.answers = {1: context, 2: 2, 8: int(is_managed), 9: device}
+        self.answers = {1: context, 2: 2, 7: 77, 8: int(is_managed), 9: device}
         self.current = current
 
     def cuPointerGetAttribute(self, out: Any, attribute: int, _pointer: Any) -> int:
