@@ -10,7 +10,7 @@ from device_toy import SOURCE, THREADS, Toy
 
 def kernel_of(module: Any, name: str) -> Any:
     kernel = module.get_kernel(name)
-    assert kernel.attributes.num_regs()  # loads it: nothing may be loaded inside a capture
+    assert kernel.attributes.num_regs  # loads it: nothing may be loaded inside a capture
 
     def run(n_blocks: int, arguments: tuple[Any, ...], stream: Any) -> None:
         pointers = [array.data.ptr for array in arguments]

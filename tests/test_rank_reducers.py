@@ -25,6 +25,7 @@ class FakeNccl:
         self.world, self.n_ranks = world, 0
         self.brought: list[dict[int, np.ndarray[Any, Any]]] = []
         self.ids: list[Any] = []
+        self.takes: type = bytes  # of CuPy; older ones take a tuple of C chars
         self.ended: list[tuple[str, int]] = []
 
     def communicator(self, n_ranks: int, unique_id: Any, rank: int) -> _Communicator:
@@ -47,8 +48,17 @@ class FakeNccl:
     # cupy.cuda.nccl
     def cupy(self) -> Any:
         chars = tuple(np.frombuffer(UNIQUE_ID, np.int8).tolist())
+
+        def communicator(n_ranks: int, unique_id: Any, rank: int) -> Any:
+            if not isinstance(unique_id, self.takes):
+                raise TypeError(f"Argument 'commId' has incorrect type (expected {self.takes.__name__})")
+            return self.communicator(n_ranks, unique_id, rank)
+
         return SimpleNamespace(
-            NCCL_INT64=INT64, NCCL_MAX=MAX, NcclCommunicator=self.communicator, get_unique_id=lambda: chars
+            NCCL_INT64=INT64,
+            NCCL_MAX=MAX,
+            NcclCommunicator=communicator,
+            get_unique_id=lambda: UNIQUE_ID if self.takes is bytes else chars,
         )
 
 
@@ -150,11 +160,13 @@ def test_an_abort_ends_the_kernel_and_destroys_nothing_twice(world: FakeCuda, gr
 
 
 def test_the_unique_id_arrives_as_each_library_takes_it(group: FakeNccl) -> None:
-    for backend in REDUCERS:
-        assert RankAgreement.new_unique_id(backend) == UNIQUE_ID
-        pair(backend)
-    assert group.ids[:2] == [UNIQUE_ID] * 2
-    assert group.ids[2:] == [tuple(np.frombuffer(UNIQUE_ID, np.int8).tolist())] * 2
+    for takes in (bytes, tuple):
+        group.takes = takes
+        for backend in REDUCERS:
+            assert RankAgreement.new_unique_id(backend) == UNIQUE_ID
+            pair(backend)
+    assert group.ids[:6] == [UNIQUE_ID] * 6
+    assert group.ids[6:] == [tuple(np.frombuffer(UNIQUE_ID, np.int8).tolist())] * 2
     with pytest.raises(ConfigError, match="unique_id of 3 bytes: give the 128"):
         Nccl4pyReducer(b"abc", None, 0, 2)
 
@@ -167,6 +179,7 @@ def test_where_c_chars_are_unsigned_the_id_arrives_too(group: FakeNccl, monkeypa
             raise OverflowError("can't convert negative value to char")
         return communicator(n_ranks, bytes(chars), rank)
 
+    group.takes = tuple
     monkeypatch.setattr(group, "communicator", on_arm)
     pair("cupy")
     assert group.ids == [UNIQUE_ID] * 2

@@ -6,6 +6,7 @@ communicator to that of the graph, and a rank that does not come would stop the 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +121,7 @@ class CupyNcclReducer(DeviceReducer):
         nccl = self._nccl = _import_cupy_nccl()
         super().__init__(device, rank, n_ranks)
         with self._driver.current():
-            self._comm: Any = _with_chars(lambda chars: nccl.NcclCommunicator(n_ranks, chars, rank), unique_id)
+            self._comm: Any = _with_id(lambda of: nccl.NcclCommunicator(n_ranks, of, rank), unique_id)
 
     def enqueue(self, words: Any, stream: Any) -> None:
         nccl, pointer = self._nccl, words.data.ptr
@@ -194,9 +195,14 @@ def _checked(unique_id: bytes) -> bytes:
     return unique_id
 
 
-def _with_chars(make: Callable[[tuple[int, ...]], Any], unique_id: bytes) -> Any:
-    """CuPy takes the id as C chars, which are signed on x86 and unsigned on Arm; a wrong one is refused at once."""
+def _with_id(make: Callable[[Any], Any], unique_id: bytes) -> Any:
+    """CuPy 14 takes the id as bytes, CuPy 13 as a tuple of C chars, which are signed on x86 and unsigned on Arm.
+
+    What is not taken is refused at once.
+    """
     data = np.frombuffer(_checked(unique_id), np.int8)
+    with contextlib.suppress(TypeError):
+        return make(data.tobytes())
     try:
         return make(tuple(data.tolist()))
     except OverflowError:
