@@ -102,6 +102,20 @@ KVC_DEVICE RegisterBefore kvc_register_before(const Pool& pool, const Row& row) 
     return {reg.forwards, reg.length, reg.first_length};
 }
 
+// Whether the row begins the register of its request slot, which was another request's or nobody's.
+KVC_DEVICE bool kvc_begins_register(const Pool& pool, const Row& row) {
+    return !(row.flags & KVC_ROW_REGISTERED) && kvc_pointer<Register>(pool.registers)[row.request_slot].request_id != row.request_id;
+}
+// A request that begins a register leaves those that no row of this forward claims: they are out of date. (It was preempted and
+// resumes in another slot; when it comes back to the first, its text has gone on.) Registers first, first + stride, ...
+KVC_NOINLINE void kvc_forget_elsewhere(const Pool& pool, uint32_t request_id, uint32_t forward, uint32_t first, uint32_t stride) {
+    Register* registers = kvc_mutable_pointer<Register>(pool.registers);
+    const uint64_t* claims = kvc_pointer<uint64_t>(pool.register_claims);
+    for (uint32_t slot = first; slot < pool.max_requests; slot += stride) {
+        if (registers[slot].request_id == request_id && claims[slot] >> 32 != forward) registers[slot].request_id = 0;
+    }
+}
+
 // The chain after new token i: keep it in the register of the row's request slot.
 KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_t i, uint64_t chain, bool is_relative,
                                      const RegisterBefore& was) {
@@ -229,6 +243,9 @@ KVC_DEVICE bool kvc_write_short_row(const StepParams& p, const Row& row, int32_t
     const TokenWords words = kvc_token_words(p, row, kvc_table_row(p.batch, index), is_token ? lane : row.n_new - 1);
     const bool owns_register = kvc_owns_register(p.pool, row, index, forward);
     const RegisterBefore was = kvc_register_before(p.pool, row);
+    const bool begins = owns_register && kvc_begins_register(p.pool, row);
+    kvc_sync_warp();  // all lanes have read the register, which one of them rewrites below
+    if (begins) kvc_forget_elsewhere(p.pool, row.request_id, forward, lane, 32);
     const Start start = kvc_start_of(p, row, index, forward);
     NewToken n = {0, 0, {-1, 0, KVC_SLOT_EMPTY}, 0, 0, false};
     if (is_token) n = kvc_new_token(p, row, index, lane, words, start);
@@ -263,6 +280,9 @@ KVC_DEVICE uint32_t kvc_write_tile(const StepParams& p, int32_t index, int64_t t
     const int64_t length = kvc_tile_length(row.n_new), begin = tile * length;
     const int64_t end = begin + length < row.n_new ? begin + length : row.n_new;
     const bool owns_register = kvc_owns_register(pool, row, index, forward);
+    if (owns_register && end == row.n_new && kvc_begins_register(pool, row)) {
+        kvc_forget_elsewhere(pool, row.request_id, forward, kvc_thread(), KVC_THREADS);
+    }
     const TableRow table = kvc_table_row(p.batch, index);
     const Start start = kvc_start_of(p, row, index, forward);
     TokenWords words = kvc_token_words(p, row, table, kvc_tile_token(begin, end));

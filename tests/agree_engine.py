@@ -110,7 +110,10 @@ class Engine:
         return Request(self.n_requests, salt, tokens + self._text(rng.randint(1, 4)), n_prompt)
 
     def _admit(self, plan: Plan, request: Request) -> None:
-        request.slot = self.free_slots.pop()
+        known = [slot for slot in request.slots_before if slot in self.free_slots]
+        request.slot = self.rng.choice(known if known and self.rng.random() < 0.5 else self.free_slots)
+        self.free_slots.remove(request.slot)
+        request.slots_before.append(request.slot)
         request.is_first, request.hit_early = True, False
         request.blocks = [[] for _ in self.pools]
         request.shown = [[] for _ in self.pools]

@@ -75,7 +75,8 @@ def batch_of(rows: Sequence[Row], leave_out: Collection[str] = ()) -> Arrays:
     for r, row in enumerate(rows):
         table[r, : len(row.table)] = row.table
         if row.request:
-            history[row.request, : len(row.text)] = row.text
+            known = row.text[:MAX_LEN]
+            history[row.request, : len(known)] = known
     arrays: Arrays = {
         "block_table": table,
         "seq_lens": np.array([row.end for row in rows], np.int32),

@@ -71,6 +71,7 @@ class Request:
     tokens: list[int]  # all it will ever have
     known: int  # tokens of them that the engine knows
     slot: int = -1
+    slots_before: list[int] = field(default_factory=list)  # where it was served; it may come back
     computed: int = 0
     blocks: list[list[int]] = field(default_factory=list)  # per pool with a table; -1 = evicted
     shown: list[list[int]] = field(default_factory=list)  # the same as the table shows them: perhaps stale

@@ -259,6 +259,8 @@ class HostBackend:
             return
         reg, n, prefix = pool.registers[slot], abi.N_REGISTER_LENGTHS, int(row["prefix"])
         continues = bool(row["flags"] & abi.ROW_REGISTERED)
+        if not continues and reg["request_id"] != row["request_id"]:
+            ref.forget_elsewhere(pool, int(row["request_id"]), self._forward)
         oldest = int(reg["length"]) - n + 1
         if len(chain) < n:
             reg["chain"][prefix % n] = row["anchor"]

@@ -293,6 +293,15 @@ def _identify_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array, flag
     return flags
 
 
+def forget_elsewhere(pool: PoolArrays, request_id: int, forward: int) -> None:
+    """A request that begins a register leaves those that no row of this forward claims: they are out of date.
+
+    It was preempted and resumes in another slot; when it comes back to the first, its text has gone on.
+    """
+    is_claimed = pool.register_claims >> np.uint64(32) == forward
+    pool.registers["request_id"][~is_claimed & (pool.registers["request_id"] == request_id)] = 0
+
+
 def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     """Set the row's ``anchor`` (from the best source there is) and ``share``; returns flags."""
     salt = int(batch.salts[r]) if batch.salts is not None else 0

@@ -27,7 +27,7 @@ class Row:
     """A row of a batch: new tokens [start, end) of a request.
 
     Attributes:
-        request: its id and request slot; 0 = nobody's (padding, a dummy).
+        request: its id, and its request slot unless ``request_slot`` is another; 0 = nobody's (padding, a dummy).
         table: its blocks.
         text: its tokens; None = `text_of` the request.
         slots: where the engine writes; None = where the table says.
@@ -51,6 +51,12 @@ class Row:
     history: Sequence[int] | None = None
     pending: bool = False
     noise: int = 0
+    request_slot: int = 0
+
+    @property
+    def served_in(self) -> int:
+        """The request slot; -1 = none."""
+        return self.request_slot or self.request or -1
 
     @property
     def tokens(self) -> list[int]:
@@ -81,7 +87,7 @@ def arrays_of(rows: Sequence[Row], page: int) -> dict[str, Array]:
         "query_start_loc": np.cumsum([0, *(row.end - row.start for row in rows)]).astype(np.int32),
         "input_ids": np.array(tokens, np.int32),
         "slot_mapping": np.array([s for row in rows for s in row.targets(page)], np.int64),
-        "request_slots": np.array([row.request or -1 for row in rows], np.int32),
+        "request_slots": np.array([row.served_in for row in rows], np.int32),
         "request_ids": np.array([row.request for row in rows], np.uint32),
         "salts": np.array([row.salt for row in rows], np.uint64),
         "pending": np.array([row.pending for row in rows], np.uint8),
@@ -104,5 +110,5 @@ def fill_history(history: Array, rows: Sequence[Row]) -> None:
             known = row.history
             if known is None:
                 known = row.text if row.text is not None else text_of(row.request)
-            history[row.request] = -1
-            history[row.request, : min(len(known), MAX_LEN)] = known[:MAX_LEN]
+            history[row.served_in] = -1
+            history[row.served_in, : min(len(known), MAX_LEN)] = known[:MAX_LEN]

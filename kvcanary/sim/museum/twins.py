@@ -38,6 +38,18 @@ def preemption(s: Stage) -> None:
     s.forward(Row(A, n, n + 1, [5, 6]), Row(B, 2 * s.page, 2 * s.page + 1, [1, 2, 3]))
 
 
+@negative("N37", "preempted twice: a request comes back to a request slot after it has gone on in another")
+def back_in_a_slot(s: Stage) -> None:
+    """What was drafted in the slot and rejected is no evidence against what was said elsewhere. Twin of C20."""
+    n, elsewhere = s.page + 2, 9
+    said, drafted = [*text_of(A)[:n], 901, 902, 903, 904], [*text_of(A)[:n], 911, 912]
+    s.allocate([1, 2, 3], A)
+    s.forward(Row(A, 0, n + 2, [1, 2, 3], text=drafted))
+    s.forward(Row(A, n, n + 2, [1, 2, 3], text=said, request_slot=elsewhere))
+    s.forward(Row(A, n + 2, n + 3, [1, 2, 3], text=said))
+    s.forward(Row(A, n + 3, n + 4, [1, 2, 3], text=said))
+
+
 @negative("N04", "block reuse after a free, in another order")
 def reuse(s: Stage) -> None:
     """Ordinary."""
