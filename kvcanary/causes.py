@@ -65,10 +65,11 @@ def classify(violations: Sequence[Violation]) -> list[Cause]:
     """Causes that explain the records, the most likely first; empty only if there are no records.
 
     Args:
-        violations: of one fault, in the order of their sighting.
+        violations: of one fault, in any order: that of one forward's records is not the same on every GPU.
     """
     if not violations:
         return []
+    violations = sorted(violations, key=_place)
     records = Records(violations)
     told: dict[str, list[tuple[float, str]]] = {}
     for rule in RULES:
@@ -76,6 +77,12 @@ def classify(violations: Sequence[Violation]) -> list[Cause]:
             told.setdefault(class_id, []).append((confidence, evidence))
     found = sorted((_cause(*item) for item in told.items()), key=lambda cause: -cause.confidence)
     return found or [Cause(CANNOT_TELL, "", 0.0, (f"{violations[0].summary()}; nothing else is known",))]
+
+
+def _place(v: Violation) -> tuple[int, ...]:
+    """Of records of one forward: HEAD before TAIL, then by rows."""
+    numbers = (v.forward, v.tag.stage, v.pool, v.row, v.position, v.slot, v.tag, v.plane, int(v.reasons), v.detail)
+    return tuple(-1 if n is None else int(n) for n in numbers)
 
 
 def _cause(class_id: str, told: list[tuple[float, str]]) -> Cause:

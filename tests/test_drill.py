@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 from conftest import why_no_gpu
 
 from kvcanary import Reason
-from kvcanary.causes import NAMES
+from kvcanary.causes import NAMES, classify
 from kvcanary.cli import main
 from kvcanary.cli.drill import choose, play_all, verdict
 from kvcanary.cli.drill_readme import BEGIN, END, render
@@ -331,6 +332,17 @@ def test_the_kernels_hold_too(on_kernels: None) -> None:
     assert sum(o.ok is True for o in outcomes) >= 80
 
 
+def test_causes_do_not_depend_on_the_order_of_the_records(outcomes: list[Outcome]) -> None:
+    """Which of one forward's records comes first is not the same on every GPU."""
+    rng, n_moved = random.Random(0), 0
+    for outcome in outcomes:
+        if outcome.causes:
+            moved = rng.sample(outcome.reported, len(outcome.reported))
+            n_moved += moved != list(outcome.reported)
+            assert tuple(classify(moved)) == outcome.causes, outcome.scenario.id
+    assert n_moved > 100
+
+
 @pytest.mark.gpu
 def test_a_gpu_reports_what_the_host_reports() -> None:
     place = make_place("cuda")
@@ -339,3 +351,4 @@ def test_a_gpu_reports_what_the_host_reports() -> None:
             for shape in scenario_.shapes:
                 here, there = (play(scenario_, p, shape, lifecycle) for p in (HostPlace(), place))
                 assert summary(here) == summary(there), (scenario_.id, shape, lifecycle)
+                assert here.causes == there.causes, (scenario_.id, shape, lifecycle)
