@@ -41,7 +41,8 @@ KVC_DEVICE RowExtent kvc_row_extent(const Pool& pool, const Batch& batch, int32_
     }
     int64_t start = pool.window ? e.prefix - pool.window + 1 : 0;
     if (pool.ring_length && start < e.length - pool.ring_length) start = e.length - pool.ring_length;
-    if (start <= pool.sink) start = 0;  // nothing lies between the sink and the window
+    // Nothing lies between the sink and the window, or all of the prefix is the sink's.
+    if (start <= pool.sink || e.prefix <= pool.sink) start = 0;
     e.verify_end = fits || e.prefix < e.capacity ? e.prefix : e.capacity;
     e.verify_start = start < e.verify_end ? start : e.verify_end;
     return e;

@@ -55,3 +55,15 @@ KVC_DEVICE bool kvc_is_unknown(const Pool& pool, const Batch& batch, int64_t slo
     }
     return true;
 }
+
+// A fresh slot, unless its stamp says nothing of what the block holds now: adoption may take that one.
+KVC_NOINLINE bool kvc_is_fresh_and_known(const Pool& pool, int64_t slot) {
+    if (!kvc_is_fresh(kvc_pointer<uint64_t>(pool.claims)[slot])) return false;
+    const Stamp stamp = kvc_pointer<Stamp>(pool.head[0])[slot];
+    return stamp.step && !kvc_is_outlived(pool, slot, stamp);
+}
+// Whether the bytes of a slot of a row's prefix are to be digested in this forward. `any_fresh`: the pool has fresh slots.
+KVC_DEVICE bool kvc_is_due(const Pool& pool, const Batch& batch, const Row& row, int64_t slot, bool any_fresh) {
+    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share ||
+           (any_fresh && kvc_is_fresh_and_known(pool, slot));
+}

@@ -221,11 +221,6 @@ KVC_DEVICE uint32_t kvc_tiles(int32_t n_new) {
 KVC_DEVICE uint32_t kvc_share(int64_t slot, uint32_t n) {
     return (uint32_t)(((kvc_mix64((uint64_t)((uint32_t)slot / KVC_SHARE_RUN)) >> 32) * n) >> 32);
 }
-// Whether the bytes of a slot of a row's prefix are to be digested in this forward. `any_fresh`: the pool has fresh slots.
-KVC_DEVICE bool kvc_is_due(const Pool& pool, const Batch& batch, const Row& row, int64_t slot, bool any_fresh) {
-    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share ||
-           (any_fresh && kvc_is_fresh(kvc_pointer<uint64_t>(pool.claims)[slot]));
-}
 // Where few slots of a row are due, they are listed for kvc_digests_verify: entry 0 holds how many there are.
 KVC_DEVICE Due* kvc_due_list(const Pool& pool) { return kvc_mutable_pointer<Due>(pool.due); }
 KVC_DEVICE uint32_t kvc_n_listed(const Pool& pool) { return pool.due ? kvc_due_list(pool)[0].slot : 0; }

@@ -246,6 +246,7 @@ KVC_DEVICE void kvc_claim_unknown(const StepParams& p, uint32_t forward) {
     const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
     uint64_t n_claimed = 0;
+    uint32_t n_taken = 0;  // of fresh ones
     for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
@@ -257,8 +258,10 @@ KVC_DEVICE void kvc_claim_unknown(const StepParams& p, uint32_t forward) {
             const uint64_t claim = kvc_adoption_claim(forward, position);
             const uint64_t before = kvc_atomic_max_u64(kvc_mutable_pointer<uint64_t>(pool.claims) + at.slot, claim);
             n_claimed += before < claim && before >> 32 != forward;
+            n_taken += kvc_is_fresh(before);
         }
     }
+    if (n_taken) kvc_atomic_add_u32(kvc_n_fresh(p.guard, pool), 0u - n_taken);
     if (n_claimed) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_ADOPTED_SLOTS, n_claimed);
 }
 

@@ -51,6 +51,13 @@ def test_two_workers_of_this_machine(distributed: Any, capsys: pytest.CaptureFix
     assert {r["place"] for r in reports} == {name for name, _, _ in rows}
 
 
+def test_each_worker_sees_a_gpu_of_its_own(distributed: Any) -> None:
+    with fleet.make_cluster(distributed, 2, ["GPU-a", "GPU-b"]) as cluster, distributed.Client(cluster) as client:
+        client.wait_for_workers(2, timeout=60)
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+    assert sorted(seen.values()) == ["GPU-a", "GPU-b"]
+
+
 def test_a_running_scheduler(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert drill("--scheduler", threads, "--steps", "4", "--first-seed", "7") == 0
     assert f":{os.getpid()} " in capsys.readouterr().out  # its worker is this process

@@ -60,7 +60,7 @@ def test_a_long_chunk_in_the_other_slot(sides: Sides) -> None:
 def test_a_request_that_stays_in_its_slot_is_still_held_to_what_it_said(sides: Sides) -> None:
     s = Script(sides(), leave_out=("token_history",))
     assert s.forward(Row(1, SAID, 0, 8, [1, 2]), Row(2, DRAFTED, 0, 8, [3, 4]), **slots(1, 2)) == []
-    assert s.forward(Row(2, DRAFTED + [5], 8, 9, [3, 4, 5]), **slots(2)) == []
+    assert s.forward(Row(2, [*DRAFTED, 5], 8, 9, [3, 4, 5]), **slots(2)) == []
     found = kinds(s.forward(Row(1, SAID, 8, 9, [1, 4, 6]), **slots(1)), "HEAD")
     assert set(found.values()) == {Reason.CHAIN}
 

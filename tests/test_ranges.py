@@ -21,6 +21,7 @@ from engine import ToyEngine
 
 engine = ToyEngine(verify_data_every=1, nvtx=sys.argv[1] == "on", stats_print_every_n_steps=2,
                    health_check_every_n_steps=2, health_check_warmup_steps=0, health_policy="raise", sweep_interval=1)
+engine.manager.attach_resident_set(lambda: None)  # a sweep that is due at each step, and finds nothing
 engine.step((0, 0, 4))
 engine.k[0][1, 1, 0, 0] ^= 1
 engine.step((0, 4, 1))

@@ -248,6 +248,24 @@ def test_plan_that_was_not_run_is_taken_back() -> None:
     assert [request.output for request in requests] == [PLAIN[None][0]] * 2
 
 
+def test_plan_of_a_request_that_was_aborted_is_taken_back_too() -> None:
+    engine = SimEngine(NumpyModel(SMALL, 60, PAGE), max_len=128, habits=Habits(shares_early=True))
+
+    def fail(arrays: StepArrays) -> None:
+        raise RuntimeError("broken hook")
+
+    writer, reader = (engine.add_request(PROMPTS[0], N_TOKENS) for _ in range(2))
+    engine.before_forward.append(fail)
+    with pytest.raises(RuntimeError, match="broken hook"):
+        engine.step()
+    engine.before_forward.clear()
+    engine.scheduler.abort(writer)
+    late = engine.add_request(PROMPTS[0], N_TOKENS)
+    while engine.has_work:
+        engine.step()
+    assert reader.output == late.output == PLAIN[None][0]
+
+
 def test_all_at_once() -> None:
     habits = Habits(
         overcommit=True,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvcanary.cli import main
+from kvcanary.sim import soak as soak_module
 from kvcanary.sim.behaviours import BEHAVIOURS
 from kvcanary.sim.habits import Habits
 from kvcanary.sim.memory import Mover
@@ -44,7 +45,9 @@ def test_every_behaviour_happens() -> None:
 def test_a_long_soak(backend: str) -> None:
     """SOAK_STEPS=20000 takes minutes on the host; a GPU does 1000000."""
     n_steps = int(os.environ.get("SOAK_STEPS", "500"))
-    assert sum(result.steps for result in soak_all(n_steps, 2, 1000, backend)) == n_steps
+    stretches = soak_all(n_steps, 2, 1000, backend)
+    assert [problem for stretch in stretches for problem in stretch.problems] == []
+    assert sum(result.steps for stretch in stretches for result in stretch.results) == n_steps
 
 
 def test_what_an_engine_does_wrong_is_told_with_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +65,25 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     told = capsys.readouterr().out
     assert "10 guarded steps over 2 seeds" in told and "violations=0" in told
     assert all(name in told for name in BEHAVIOURS)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(FalseAlarmError("a story"), "FALSE ALARM: a story"), (KeyError("gone"), "seed 4 (host) broke: Traceback")],
+)
+def test_one_seed_that_goes_wrong_is_told_beside_the_others(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def play(seed: int, n_steps: int, on_step: None, backend: str) -> SoakResult:
+        if seed == 4:
+            raise error
+        return soak(seed, n_steps, on_step, backend)
+
+    monkeypatch.setitem(STEPS_PER_SEED, "host", 6)
+    monkeypatch.setattr(soak_module, "soak", play)
+    assert main(["drill", "--soak", "--backend", "host", "--steps", "18", "--first-seed", "3"]) == 1
+    told = capsys.readouterr().out
+    assert said in told and "12 guarded steps over 2 seeds" in told and "FAILED: 1 of 3 seeds" in told
 
 
 def test_each_habit_is_drawn_and_left_out() -> None:

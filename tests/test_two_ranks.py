@@ -35,7 +35,10 @@ def run(*options: str) -> tuple[int, str, str]:
     command = [mpiexec(), "-n", "2"]
     if "hydra" in subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout.lower():
         command.insert(1, "-disable-auto-cleanup")  # of MPICH: else one rank's end is the end of the other
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if os.geteuid() == 0:  # as in a container; Open MPI would refuse it
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     ended = subprocess.run(
         [*command, sys.executable, str(EXAMPLE), *options],
         capture_output=True,

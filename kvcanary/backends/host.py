@@ -341,6 +341,8 @@ class HostBackend:
         unknown = ref.adoptable(pool, batch, rows, entries.row, entries.at) & ~pending
         slots, claims = entries.at.slot[unknown], ref.adoption_claims(self._forward, entries.position[unknown])
         is_new = pool.claims[slots] >> np.uint64(32) != self._forward
+        if pool.state["n_fresh"]:
+            pool.state["n_fresh"] -= np.uint32(ref.is_fresh(pool, np.unique(slots)).sum())
         np.maximum.at(pool.claims, slots, claims)
         mine = pool.claims[slots] == claims
         slots, first = np.unique(slots[mine], return_index=True)

@@ -247,7 +247,7 @@ def verify_start(pool: PoolArrays, prefix: int, length: int) -> int:
     start = prefix - pool.window + 1 if pool.window else 0
     if pool.ring_length:
         start = max(start, length - pool.ring_length)
-    return start if start > pool.sink else 0
+    return start if min(start, prefix) > pool.sink else 0
 
 
 def row_length(batch: BatchArrays, r: int) -> int:
@@ -690,7 +690,10 @@ def due_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, entries: Entrie
     share = hashing.share_of(np.maximum(entries.at.slot, 0), abi.SHARE_RUN, batch.verify_data_every)
     due: Array = (flags & abi.ROW_FULL_DATA != 0) | (share == rows["share"][entries.row])
     if pool.state["n_fresh"]:
-        due |= is_fresh(pool, np.maximum(entries.at.slot, 0))
+        slots = np.maximum(entries.at.slot, 0)
+        stamps = pool.head[0][slots]
+        # Of a stamp that says nothing of what the block holds now, there is nothing to verify: adoption may take it.
+        due |= is_fresh(pool, slots) & (stamps["step"] != 0) & ~is_outlived(pool, slots, stamps)
     due &= (entries.at.status == OK) & (flags & abi.ROW_PENDING == 0)
     return due
 

@@ -186,13 +186,14 @@ def make_cluster(distributed: Any, n_workers: int, uuids: Sequence[str]) -> Any:
 
     class Cluster(distributed.LocalCluster):  # type: ignore[misc]
         def new_worker_spec(self) -> Any:
-            spec = super().new_worker_spec()
-            for worker in spec.values():
+            specs = {}
+            for name, worker in super().new_worker_spec().items():  # one dict, the same for all workers
                 gpu = {"CUDA_VISIBLE_DEVICES": uuids[self.n_made % len(uuids)]} if uuids else {}
                 options = worker["options"]
-                worker["options"] = {**options, "env": {**options.get("env", {}), "OPENBLAS_NUM_THREADS": "1", **gpu}}
+                env = {**options.get("env", {}), "OPENBLAS_NUM_THREADS": "1", **gpu}
+                specs[name] = {**worker, "options": {**options, "env": env}}
                 self.n_made += 1
-            return spec
+            return specs
 
         n_made = 0
 

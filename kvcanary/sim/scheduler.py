@@ -253,6 +253,7 @@ class Scheduler:
         """End a request wherever it is; a forward that is under way may still write to its blocks."""
         request.is_finished = True
         if request in self.running:
+            self._retract(request)
             self._release(request)
         else:
             self.waiting.remove(request)
@@ -315,7 +316,8 @@ class Scheduler:
     def _retract_plan(self) -> None:
         """Undo a plan that was not completed: those it admitted, perhaps on blocks never written, wait again."""
         for request in reversed(self._admitted):
-            self._preempt(request)
+            if request in self.running:  # not aborted since
+                self._preempt(request)
         for share in self._planned:
             self._retract(share.request)
         self._planned, self._admitted = [], []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -230,32 +231,50 @@ def soak(
     return Soak(seed, backend, mix).run(n_steps, on_step)
 
 
-def soak_all(n_steps: int, processes: int, first_seed: int, backend: str) -> list[SoakResult]:
+@dataclass
+class Stretch:
+    """Seeds that one process served one after the other, what it held after each, and what went wrong."""
+
+    results: list[SoakResult] = field(default_factory=list)
+    held: list[Footprint] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def serve(self, seed: int, n_steps: int, backend: str) -> None:
+        """One seed more; whatever goes wrong is a problem of that seed alone."""
+        try:
+            self.results.append(soak(seed, n_steps, None, backend))
+        except FalseAlarmError as error:
+            self.problems.append(f"FALSE ALARM: {error}")
+        except Exception:  # noqa: BLE001  of the simulator, or of the machine
+            self.problems.append(f"seed {seed} ({backend}) broke: {traceback.format_exc()}")
+
+
+def soak_seeds(seeds: Sequence[int], steps: Sequence[int], backend: str) -> Stretch:
+    """So many steps of each seed."""
+    stretch = Stretch()
+    for seed, n_steps in zip(seeds, steps, strict=True):
+        stretch.serve(seed, n_steps, backend)
+    return stretch
+
+
+def soak_all(n_steps: int, processes: int, first_seed: int, backend: str) -> list[Stretch]:
     """``n_steps`` steps over as many seeds as `STEPS_PER_SEED` asks for; a GPU serves all of the processes."""
     per_seed = STEPS_PER_SEED[backend]
     n_seeds = -(-n_steps // per_seed)
     seeds = range(first_seed, first_seed + n_seeds)
     steps = [min(per_seed, n_steps - i * per_seed) for i in range(n_seeds)]
     if processes == 1:
-        return [soak(seed, n, None, backend) for seed, n in zip(seeds, steps, strict=True)]
+        return [soak_seeds(seeds, steps, backend)]
     # A forked child cannot use the parent's GPU.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(soak, seeds, steps, [None] * n_seeds, [backend] * n_seeds))
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Seeds that one process served one after the other, and what it held after each."""
-
-    results: list[SoakResult]
-    held: list[Footprint]
+        return list(pool.map(soak_seeds, [[s] for s in seeds], [[n] for n in steps], [backend] * n_seeds))
 
 
 def soak_for(minutes: float, first_seed: int, stride: int, backend: str) -> Stretch:
     """Seeds ``first_seed``, ``first_seed + stride``, ... until so many minutes have gone by; at least one."""
-    end, seed, stretch = time.perf_counter() + 60 * minutes, first_seed, Stretch([], [])
-    while not stretch.results or time.perf_counter() < end:
-        stretch.results.append(soak(seed, STEPS_PER_SEED[backend], None, backend))
+    end, seed, stretch = time.perf_counter() + 60 * minutes, first_seed, Stretch()
+    while seed == first_seed or time.perf_counter() < end:
+        stretch.serve(seed, STEPS_PER_SEED[backend], backend)
         held = Footprint.now(on_gpu=backend == "cuda")
         stretch.held.extend([held] if held is not None else [])
         seed += stride
@@ -308,21 +327,20 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Soak, and tell it; 1 if the guard reported anything, or memory, files or threads grew."""
     start, given = time.perf_counter(), (arguments.processes, arguments.first_seed, arguments.backend)
-    stretches: list[Stretch] = []
-    try:
-        if arguments.minutes > 0:
-            stretches = soak_all_for(arguments.minutes, *given)
-            results = [result for stretch in stretches for result in stretch.results]
-        else:
-            results = soak_all(arguments.steps, *given)
-    except FalseAlarmError as error:
-        print(f"FALSE ALARM: {error}")
-        return 1
-    print(told(results, time.perf_counter() - start))
-    grown = [footprint.growth(stretch.held) for stretch in stretches]
-    for stretch, grew in zip(stretches, grown, strict=True):
+    is_timed = arguments.minutes > 0
+    stretches = soak_all_for(arguments.minutes, *given) if is_timed else soak_all(arguments.steps, *given)
+    problems = [problem for stretch in stretches for problem in stretch.problems]
+    results = [result for stretch in stretches for result in stretch.results]
+    for problem in problems:
+        print(problem)
+    if results:
+        print(told(results, time.perf_counter() - start))
+    grown = [footprint.growth(stretch.held) for stretch in stretches if is_timed]
+    for stretch, grew in zip(stretches, grown, strict=False):
         print(footprint.told(stretch.held, grew))
-    return any(grew is not None and not footprint.is_flat(grew) for grew in grown)
+    if problems:
+        print(f"FAILED: {len(problems)} of {len(problems) + len(results)} seeds")
+    return bool(problems) or any(grew is not None and not footprint.is_flat(grew) for grew in grown)
 
 
 if __name__ == "__main__":

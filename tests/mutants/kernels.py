@@ -86,14 +86,14 @@ VERIFY = [
         ("link between groups lost", "(linkable << 1 | carried.is_linkable) >> lane", "(linkable << 1) >> lane"),
         ("K and V not compared", "return slot >= 0 && is_same && is_healthy;", "return slot >= 0 && is_healthy;"),
         ("TAIL not verified", "if (is_judging) n_entries += kvc_verify_prefixes<KVC_STAGE_TAIL>(p, forward);", ""),
-        ("loser of a claim not told", "is_loser = is_slot && !is_written;", "is_loser = false;"),
+        ("loser of a claim not told", "is_loser = is_slot && !is_written &&", "is_loser = false &&"),
         ("end of a forward not noted", ".tail_forward = forward;", ".tail_forward = forward - 1;"),
     ),
     *_in(
         "judge.cuh",
         f"{CATCH} {LIMITS} {MUSEUM} {AGREE}",
         ("floor of failed forwards off by one", "forward <= s.aborted_floor", "forward < s.aborted_floor"),
-        ("link before the window judged", "may_link = position > row.verify_start ||", "may_link = true ||"),
+        ("link before the window judged", "may_link = (position > row.verify_start ||", "may_link = (true ||"),
     ),
 ]
 

@@ -130,6 +130,12 @@ def real_slots(pool: KvPool, named: Array) -> Array:
     return slots[(slots >= 0) & ~np.isin(slots // pool.page_size, pool.reserved_blocks)]
 
 
+def is_verified(pool: KvPool, p: int, prefix: int, length: int) -> bool:
+    """Whether position p of a prefix is: one of the sink's, or in the window and not overwritten in a ring."""
+    is_in_window = pool.window is None or p > prefix - pool.window
+    return p < pool.sink or (is_in_window and (not pool.ring_length or p >= length - pool.ring_length))
+
+
 def entries_of(pool: KvPool, arrays: Arrays, i: int) -> tuple[int, int]:
     """Stamps that a forward writes and prefix positions that it verifies in a pool, counted row by row from the arrays.
 
@@ -156,7 +162,7 @@ def entries_of(pool: KvPool, arrays: Arrays, i: int) -> tuple[int, int]:
             pages = int(np.diff(of_pool("kv_indptr"))[r])
             length = (pages - 1) * pool.page_size + int(of_pool("kv_last_page_len")[r])
         prefix = length - n_new
-        n_verified += prefix if pool.window is None else min(prefix, pool.window - 1)
+        n_verified += sum(is_verified(pool, p, prefix, length) for p in range(prefix))
     return n_written, n_verified
 
 
@@ -203,9 +209,11 @@ class RememberingTwins(Twins):
         return super().forward(arrays, **options)
 
 
-def told(records: Array) -> list[tuple[Any, ...]]:
+def told(records: Array, knows_chains: bool) -> list[tuple[Any, ...]]:
     """The records without the numbers of the forward that reported, and of the one that wrote."""
-    names = [n for n in abi.VIOLATION.names or () if n not in ("commit", "step", "forward", "stamp_step")]
+    left_out = {"commit", "step", "forward", "stamp_step"}
+    left_out |= set() if knows_chains else {"stored_chain", "expected_chain", "reasons"}
+    names = [n for n in abi.VIOLATION.names or () if n not in left_out]
     return sorted(tuple(v[n].item() for n in names) for v in records)
 
 
@@ -225,14 +233,20 @@ def kept(twins: Twins) -> dict[str, Array]:
     return facts
 
 
-def check_again(twins: Twins, call: Callable[[], Array]) -> None:
-    """Once for what the call changes; then it reports, counts and leaves the same, however often."""
+def check_again(twins: Twins, call: Callable[[], Array], n_rows: int = 0) -> None:
+    """Once for what the call changes; then it reports, counts and leaves the same, however often.
+
+    But a row that takes its chain out of the cache may take it from where it, or another, writes: with a broken table,
+    each time another one.
+    """
     call()
+    flags = np.concatenate([twins.sides[0].rows(i, n_rows)["flags"] for i in range(len(twins.pools))])
+    knows_chains = not ((flags & abi.ROW_LIVE != 0) & (flags & abi.ROW_ANCHORED == 0)).any()
     outcomes = []
     for _ in range(2):
         before = twins.words.astype(np.int64)
-        records = told(call())
-        outcomes.append((records, twins.words.astype(np.int64) - before, kept(twins)))
+        records = told(call(), knows_chains)
+        outcomes.append((records, twins.words.astype(np.int64) - before, kept(twins) if knows_chains else {}))
     (first, counted, left), (second, counted_again, left_again) = outcomes
     assert first == second
     assert np.array_equal(counted, counted_again)
@@ -253,7 +267,7 @@ def test_the_same_again_says_the_same_again(library: SimtLibrary, seed: int) -> 
     check_again(twins, lambda: twins.sweep(pool, slots, places, before, None))
     arrays = twins.last
     if arrays is not None:
-        check_again(twins, lambda: twins.forward(arrays))
+        check_again(twins, lambda: twins.forward(arrays), len(arrays["query_start_loc"]) - 1)
 
 
 def test_the_laws_are_about_something(library: SimtLibrary) -> None:
