@@ -13,6 +13,7 @@ from agree_script import PAGE, A, B, C, Row, Script, kinds
 from simt.runner import SimtLibrary
 
 from kvcanary import PREFIX_CACHE, LifecycleEvent, Reason, abi
+from kvcanary.backends.moves import MoveOp
 from kvcanary.violations import PoolNames, decode
 
 SUBSTITUTED = Reason.CHAIN | Reason.TOKEN
@@ -571,3 +572,20 @@ def test_a_kernel_never_leaves_the_array(library: SimtLibrary) -> None:
     params["ids"][:8] = [-4, 4, 1 << 30, 3, 1000, -(1 << 31), 2, 5]
     library.launch("kvc_blocks_update", 1, abi.THREADS, params[()])
     assert np.flatnonzero(words["owner"]).tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("on_unwritten", ["adopt", "violation"])
+def test_what_was_moved_into_a_block_before_it_was_given_away_is_not_waited_for(sides: Sides, on_unwritten: str) -> None:
+    """Moved slots are verified at the next read; of those in a block of a new epoch nobody says anything any more."""
+    s = script(sides, on_unwritten=on_unwritten, verify_data_every=5)
+    s.own("allocate", [1, 3], 1)
+    assert s.forward(Row(1, A, 0, 4, [1])) == []
+    s.twins.move(MoveOp.COPY, 0, np.arange(12, 16), sources=np.arange(4, 8))
+    fresh = [side.pool_state(0)["n_fresh"].tolist() for side in s.twins.sides]
+    assert fresh == [[4]] * len(fresh)
+    s.own("free", [3], 1)
+    s.own("allocate", [3, 2], 2)
+    found = kinds(s.forward(Row(2, B, 4, 5, [3, 2])))
+    assert all(STALE in reasons for reasons in found.values()) and bool(found) == (on_unwritten == "violation")
+    if on_unwritten == "adopt":
+        assert [side.pool_state(0)["n_fresh"].tolist() for side in s.twins.sides] == [[0]] * len(fresh)

@@ -171,3 +171,11 @@ def test_sinks_beside_a_window_without_a_ring(sides: Sides) -> None:
         assert kinds(ring.forward(18, 1)) == ({ring.slot(position): reason} if reason else {}), position
         ring.damage(ring.slot(position))
         assert kinds(ring.forward(18, 1)) == {}
+
+
+def test_a_chunk_longer_than_the_ring_leaves_the_sink_where_it_was(sides: Sides) -> None:
+    """The whole prefix is the sink's, and all behind it is overwritten in this forward."""
+    r = Ring(sides(), [1, 2, 3, 4], sink=4)
+    assert r.forward(0, 4) == []
+    r.twins.buffers[0]["v1"].reshape(N_BLOCKS * PAGE, -1).view(np.uint8)[r.slot(2), 0] ^= 1
+    assert kinds(r.forward(4, 3 * RING), "HEAD") == {r.slot(2): Reason.DATA}
