@@ -14,7 +14,7 @@ from kvcanary import abi
 from kvcanary.elements import Element
 from kvcanary.hashing import mix64_int
 from kvcanary.ledger import owner_name
-from kvcanary.tags import CanaryLaunchTag, Detail, Reason, Stage
+from kvcanary.tags import N_HALVES, N_POOL_KINDS, CanaryLaunchTag, Detail, Reason, Stage
 
 # What a reason says, and what is usually behind it; in the order of telling, since the first says most about the cause.
 READINGS: dict[Reason, tuple[str, str]] = {
@@ -433,6 +433,16 @@ def _decode(r: dict[str, int], pools: Sequence[PoolNames], secret: int, log_toke
         element_bits=r["stored_digest"] if is_reserved else None,
         element=element,
     )
+
+
+def in_order(records: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Records in an order that is the same on every device: by forward, HEAD before TAIL, then by rows and positions.
+
+    In the ring, those of one forward stand as the threads of a GPU came.
+    """
+    stage = records["tag"] // (N_POOL_KINDS * N_HALVES)
+    last_first = ("reasons", "plane", "tag", "slot", "position", "row", "pool")
+    return records[np.lexsort([*(records[name] for name in last_first), stage, records["forward"], records["step"]])]
 
 
 def places_of(first: int, n: int, capacity: int) -> npt.NDArray[np.intp]:

@@ -326,10 +326,12 @@ def on_kernels(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_kernels_hold_too(on_kernels: None) -> None:
-    outcomes = [play(s, HostPlace(), s.shapes[0], lc) for s in SCENARIOS.values() for lc in s.lifecycle]
-    assert {o.scenario.id: o.problems for o in outcomes if o.problems} == {}
-    assert sum(o.ok is True for o in outcomes) >= 80
+def test_the_kernels_hold_too(on_kernels: None, outcomes: list[Outcome]) -> None:
+    found = [play(s, HostPlace(), s.shapes[0], lc) for s in SCENARIOS.values() for lc in s.lifecycle]
+    assert {o.scenario.id: o.problems for o in found if o.problems} == {}
+    assert sum(o.ok is True for o in found) >= 80
+    here = {(o.scenario.id, o.shape, o.lifecycle): o.causes for o in outcomes}
+    assert {o.scenario.id for o in found if o.causes != here[o.scenario.id, o.shape, o.lifecycle]} == set()
 
 
 def test_causes_do_not_depend_on_the_order_of_the_records(outcomes: list[Outcome]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvcanary import abi
 from kvcanary.tags import CanaryLaunchTag, Detail, Reason
-from kvcanary.violations import READINGS, RingReader, Violation, decode, new_secret
+from kvcanary.violations import READINGS, RingReader, Violation, decode, in_order, new_secret
 
 CHAINS = {"stored_chain": 0x1111, "expected_chain": 0x2222}
 STALE_TABLE: dict[str, Any] = {
@@ -297,3 +297,18 @@ class TestRingReader:
                 assert reader.read(1 if action == "read 1" else None)["slot"].tolist() == expected
                 n_read += len(expected)
                 assert state.control[abi.CONTROL_READ] == n_read
+
+
+def test_the_records_of_a_forward_have_an_order_of_their_own() -> None:
+    """On a GPU they stand in the ring as its threads came."""
+    rng = np.random.default_rng(0)
+    records = np.zeros(60, abi.VIOLATION)
+    for name, high in (("tag", 20), ("row", 4), ("position", 9), ("slot", 40), ("reasons", 3), ("plane", 2)):
+        records[name] = rng.integers(0, high, 60)
+    records["forward"] = records["step"] = np.repeat([1, 2], 30)
+    wanted = in_order(records)
+    assert wanted["forward"].tolist() == [1] * 30 + [2] * 30
+    stages = wanted["tag"][:30] // 4
+    assert stages.tolist() == sorted(stages)
+    for _ in range(20):
+        assert in_order(rng.permutation(records)).tobytes() == wanted.tobytes()

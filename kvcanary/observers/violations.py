@@ -17,7 +17,7 @@ from kvcanary.errors import KvCanaryViolation
 from kvcanary.log_lines import line, run_fields
 from kvcanary.observers.facts import StepFacts
 from kvcanary.tags import Detail, Reason
-from kvcanary.violations import PoolNames, RingReader, Violation, decode, fold_runs, line_of
+from kvcanary.violations import PoolNames, RingReader, Violation, decode, fold_runs, in_order, line_of
 
 logger = logging.getLogger("kvcanary")
 
@@ -169,6 +169,7 @@ class ViolationObserver:
             records = self._reader.read(min(MAX_NEW, n_left))
             if len(records) == 0:
                 break
+            records = in_order(records)
             is_new = np.fromiter((self._is_new(key) for key in _findings(records)), bool, len(records))
             new.extend(decode(records[is_new], self._pool_names, self._secret, self._log_tokens))
         return tuple(new)
