@@ -575,9 +575,7 @@ def test_a_kernel_never_leaves_the_array(library: SimtLibrary) -> None:
 
 
 @pytest.mark.parametrize("on_unwritten", ["adopt", "violation"])
-def test_what_was_moved_into_a_block_before_it_was_given_away_is_not_waited_for(
-    sides: Sides, on_unwritten: str
-) -> None:
+def test_what_was_moved_into_a_block_of_a_new_epoch_is_not_waited_for(sides: Sides, on_unwritten: str) -> None:
     """Moved slots are verified at the next read; of those in a block of a new epoch nobody says anything any more."""
     s = script(sides, on_unwritten=on_unwritten, verify_data_every=5)
     s.own("allocate", [1, 3], 1)
