@@ -8,6 +8,7 @@ from typing import Any
 from kvcanary.aliasing import check_overlaps
 from kvcanary.backends import Backend, CapturedGraph
 from kvcanary.batch import StepBatch
+from kvcanary.checks import is_first_forward
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import CaptureError
@@ -82,7 +83,7 @@ class EmbedCalls:
         if self._backend is None:
             return None
         self._phases.need_outside_forward("graphs()")
-        calls = self._bind(batch, index == 0, pools).calls
+        calls = self._bind(batch, is_first_forward("graphs()", index), pools).calls
         return CanaryGraphs(*self._backend.graphs(calls), batch)
 
     def rebind(self, pool: str | int, arrays: KvPool | Sequence[Any], *, stream: Any = None) -> None:

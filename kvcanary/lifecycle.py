@@ -9,7 +9,7 @@ from kvcanary.backends import Backend
 from kvcanary.errors import ConfigError, LifecycleError
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockLedger
-from kvcanary.turns import Turns, one_at_a_time
+from kvcanary.turns import OfThisProcess, Turns, one_at_a_time
 
 KINDS = ("allocate", "share", "free", "claim")
 Gate = Callable[[str, Any], tuple[Any, int]]  # (call, stream or None) -> stream to use, step at hand; may refuse
@@ -31,7 +31,7 @@ class LifecycleEvent(NamedTuple):
     pool: str | int = 0
 
 
-class Lifecycle:
+class Lifecycle(OfThisProcess):
     """Who owns which block: a ledger per pool on the host, a word per block on the device.
 
     Calls may come between steps and inside a step, but neither between HEAD and TAIL of a forward nor inside a capture

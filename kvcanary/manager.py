@@ -19,6 +19,7 @@ from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.black_box import BlackBox, open_black_box
 from kvcanary.captured import CaptureWatch
+from kvcanary.checks import check_salt, is_first_forward
 from kvcanary.config import CanaryConfig
 from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names
 from kvcanary.contexts import ForwardContext, StepContext
@@ -47,7 +48,7 @@ from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import ResidentSet, SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Stage
-from kvcanary.turns import Turns, one_at_a_time, watch_forks
+from kvcanary.turns import OfThisProcess, Turns, one_at_a_time, watch_forks
 from kvcanary.violations import RingReader, Violation, new_secret
 
 logger = logging.getLogger("kvcanary")
@@ -60,7 +61,7 @@ class _Bound(NamedTuple):
     batches: list[BoundBatch]
 
 
-class CanaryManager(MoveCalls, EmbedCalls):
+class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
     """Guards the KV pools of one engine process.
 
     Args:
@@ -243,7 +244,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         if self._backend is None:
             return
-        calls = self._bind(batch, index == 0, pools).calls
+        calls = self._bind(batch, is_first_forward("head()", index), pools).calls
         self._phases.head()
         self._open_forward = (calls, batch)
         if self._perturber is not None:
@@ -659,6 +660,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
                 f"attach_resident_set({type(provider).__name__}): give a function without arguments, or None"
             )
         if self._backend is not None:
+            self._phases.need_open("attach_resident_set()")
             if provider is not None and not self.config.sweep_interval:
                 logger.warning("a resident set is attached, but sweep_interval is 0: nothing is swept; set it to steps")
             self._sweep.attach(self._pool_index(pool), provider)
@@ -672,6 +674,9 @@ class CanaryManager(MoveCalls, EmbedCalls):
         """
         if self._backend is not None:
             self._phases.need_outside_forward("attach_agreement()")
+            if not isinstance(agreement, RankAgreement):
+                given = type(agreement).__name__
+                raise ConfigError(f"attach_agreement({given}): give a RankAgreement, made on all ranks at this point")
             on_stall = self._box.stall if self._box is not None else None
             agreement.attach(self._violations, self.config, self._n_counted_steps, on_stall)
             self._agreement = agreement
@@ -693,9 +698,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
             raise BatchError(
                 f"chain(): tokens are {ids.dtype}{list(ids.shape)}: give a flat sequence of integer token ids"
             )
-        if not isinstance(salt, (int, np.integer)) or not 0 <= salt < 1 << 64:
-            raise BatchError(f"chain(): salt={salt!r}: give an integer from 0 to 2^64 - 1")
-        return hashing.prefix_chain(ids.astype(np.int64), int(salt))
+        return hashing.prefix_chain(ids.astype(np.int64), check_salt("chain()", salt))
 
     @one_at_a_time
     def prove(self, batch: StepBatch, stream: Any = None) -> Proof:
@@ -719,6 +722,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
 
         It runs on the thread that ends the step: it must neither wait for the device nor take long.
         """
+        self._phases.need_open("add_observer()")
         self._more_observers += (observer,)
 
     def on_violation(self, callback: Callable[[Violation], None]) -> None:
@@ -726,6 +730,7 @@ class CanaryManager(MoveCalls, EmbedCalls):
         if not callable(callback):
             raise ConfigError(f"on_violation({callback!r}): give a function that takes a Violation")
         if self._backend is not None:
+            self._phases.need_open("on_violation()")
             self._violations.on_violation(callback)
 
     def poll(self) -> tuple[Violation, ...]:

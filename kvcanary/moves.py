@@ -13,10 +13,12 @@ from kvcanary.arrays import ArrayView, view_of
 from kvcanary.backends import Backend
 from kvcanary.backends.moves import Move, MoveOp
 from kvcanary.bundle import Geometry, SlotBundle
+from kvcanary.checks import check_salt
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import BatchError, BundleError, CaptureError
 from kvcanary.layout import KvPool
+from kvcanary.phases import PhaseChecker
 from kvcanary.turns import Turns, one_at_a_time
 
 Array = npt.NDArray[Any]
@@ -43,6 +45,7 @@ class MoveCalls:
     max_requests: int
     _backend: Backend | None
     _handlers: list[DelayedDeviceHostHandler]
+    _phases: PhaseChecker
     _stream: Any
     _turns: Turns
 
@@ -205,12 +208,15 @@ class MoveCalls:
             tokens: of each slot; negative = unknown: then only the position is judged. Neighbouring entries with the
                 positions 0, 1, 2 ... whose tokens are all known also get their chain; any other known token is
                 judged, but not what it continues.
-            salt: of the request, for the chain.
+            salt: of the request, for the chain, 0 to 2^64 - 1.
         """
         if self._backend is None:
             return
         lists = _Lists("adopt_slots()", self.pools[self._pool_index(pool)], False)
         taken = lists.slots("slots", slots, is_target=True)
+        if positions is None:
+            raise BatchError("adopt_slots(): positions is None: give the position of each slot in the KV sequence")
+        salt = check_salt("adopt_slots()", salt)
         at = lists.numbers("positions", positions, 0, _MAX_POSITION)
         known = lists.numbers("tokens", tokens, -(1 << 31), _MAX_POSITION)
         lists.check_lengths(slots=taken, positions=at, tokens=known)
@@ -251,7 +257,10 @@ class MoveCalls:
         sense) are u64[n_slots]. Copy them to slots of a pool of the same geometry, after `forward` has exited, then
         call `localize_slots`. Stamps hold token ids, which are user content.
         """
-        return {} if self._backend is None else self._backend.shadow_arrays(self._pool_index(pool))
+        if self._backend is None:
+            return {}
+        self._phases.need_open("shadow_arrays()")
+        return self._backend.shadow_arrays(self._pool_index(pool))
 
     # ---- common ------------------------------------------------------------------------------------------------------
     def _move(self, lists: _Lists, op: MoveOp, pool: str | int, stream: Any, **values: Any) -> Any:

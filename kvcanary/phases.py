@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from enum import Enum
 
 from kvcanary.errors import PhaseError
@@ -26,11 +27,12 @@ class PhaseChecker:
 
     def __init__(self) -> None:
         self.phase = Phase.OUTSIDE
+        self._thread = 0  # that came into the phase
 
     def begin_step(self) -> None:
         if self.phase is not _OUTSIDE:
             self._refuse("begin_step()")
-        self.phase = _STEP
+        self.phase, self._thread = _STEP, threading.get_ident()
 
     def end_step(self) -> None:
         if self.phase is not _STEP:
@@ -44,6 +46,7 @@ class PhaseChecker:
             self.phase = _FORWARD
         else:
             self._refuse("head()")
+        self._thread = threading.get_ident()
 
     def tail(self) -> None:
         if self.phase is _FORWARD_IN_STEP:
@@ -86,4 +89,15 @@ class PhaseChecker:
         self.phase = Phase.CLOSED
 
     def _refuse(self, call: str) -> None:
-        raise PhaseError(f"{call} came in phase {self.phase.name}; expected: {self.phase.value}")
+        raise PhaseError(f"{call} came in phase {self.phase.name}; expected: {self.phase.value}{self._whose()}")
+
+    def _whose(self) -> str:
+        """A word of the thread that came into the phase, if the call is another one's."""
+        if self.phase is _OUTSIDE or self.is_over or self._thread == threading.get_ident():
+            return ""
+        other = next((t.name for t in threading.enumerate() if t.ident == self._thread), "that ended")
+        return (
+            f". It is thread {other!r} that began this phase, and the call came in thread "
+            f"{threading.current_thread().name!r}: use a manager from one thread at a time, and let no other begin "
+            "before it has ended its step"
+        )

@@ -7,9 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
-from kvcanary.errors import PhaseError
+from kvcanary.errors import ConfigError, PhaseError
 
 MAX_WAIT_S = 1.0  # for another thread's call to end; most take microseconds
 
@@ -67,6 +67,16 @@ def one_at_a_time(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenat
             lock.release()
 
     return in_turn
+
+
+class OfThisProcess:
+    """What cannot be copied or sent: its memory and its locks are those of this process."""
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            f"a {type(self).__name__} was to be pickled or copied: it belongs to its process and its device. Send the "
+            "CanaryConfig and the sizes instead, and make a manager there, over the KV arrays of that process"
+        )
 
 
 # ---- forks -----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import gc
 import logging
 import os
+import pickle
 import sys
 import threading
 import time
@@ -22,7 +24,7 @@ import pytest
 from engine import PAGE, ToyEngine
 
 import kvcanary
-from kvcanary import CanaryManager, KvCanaryViolation, PhaseError, Reason, abi, turns
+from kvcanary import CanaryManager, ConfigError, KvCanaryViolation, PhaseError, Reason, abi, turns
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no os.fork on this platform")
 
@@ -270,6 +272,36 @@ def test_closed_twice_from_two_threads() -> None:
     assert engine.manager.poll() == () and engine.manager.stats().step == 1
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.shadow_arrays(),
+        lambda m: m.attach_resident_set(lambda: None),
+        lambda m: m.attach_resident_set(None),
+        lambda m: m.on_violation(print),
+        lambda m: m.add_observer(m._stats_logger),
+    ],
+)
+def test_what_is_attached_to_a_closed_manager_would_never_be_asked(call: Callable[[CanaryManager], object]) -> None:
+    engine = served(sweep_interval=2)
+    engine.manager.close()
+    with pytest.raises(PhaseError, match="closed; make a new one"):
+        call(engine.manager)
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.lifecycle, lambda m: {"of an engine": [m]}])
+def test_a_manager_is_neither_pickled_nor_copied(
+    copied: Callable[[Any], object], part: Callable[[CanaryManager], Any]
+) -> None:
+    engine = served(lifecycle=True)
+    if copied is copy.copy and isinstance(part(engine.manager), dict):
+        assert copied(part(engine.manager)) is not None, "the engine's own dict may well be"
+        return
+    with pytest.raises(ConfigError, match=r"belongs to its process and its device.* make a manager there"):
+        copied(part(engine.manager))
+
+
 def test_closed_within_a_step_and_a_forward() -> None:
     engine = served()
     batch = engine.batch((0, 6, 1))
@@ -320,6 +352,10 @@ class TestFork:
             lambda e: e.manager.lifecycle.apply([("allocate", [9], 7)]),
             lambda e: e.manager.copy_slots([4], [8]),
             lambda e: e.manager.export_slots([4]),
+            lambda e: e.manager.shadow_arrays(),
+            lambda e: e.manager.attach_resident_set(lambda: None),
+            lambda e: e.manager.on_violation(print),
+            lambda e: e.manager.add_observer(e.manager._stats_logger),
             lambda e: e.manager.prove(e.batch((0, 6, 1))),
         ],
     )
@@ -433,12 +469,16 @@ def test_a_second_thread_in_a_step_or_forward_is_refused() -> None:
                 errors.append(str(error))
 
     with engine.manager.step(), engine.manager.forward(batch):
-        thread = threading.Thread(target=intrude)
+        thread = threading.Thread(target=intrude, name="intruder")
         thread.start()
         thread.join()
+        with pytest.raises(PhaseError) as own:
+            engine.manager.begin_step()
         engine.write(batch)
     assert [text.split()[0] for text in errors] == ["begin_step()", "head()", "end_step()"]
     assert all("FORWARD_IN_STEP" in text for text in errors)
+    assert all("thread 'MainThread' that began this phase, and the call came in thread 'intruder'" in e for e in errors)
+    assert "FORWARD_IN_STEP" in str(own.value) and "thread" not in str(own.value), "the wrong call, of the right thread"
     engine.step((0, 7, 1))
     assert engine.manager.violations() == () and engine.manager.step_number == 3
 

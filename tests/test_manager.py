@@ -624,6 +624,7 @@ class TestWhatAFirstUserFound:
             (lambda: manager.prove(None), BatchError, "batch is NoneType"),  # type: ignore[arg-type]
             (lambda: manager.on_violation(None), ConfigError, r"on_violation\(None\): give a function"),  # type: ignore[arg-type]
             (lambda: manager.attach_resident_set([1]), ConfigError, r"attach_resident_set\(list\)"),  # type: ignore[arg-type]
+            (lambda: manager.attach_agreement(5), ConfigError, r"attach_agreement\(int\): give a RankAgreement"),  # type: ignore[arg-type]
             (lambda: manager.chain([1.5]), BatchError, r"tokens are float64\[1\]"),  # type: ignore[list-item]
             (lambda: manager.chain([[1]]), BatchError, r"tokens are int64\[1, 1\]"),  # type: ignore[list-item]
             (lambda: manager.chain([1], -1), BatchError, "salt=-1: give an integer from 0"),

@@ -519,6 +519,13 @@ MISUSE = [
     (lambda m: m.import_slots(SlotBundle.of_nothing(), []), BundleError, "mode='off'.*adopt_slots"),
     (lambda m: m.adopt_slots([4, 5], [0, -1]), BatchError, r"positions\[1\]=-1: give 0 to 2147483647"),
     (lambda m: m.adopt_slots([4, 5], [0, 1], tokens=[7]), BatchError, "slots has 2, positions has 2, tokens has 1"),
+    (lambda m: m.adopt_slots([4], None), BatchError, r"adopt_slots\(\): positions is None: give the position of each"),
+    (
+        lambda m: m.adopt_slots([4, 5], [0, 1], tokens=[1, 2], salt=None),
+        BatchError,
+        "salt=None: give an integer from 0",
+    ),
+    (lambda m: m.adopt_slots([4], [0], salt=-1), BatchError, r"adopt_slots\(\): salt=-1: .* to 2\^64 - 1"),
     (lambda m: m.refresh_digests([4, 4]), BatchError, "slots has 4 2 times"),
     (lambda m: m.localize_slots([70]), BatchError, r"slots\[0\]=70"),
     (
