@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -103,6 +104,7 @@ class BoxFile:
             _put_aside(self.path)
         fd = os.open(self.path, _FLAGS, _MODE)
         try:
+            _check_kind(fd)
             if _is_cut(fd):  # somebody died while writing: begin a line of one's own
                 data = b"\n" + data
             view = memoryview(data)
@@ -138,6 +140,14 @@ def _within(room: int, lines: Sequence[dict[str, Any]], file: BoxFile) -> bytes:
             break
         data += text
     return bytes(data)
+
+
+def _check_kind(fd: int) -> None:
+    """OSError for what keeps nothing that could be read later, or is not to be written to (a disk)."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):  # a device such as /dev/null is somebody's wish
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a block device" if stat.S_ISBLK(mode) else "of another kind"
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
 
 
 def _is_cut(fd: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, get_type_hints
 
 from kvcanary.errors import ConfigError
@@ -94,13 +95,17 @@ class CanaryConfig:
                 raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+            if number is None or not low <= number <= high:
                 raise ConfigError(f"{name}={value!r}: give an integer from {low} to {high}")
+            object.__setattr__(self, name, number)  # NumPy's are no JSON
         for name in ("lifecycle", "check_write_position", "log_tokens", "nvtx", "perturb_armed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.black_box_path is not None and not isinstance(self.black_box_path, str):
             raise ConfigError(f"black_box_path={self.black_box_path!r}: give a path as a string, or None")
+        if self.black_box_path is not None and (not self.black_box_path or "\0" in self.black_box_path):
+            raise ConfigError(f"black_box_path={self.black_box_path!r}: give the path of a file, or None for none")
         if self.scrub_bytes_per_step and not self.lifecycle:
             raise ConfigError(
                 f"scrub_bytes_per_step={self.scrub_bytes_per_step} with lifecycle=False: the patrol must know which "

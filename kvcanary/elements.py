@@ -57,11 +57,12 @@ _ALIASES = {
     "fp8_e4m3": "float8_e4m3fn",
     "fp8_e5m2": "float8_e5m2",
 }
-_INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)))
+_INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)))
+_UNJUDGED = ("float64", "complex64", "complex128")  # floats that no KV cache of an engine has: NaN is not looked for
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of an element type that an engine hands in: "" for None, else one of `ELEMENTS`, or an integer's.
+    """The name of an element type that an engine hands in: "" for None, else one of `ELEMENTS`, or another's.
 
     Args:
         dtype: a name, or the type object of NumPy, ml_dtypes, torch or JAX, none of which is imported for it.
@@ -74,7 +75,7 @@ def dtype_name(dtype: Any) -> str:
     own = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
     name = dtype if isinstance(dtype, str) else str(own)
     name = _ALIASES.get(name, name)
-    if name not in ELEMENTS and name not in _INTEGERS:
+    if name not in ELEMENTS and name not in (*_INTEGERS, *_UNJUDGED):
         known = ", ".join((*ELEMENTS, *_ALIASES))
         raise LayoutError(f"dtype={dtype!r}: give one of {known}, or an integer type (uint8) for what holds no floats")
     return name

@@ -29,6 +29,7 @@ from kvcanary.embedding import EmbedCalls
 from kvcanary.errors import BackendError, BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
+from kvcanary.log_lines import ErrorLog
 from kvcanary.moves import MoveCalls
 from kvcanary.observers import (
     KernelRunCounterHealthChecker,
@@ -95,7 +96,7 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
         self._n_counted_steps = 0
         self._is_idle = False
         self._inputs_seen: set[str] = set()
-        self._n_observer_errors = 0
+        self._errors = ErrorLog()
         self._is_out_of_numbers = False
         self._is_paused = False
         self._perturber: Perturber | None = None  # the fault drill, when armed
@@ -111,6 +112,7 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
             self._lifecycle = Lifecycle()
             return
         check_capacities(self.pools, max_requests, max_new_tokens)
+        self.max_requests, self.max_new_tokens = int(max_requests), int(max_new_tokens)  # NumPy's are no JSON
         check_overlaps(self.pools, config)
         kind = backend if callable(backend) else choose_backend(backend, self.pools)
         device_kind = "cpu" if kind == "host" else "cuda"
@@ -158,9 +160,10 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
     # ---- what it is --------------------------------------------------------------------------------------------------
     @property
     def n_observer_errors(self) -> int:
-        """How often something that is not ours raised beside the engine's step: a log handler, a driver, a provider."""
-        n_lines = self._violations.n_errors if self._backend is not None else 0
-        return self._n_observer_errors + n_lines
+        """How often something that is not ours raised beside a step: a log handler, callback, driver, provider."""
+        if self._backend is None:
+            return 0
+        return self._errors.n + self._violations.n_errors + self._sweep.errors.n
 
     @property
     def is_on(self) -> bool:
@@ -442,18 +445,15 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
         """Do something that is not worth the engine's step: whatever it raises is counted and logged."""
         try:
             work()
-        except Exception:
-            self._n_observer_errors += 1
-            with suppress(Exception):
-                logger.exception("[canary] the guard could not do all of its work; the engine goes on")
+        except Exception:  # noqa: BLE001  whatever a driver raises
+            name = getattr(work, "__name__", "?").strip("_")
+            self._errors.note("[canary] the guard could not do all of its work (%s); the engine goes on", name)
 
     def _is_due(self, observer: Observer, step: int) -> bool:
         try:
             return observer.is_due(step)
-        except Exception:
-            self._n_observer_errors += 1
-            with suppress(Exception):
-                logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
+        except Exception:  # noqa: BLE001  whatever an engine's observer raises
+            self._errors.note("[canary] %s raised; the step goes on", type(observer).__name__)
             return False
 
     def _has_odd_stream(self) -> bool:
@@ -475,10 +475,8 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
                 observer.step(facts)
             except KvCanaryError as error:  # the others still get their step; the first error is the one raised
                 errors.append(error)
-            except Exception:  # a log handler that raises is not the engine's problem
-                self._n_observer_errors += 1
-                with suppress(Exception):
-                    logger.exception("[canary] %s raised; the step goes on", type(observer).__name__)
+            except Exception:  # noqa: BLE001  a log handler that raises is not the engine's problem
+                self._errors.note("[canary] %s raised; the step goes on", type(observer).__name__)
             if observer is self._violations:
                 facts = None  # its totals are older than what it has just read
         with suppress(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -11,8 +10,7 @@ import numpy as np
 from kvcanary.arrays import view_of
 from kvcanary.backends import Backend, Resident
 from kvcanary.errors import BatchError
-
-logger = logging.getLogger("kvcanary")
+from kvcanary.log_lines import ErrorLog
 
 ResidentSet: TypeAlias = Callable[[], "Resident | Sequence[Any] | None"]
 _NAMES = ("slots", "positions", "predecessors", "tokens")
@@ -23,13 +21,15 @@ class SweepOrchestrator:
 
     A provider is called on the host thread and returns (slots, positions, predecessors[, tokens]), each i32[n], NumPy
     or on the guard's device; or None for nothing. A sweep whose lists cannot be copied yet without waiting is tried
-    again at the next step. A provider that raises is logged and skipped: the engine's step is not the one to suffer.
+    again at the next step. A provider that raises, or whose lists are none, is counted, logged ever more rarely and
+    skipped: the engine's step is not the one to suffer.
     """
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
         self.sweep_passes = 0  #: sweeps over all attached resident sets in which there was something to check
         self.n_sweeps: dict[int, int] = {}  #: pool -> sweeps launched for it
+        self.errors = ErrorLog()
         self._launched = False
         self._providers: dict[int, ResidentSet] = {}
         self._due: list[int] = []
@@ -73,8 +73,12 @@ class SweepOrchestrator:
         try:
             answer = self._providers[pool]() if pool in self._providers else None
             return None if answer is None else check_resident(answer)
-        except Exception:
-            logger.exception("[canary] the resident set of pool %d could not be read; this sweep leaves it out", pool)
+        except Exception:  # noqa: BLE001  whatever an engine's function raises
+            self.errors.note(
+                "[canary] the resident set of pool %d could not be read; this sweep leaves it out. Mend the function "
+                "that attach_resident_set() was given, or detach it: attach_resident_set(None, pool)",
+                pool,
+            )
             return None
 
 
@@ -84,8 +88,10 @@ def check_resident(answer: Resident | Sequence[Any]) -> Resident | None:
     Raises:
         BatchError: not three or four flat int32 arrays of one length.
     """
-    if not 3 <= len(answer) <= 4:
-        raise BatchError(f"{len(answer)} arrays: give (slots, positions, predecessors) and, if known, tokens")
+    n_arrays = len(answer) if hasattr(answer, "__len__") else 0
+    if not 3 <= n_arrays <= 4:
+        given = f"{n_arrays} arrays" if n_arrays else f"a {type(answer).__name__}"
+        raise BatchError(f"{given}: give (slots, positions, predecessors) and, if known, tokens")
     arrays = [np.asarray(a, np.int32) if isinstance(a, (list, tuple)) else a for a in answer]
     n = None
     for name, array in zip(_NAMES, arrays, strict=False):

@@ -183,6 +183,55 @@ def test_a_callback_and_a_log_handler_that_raise_lose_nothing(handler: Callable[
     assert seen == [5] and engine.manager.n_observer_errors >= 2
 
 
+def told(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    return [r.getMessage() for r in caplog.records if text in r.getMessage()]
+
+
+def test_a_callback_that_always_raises_is_counted_and_does_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    engine = served(stats_print_every_n_steps=0, ring_capacity=64)
+
+    def bad(_violation: object) -> None:
+        raise ValueError("callback")
+
+    engine.manager.on_violation(bad)
+    for layer in (*engine.k, *engine.v):
+        layer[...] ^= 1
+    engine.step((0, 6, 1))
+    n = len(engine.manager.violations())
+    assert n == 6 * 4 and engine.manager.n_observer_errors == engine.manager.stats().observer_errors == n
+    lines = told(caplog, "a violation callback raised")
+    assert len(lines) == 5 and "(16 times so far" in lines[-1], "the 1st, 2nd, 4th, 8th and 16th"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError"),
+        (lambda: 5, "a int: give"),
+        (lambda: ([4], [0]), "2 arrays: give"),
+        (lambda: ([4, 5], [0], [-1]), "positions has 1 entries, slots has 2"),
+        (lambda: ([1 << 40], [0], [-1]), "OverflowError"),
+        (lambda: ("a", "b", "c"), "str"),
+    ],
+)
+def test_a_resident_set_that_cannot_be_read_is_counted_and_does_not_flood_the_log(
+    answer: Callable[[], Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = served(sweep_interval=1, stats_print_every_n_steps=0, health_check_every_n_steps=0)
+    engine.manager.attach_resident_set(answer)
+    for p in range(6, 11):
+        engine.step((0, p, 1))
+    assert engine.manager.step_number == 6 and engine.manager.stats().sweep_passes == 0
+    assert engine.manager.n_observer_errors == engine.manager.stats().observer_errors == 5
+    lines = told(caplog, "the resident set of pool 0 could not be read")
+    assert len(lines) == 3 and "detach it: attach_resident_set(None, pool) (4 times so far" in lines[-1]
+    assert why in caplog.text
+    engine.manager.attach_resident_set(None)
+    flip(engine)
+    engine.step((0, 11, 1))
+    assert engine.manager.n_observer_errors == 5 and [v.slot for v in engine.manager.violations()] == [5]
+
+
 def test_a_callback_may_call_the_manager() -> None:
     engine, seen = served(), []
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import pytest
 from engine import PAGE, ToyEngine
 
 import kvcanary
-from kvcanary import Reason, box_file
+from kvcanary import CanaryConfig, CanaryManager, Reason, box_file, layouts
 from kvcanary.box_file import BoxFile
 from kvcanary.box_reader import read_box
 from kvcanary.hashing import prefix_chain
@@ -267,6 +268,28 @@ class TestNeverInTheWay:
         engine = damaged(tmp_path / "box")
         assert len(engine.manager.violations()) == 1
         engine.manager.close()
+
+    def test_what_is_no_file_keeps_nothing_and_counts_as_an_error(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        engine = damaged(tmp_path / "pipe")
+        assert engine.manager.stats().black_box_errors == 2
+        (line,) = [r.getMessage() for r in caplog.records if "black box" in r.getMessage()]
+        assert "it is a pipe, not a regular file" in line and "black_box_path" in line
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "s"))
+            assert damaged(tmp_path / "s").manager.stats().black_box_errors == 2
+        assert damaged(Path("/dev/null")).manager.stats().black_box_errors == 0, "somebody's wish"
+
+    def test_sizes_of_numpys_own_types_are_written_as_numbers(self, tmp_path: Path) -> None:
+        pool = layouts.nhd(k=[np.zeros((4, 4, 2, 8), np.uint8)])
+        config = CanaryConfig(black_box_path=str(tmp_path / "box"), ring_capacity=np.int32(8))  # type: ignore[arg-type]
+        manager = CanaryManager(config, [pool], np.int64(4), np.int16(64))  # type: ignore[arg-type]
+        manager.close()
+        assert manager.stats().black_box_errors == 0
+        start = lines_of(tmp_path / "box")[0]
+        assert (start["max_requests"], start["max_new_tokens"], start["config"]["ring_capacity"]) == (4, 64, 8)
 
 
 WORKER = """

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcanary.config import CanaryConfig
+from kvcanary.config import CanaryConfig, range_of
 from kvcanary.errors import ConfigError
 
 # Another value than the default for each field, and how the environment spells it.
@@ -91,6 +92,11 @@ BAD_KEYWORDS: list[tuple[dict[str, Any], str]] = [
     ({"sweep_interval": -1}, "sweep_interval=-1: give an integer from 0"),
     ({"log_tokens": 1}, "log_tokens=1: give True or False"),
     ({"black_box_path": 3}, "black_box_path=3: give a path as a string"),
+    ({"black_box_path": ""}, "black_box_path='': give the path of a file, or None for none"),
+    ({"black_box_path": "box\0"}, r"black_box_path='box\\x00': give the path of a file"),
+    ({"verify_data_every": np.int64(0)}, "give an integer from 1 to"),
+    ({"verify_data_every": np.float64(5)}, "give an integer from 1 to"),
+    ({"verify_data_every": np.bool_(True)}, "give an integer from 1 to"),
     ({"scrub_bytes_per_step": 4096}, "the patrol must know which blocks"),
 ]
 
@@ -113,6 +119,14 @@ BAD_ENVIRONMENTS = [
 def test_bad_environments(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CanaryConfig.from_env(environ)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER if range_of(name)])
+@pytest.mark.parametrize("kind", [np.int64, np.uint32, np.int32])
+def test_integers_of_numpy_are_integers(name: str, kind: Any) -> None:
+    settings = {name: kind(range_of(name)[0] + 1), "lifecycle": True}  # type: ignore[index]
+    value = getattr(CanaryConfig(**settings), name)
+    assert type(value) is int and value == range_of(name)[0] + 1  # type: ignore[index]
 
 
 def test_an_unknown_keyword_is_named() -> None:

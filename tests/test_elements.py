@@ -96,6 +96,8 @@ class TorchType:
         (np.float16, "float16"),
         (np.dtype(np.float32), "float32"),
         (np.uint16, "uint16"),
+        (np.float64, "float64"),
+        ("float64", "float64"),
         (BFloat16, "bfloat16"),
         (SimpleNamespace(name="float8_e4m3fn"), "float8_e4m3fn"),
         (TorchType(), "float8_e5m2"),
@@ -107,7 +109,7 @@ def test_names_and_type_objects(given: Any, name: str) -> None:
     assert dtype_name(given) == name
 
 
-@pytest.mark.parametrize("given", ["float64", "fp9", np.float64, 3])
+@pytest.mark.parametrize("given", ["fp9", "float1", np.str_, 3])
 def test_other_types_are_refused(given: Any) -> None:
     with pytest.raises(LayoutError, match=r"dtype=.*give one of float32"):
         dtype_name(given)
@@ -140,6 +142,8 @@ def test_layouts_take_it_from_the_arrays_or_the_argument() -> None:
         (layouts.token_major(latent=[np.zeros((4, 2, 24), np.uint8)], dtype="fp8_e5m2"), "float8_e5m2"),
         (layouts.nhd(k=[floats.astype(">f2")]), None),
         (layouts.nhd(k=[floats], dtype="uint8"), None),
+        (layouts.nhd(k=[floats.astype(np.float64)]), None),
+        (layouts.nhd(k=[floats.astype(np.float64)], dtype="float64"), None),
         (layouts.nhd(k=[(integers.ctypes.data, (4, 2, 2, 8), None, 2, "cpu")], dtype=np.float16), "float16"),
     ):
         assert {type_of(p) for p in pool.planes} == {name}

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcanary import BlackBoxError, Reason, abi
+from kvcanary.log_lines import ErrorLog
 from kvcanary.observers.stats import STATS_LINE
 from kvcanary.records import as_dict, from_dict
 from kvcanary.tags import CanaryLaunchTag, Detail
@@ -158,3 +159,27 @@ class TestLog:
         engine.step((0, 6, 1))
         (record,) = caplog.records
         assert record.getMessage() == f"[canary] violation {engine.manager.violations()[0].summary()}"
+
+
+def test_errors_of_a_kind_are_counted_and_logged_ever_more_rarely(caplog: pytest.LogCaptureFixture) -> None:
+    log = ErrorLog()
+
+    def note(error: Exception, *args: object) -> None:
+        def fail() -> None:
+            raise error
+
+        try:
+            fail()
+        except Exception:  # noqa: BLE001  both kinds
+            log.note("%s raised", *args)
+
+    for _ in range(9):
+        note(ValueError("v"), "a")
+    note(KeyError("k"), "a")
+    note(ValueError("v"), "b")
+    again = "; the 1st, 2nd, 4th, 8th, ... are logged)"
+    assert [r.getMessage() for r in caplog.records] == [
+        "a raised", f"a raised (2 times so far{again}", f"a raised (4 times so far{again}",
+        f"a raised (8 times so far{again}", "a raised", "b raised",
+    ]  # fmt: skip
+    assert log.n == 11 and all(r.exc_info for r in caplog.records)

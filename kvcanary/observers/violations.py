@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import KvCanaryViolation
-from kvcanary.log_lines import line, run_fields
+from kvcanary.log_lines import ErrorLog, line, run_fields
 from kvcanary.observers.facts import StepFacts
 from kvcanary.tags import Detail, Reason
 from kvcanary.violations import PoolNames, RingReader, Violation, decode, fold_runs, in_order, line_of
@@ -76,8 +76,14 @@ class ViolationObserver:
         self._callbacks: tuple[Callback, ...] = ()
         self._n_dropped = 0
         self._n_lines: dict[int, int] = {}
-        self.n_errors = 0  #: log handlers that raised
+        self._n_lost_lines = 0  # log handlers that raised
+        self._errors = ErrorLog()  # callbacks that raised
         self._counts: Counter[tuple[int, Reason]] = Counter()
+
+    @property
+    def n_errors(self) -> int:
+        """Callbacks and log handlers that raised."""
+        return self._n_lost_lines + self._errors.n
 
     @property
     def observations_total(self) -> int:
@@ -124,7 +130,7 @@ class ViolationObserver:
             return dict(self._counts)
 
     def on_violation(self, callback: Callback) -> None:
-        """Call ``callback(violation)`` for every first sighting, on the thread that reads it; its errors are logged."""
+        """Call ``callback(violation)`` for every first sighting, on the thread that reads it; what it raises counts."""
         with self._lock:
             self._callbacks += (callback,)
 
@@ -187,15 +193,15 @@ class ViolationObserver:
         for callback in self._callbacks:
             try:
                 callback(violation)
-            except Exception:  # noqa: BLE001  logged in the next line, which may raise too
-                self._quietly(partial(logger.exception, "[canary] a violation callback raised: %r", callback))
+            except Exception:  # noqa: BLE001  whatever an engine's function raises
+                self._errors.note("[canary] a violation callback raised: %r", callback)
 
     def _quietly(self, log: Callable[[], None]) -> None:
         """A log handler that raises costs a line, never a violation or the caller's own error."""
         try:
             log()
         except Exception:  # noqa: BLE001  there is nobody left to tell
-            self.n_errors += 1
+            self._n_lost_lines += 1
 
     def _log(self, new: tuple[Violation, ...]) -> None:
         lines = [run for run in fold_runs(new) if self._is_worth_a_line(run[0])]
