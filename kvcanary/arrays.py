@@ -51,6 +51,10 @@ class ArrayView:
     owner: object = None
     host: npt.NDArray[Any] | None = None
 
+    def __repr__(self) -> str:
+        elements = f"{self.dtype or f'{self.itemsize} bytes'}{list(self.shape)}"
+        return f"<ArrayView {elements}, strides {list(self.strides)}, at {self.pointer:#x} on {self.device}>"
+
     @property
     def size(self) -> int:
         """Number of elements."""

@@ -15,7 +15,15 @@ from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, VERIFY_UN
 from kvcanary.arrays import ArrayView, host_array, view_of
 from kvcanary.errors import LayoutError
 from kvcanary.overlap import Placed, overlapping
-from kvcanary.planes import Plane, axes_of, blocks_that_fit, check_addresses, plane_address
+from kvcanary.planes import (
+    ONE_WORD,
+    Plane,
+    axes_of,
+    blocks_that_fit,
+    check_addresses,
+    is_one_word,
+    plane_address,
+)
 from kvcanary.tags import Half, PoolKind
 
 __all__ = ["DigestUnit", "KvPool", "Plane", "plane_address"]
@@ -94,6 +102,12 @@ class KvPool:
         for plane in self.planes:
             check_addresses(plane, self.n_blocks, self.page_size)
         self.check_overlaps()
+
+    def __repr__(self) -> str:
+        size = f"{self.n_blocks} blocks x {self.page_size} slots"
+        planes = f"{len(self.planes)} planes on {self.device}" if self.planes else "no planes"
+        n_bytes = self.bytes_per_slot * self.n_slots
+        return f"<KvPool {self.name} ({self.kind.name}): {size}, {planes}, {n_bytes} bytes>"
 
     # ---- derived -----------------------------------------------------------------------------------------------------
     @property
@@ -266,9 +280,12 @@ class KvPool:
         kinds = [kind for kind in PoolKind if isinstance(self.kind, int) and kind == self.kind]
         if not isinstance(self.name, str):
             raise LayoutError(f"pool name={self.name!r}: give a string")
+        if not is_one_word(self.name):
+            raise LayoutError(f"pool name={self.name!r}: give {ONE_WORD}")
         planes = self._items("planes", self.planes, "Planes")
         if not all(isinstance(p, Plane) for p in planes):
-            raise self._error(f"planes={self.planes!r}: give a tuple of Planes")
+            kinds_given = ", ".join(sorted({type(p).__name__ for p in planes}))
+            raise self._error(f"planes is a list of {kinds_given}: give a tuple of Planes")
         if not kinds:
             raise self._error(f"kind={self.kind!r}: choose one of {', '.join(map(str, PoolKind))}")
         for name in ("expected_every_step", "may_alias"):
@@ -312,6 +329,11 @@ class KvPool:
             raise self._error(f"reserved_blocks={blocks}: give at most {MAX_RESERVED} blocks, each once")
         if any(not 0 <= b < self.n_blocks for b in blocks):
             raise self._error(f"reserved_blocks={blocks}: blocks are 0 to {self.n_blocks - 1}; () if none is reserved")
+        if len(blocks) == self.n_blocks:
+            raise self._error(
+                f"reserved_blocks={blocks} are all of its {self.n_blocks} blocks, so nothing would be guarded: give "
+                "more blocks, or reserved_blocks=() if the engine hands them out"
+            )
         if not -MAX_SLOTS <= self.token_offset <= MAX_SLOTS:
             raise self._error(f"token_offset={self.token_offset}: must fit in 32 bits")
         if self.halves == (Half.V,):

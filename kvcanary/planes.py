@@ -18,6 +18,7 @@ from kvcanary.elements import ELEMENTS, Element, dtype_name
 from kvcanary.errors import LayoutError
 from kvcanary.tags import Half
 
+ONE_WORD = "one word of printable characters, without spaces and '=': it stands in lines of key=value"
 PARTIAL_BYTES = 16  # of each chunk, with real_data="partial"
 _MAX_RUNS_COMPARED = 1 << 22  # runs whose addresses are sorted when strides alone do not show that slots are apart
 # Fields of Plane and the least they can be; a flipped array has negative strides and is not addressed.
@@ -48,7 +49,7 @@ class Plane:
         tok_hi_stride: bytes from one such run of tokens to the next; 0 without ``tok_split``.
         half: `Half.K` also for fused and latent arrays.
         layer: number of the layer, as `verify_layer` and the reports call it.
-        name: "k", "v", "k_scale", ...; empty = the half's.
+        name: "k", "v", "k_scale", ..., one word; empty = the half's.
         group: planes (< 256 bytes) of one layer and half with the same label share one digest.
         dtype: name or type object of the elements, where the array does not tell it (uint8 or uint16 arrays, raw
             pointers); "uint8" for what holds no floats; empty = as the array says.
@@ -99,12 +100,19 @@ class Plane:
         halves = [half for half in Half if isinstance(self.half, int) and half == self.half]
         if not halves or not isinstance(self.name, str):
             raise LayoutError(f"plane of half={self.half!r}, name={self.name!r}: give Half.K or Half.V, and a string")
+        if self.name and not is_one_word(self.name):
+            raise LayoutError(f"plane name={self.name!r}: give {ONE_WORD}")
         object.__setattr__(self, "half", halves[0])
         object.__setattr__(self, "name", self.name or self.half.name.lower())
         if not isinstance(self.layer, (int, np.integer)):
             raise LayoutError(f"plane {self.name!r}: layer={self.layer!r}; give the number of the layer")
         if not isinstance(self.group, (int, np.integer, str, type(None))):
             raise LayoutError(f"{self.label}: group={self.group!r}; give an integer or a string, or None for none")
+
+    def __repr__(self) -> str:
+        view = self.__dict__.get("view")
+        on = f"{view.dtype or 'elements of unknown type'} on {view.device}" if view is not None else "not resolved"
+        return f"<Plane {self.name} of layer {self.layer}, half {self.half.name}: {self.n_bytes} bytes a slot, {on}>"
 
     @property
     def label(self) -> str:
@@ -136,6 +144,11 @@ class Plane:
     def digested_chunk_bytes(self, real_data: str) -> int:
         """Bytes of each chunk that enter the digest with this ``CanaryConfig.real_data``."""
         return {"all": self.chunk_bytes, "partial": min(PARTIAL_BYTES, self.chunk_bytes), "none": 0}[real_data]
+
+
+def is_one_word(name: str) -> bool:
+    """Whether a line of key=value can hold it as a value."""
+    return name.isprintable() and not set(name) & {" ", "="} and bool(name)
 
 
 def plane_address(plane_record: Any, slot: int, page_size: int, byte: int) -> int:

@@ -96,7 +96,7 @@ def test_configurations(make, text: str) -> None:  # type: ignore[no-untyped-def
         (lambda: a_pool(token_offset=None), "token_offset=None: give an integer"),
         (lambda: a_pool(kind=7), "kind=7: choose one of"),
         (lambda: a_pool(name=[1]), r"name=\[1\]: give a string"),
-        (lambda: a_pool(planes=(1,)), r"planes=\(1,\): give a tuple of Planes"),
+        (lambda: a_pool(planes=(1,)), "planes is a list of int: give a tuple of Planes"),
         (lambda: a_pool(planes=None), "planes=None: give a tuple of Planes"),
         (lambda: a_pool(reserved_blocks=np.array(3)), "reserved_blocks=array.*give a tuple of block numbers"),
         (lambda: a_pool(reserved_blocks=("a",)), "a block of reserved_blocks='a': give an integer"),

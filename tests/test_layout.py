@@ -196,6 +196,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "empty window": (lambda: pool_of(plane(), kind=PoolKind.SWA, window=0), "kind SWA with window=0"),
     "reserved twice": (lambda: pool_of(plane(), reserved_blocks=(1, 1)), "at most 8 blocks, each once"),
     "reserved outside": (lambda: pool_of(plane(), reserved_blocks=(4,)), "blocks are 0 to 3; \\(\\) if none"),
+    "all reserved": (
+        lambda: pool_of(plane(), reserved_blocks=(0, 1, 2, 3)),
+        r"\(0, 1, 2, 3\) are all of its 4 blocks, so nothing would be guarded: give more .* reserved_blocks=\(\) if",
+    ),
+    "one block, reserved": (lambda: pool_of(plane(n_blocks=1)), r"reserved_blocks=\(0,\) are all of its 1 blocks"),
+    "planes of another kind": (lambda: pool_of(np.zeros(9999)), "planes is a list of ndarray: give a tuple of Planes"),
+    "pool without a name": (lambda: pool_of(plane(), name=""), "pool name='': give one word of printable"),
+    "plane of two words": (lambda: plane(name="k scale"), "plane name='k scale': give one word of printable"),
     "V alone": (lambda: pool_of(plane(half=Half.V)), "gives its planes half K"),
     "two layers in a group": (
         lambda: pool_of(plane(group=1), plane(at=1, group=1, layer=1)),
@@ -229,5 +237,32 @@ def test_a_plane_may_have_64_kib() -> None:
 
 def test_a_large_plane_may_be_digested_in_part() -> None:
     wide = plane(70000, n_chunks=2, chunk_bytes=35000, chunk_stride=35000 * 16, token_stride=35000, page_stride=140000)
-    pool_of(wide, n_blocks=1).check("partial", "cuda")
+    pool_of(wide, n_blocks=1, reserved_blocks=()).check("partial", "cuda")
     pool_of(n_blocks=4).check("none", "cuda")
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a\nb", "a\tb", "a=b", "a\x1b[31m", "a\u00a0b", "a\u2028b", "\ud800", " ", "="]
+)
+def test_names_are_one_word_since_they_stand_in_lines_of_key_and_value(name: str) -> None:
+    with pytest.raises(LayoutError, match=r"pool name=.*give one word of printable characters, without spaces and '='"):
+        pool_of(plane(), name=name)
+    with pytest.raises(LayoutError, match=r"plane name=.*give one word"):
+        plane(name=name)
+
+
+@pytest.mark.parametrize("name", ["full", "swa-1", "k.0", "kv_cache[3]", "größe", "k:scale"])
+def test_other_words_are_names(name: str) -> None:
+    assert pool_of(plane(name=name), name=name).digest_units()[0].name == name
+
+
+def test_what_is_printed_of_a_pool_is_short_and_holds_nothing_of_its_contents() -> None:
+    data = np.full(1 << 16, 77, np.uint8)
+    held = Plane(data=data, page_stride=32, token_stride=8, chunk_bytes=8, name="k", layer=3)
+    assert repr(held) == "<Plane k of layer 3, half K: 8 bytes a slot, not resolved>"
+    pool = KvPool(planes=(held,), page_size=4, name="swa", kind=PoolKind.SWA, window=4)
+    assert repr(pool) == "<KvPool swa (SWA): 2048 blocks x 4 slots, 1 planes on cpu, 65536 bytes>"
+    assert repr(held) == "<Plane k of layer 3, half K: 8 bytes a slot, uint8 on cpu>"
+    assert repr(held.view) == f"<ArrayView uint8[65536], strides [1], at {data.ctypes.data:#x} on cpu>"
+    assert repr(pool_of(n_blocks=2)) == "<KvPool full (FULL): 2 blocks x 4 slots, no planes, 0 bytes>"
+    assert repr(plane(4).view).startswith("<ArrayView 1 bytes[64], strides [1]")

@@ -37,6 +37,28 @@ GENERIC: dict[str, Case] = {
         lambda: layouts.vllm.packed([f16(3, 2, 16, 16)], layers=[0, 1]),
         "kv_caches for 1 layers, layers for 2 layers: give as many of each",
     ),
+    "a layer twice": (
+        lambda: layouts.nhd(k=[f16(3, 16, 2, 8), f16(3, 16, 2, 8)], layers=[0, 0]),
+        r"layers=\[0, 0\]: 0 is there twice, .* give the number of each layer once",
+    ),
+    "a layer below 0": (
+        lambda: layouts.token_major(latent=[f16(3, 16, 8)], layers=[-1]),
+        r"layers\[0\]=-1: give the number of the layer, an integer from 0 to 2147483647",
+    ),
+    "a layer beyond 32 bits": (lambda: layouts.nhd(k=[f16(3, 16, 2, 8)], layers=[1 << 31]), "from 0 to 2147483647"),
+    "a layer by name": (lambda: layouts.hnd(k=[f16(3, 16, 2, 8)], layers=["first"]), r"layers\[0\]='first': give"),
+    "an unknown field": (
+        lambda: layouts.nhd(k=[f16(3, 16, 2, 8)], foo=1),
+        r"^layouts\.nhd\(\): unknown keyword foo; beside its own arguments it takes those of KvPool: name, kind",
+    ),
+    "two unknown fields": (
+        lambda: layouts.token_major(latent=[f16(3, 16, 8)], foo=1, bar=2),
+        r"^layouts\.token_major\(\): unknown keyword foo, bar;",
+    ),
+    "blocks of arrays": (
+        lambda: layouts.nhd(k=[f16(3, 16, 2, 8)], n_blocks=2),
+        r"layouts\.nhd\(\): unknown keyword n_blocks \(n_blocks: the arrays tell it\)",
+    ),
     "fused array": (lambda: layouts.nhd(k=[f16(2, 3, 16, 2, 8)]), "slice a fused array"),
     "ragged rows": (lambda: layouts.nhd(k=[f16(40, 2, 8)], page_size=16), "40 slots, no multiple of page_size=16"),
     "two page sizes": (lambda: layouts.nhd(k=[f16(3, 16, 2, 8)], page_size=8), "16 slots a block, but page_size=8"),
@@ -51,6 +73,10 @@ GENERIC: dict[str, Case] = {
     "list of numbers": (lambda: layouts.nhd(k=[[1, 2]]), r"k\[0\]: list is no array; give"),
 }
 VLLM: dict[str, Case] = {
+    "an unknown field, named by whom one called": (
+        lambda: layouts.vllm.packed_tensor(u8(12288), layout="LBNHC", **ORDER, windows=3),
+        r"^layouts\.vllm\.packed_tensor\(\): unknown keyword windows;",
+    ),
     "an older shape": (
         lambda: layouts.vllm.packed([f16(2, 3, 16, 2, 8)]),
         r"\(2, 3, 16, 2, 8\): give \[blocks, heads, tokens, content\]; 3 axes .* 5 axes .* layouts.vllm.flash_attn",
@@ -206,3 +232,28 @@ def test_refused(case: str) -> None:
     build, message = {**GENERIC, **VLLM, **OTHERS}[case]
     with pytest.raises(LayoutError, match=message):
         build()
+
+
+def test_every_constructor_names_itself_and_the_keyword() -> None:
+    array = f16(4, 2, 16, 2, 8)
+    calls: dict[str, Callable[[], Any]] = {
+        "flashinfer.paged_kv_cache": lambda: layouts.flashinfer.paged_kv_cache([array], foo=1),
+        "vllm.flashinfer": lambda: layouts.vllm.flashinfer([array], foo=1),
+        "tensorrt_llm.buffers": lambda: layouts.tensorrt_llm.buffers([array], foo=1),
+        "tensorrt_llm.pool": lambda: layouts.tensorrt_llm.pool(
+            f16(3, 2, 2, 256), num_kv_heads=2, tokens_per_block=16, head_dim=8, foo=1
+        ),
+        "sglang.mha": lambda: layouts.sglang.mha([f16(64, 2, 8)], [f16(64, 2, 8)], page_size=16, foo=1),
+        "transformers.static_cache": lambda: layouts.transformers.static_cache(
+            [f16(4, 2, 9, 8)], [f16(4, 2, 9, 8)], foo=1
+        ),
+        "tvm.mla": lambda: layouts.tvm.mla([f16(3, 16, 8)], foo=1),
+    }
+    for name, call in calls.items():
+        with pytest.raises(LayoutError, match=rf"^layouts\.{name}\(\): unknown keyword foo;"):
+            call()
+
+
+def test_numbers_of_layers_of_any_integer_type() -> None:
+    pool = layouts.nhd(k=[f16(3, 16, 2, 8), f16(3, 16, 2, 8)], layers=[np.int64(7), np.uint8(3)])
+    assert [(plane.layer, type(plane.layer)) for plane in pool.planes] == [(7, int), (3, int)]

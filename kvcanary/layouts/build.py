@@ -6,7 +6,9 @@ tokens of an interleaved block (then t = token in the run), any other = content 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from kvcanary.layout import GROUP_PLANE_BYTES, KvPool, Plane
 from kvcanary.layouts.views import page_bytes, region, select, views_of
 from kvcanary.tags import Half
 
+MAX_LAYER = (1 << 31) - 1
 DEFAULT_PAGE_SIZE = 16  # slots per block of arrays that do not show their blocks
 _WORDS = {
     "b": "blocks", "t": "tokens", "s": "slots", "2": "2", "r": "runs", "h": "heads", "d": "dim", "c": "content",
@@ -137,6 +140,7 @@ def pool_of(
         has_rest: slots behind the last whole page are no part of the pool; else they are refused.
         pool: further fields of `KvPool`.
     """
+    _check_fields(pool)
     planes: list[Plane] = []
     first: Place | None = None
     for i, layer in enumerate(_layer_numbers(parts, layers)):
@@ -221,10 +225,52 @@ def _layer_numbers(parts: Sequence[Part], layers: Sequence[int] | None) -> list[
     if layers is not None:
         if not isinstance(layers, Sequence) or isinstance(layers, (str, bytes)):
             raise LayoutError(f"layers={layers!r}: give a list with the number of each layer, or None for 0, 1, ...")
+        _check_layers(layers)
         counts["layers"] = len(layers)
     if len(set(counts.values())) != 1:
         raise LayoutError(f"{', '.join(f'{n} for {c} layers' for n, c in counts.items())}: give as many of each")
-    return list(layers) if layers is not None else list(range(next(iter(counts.values()))))
+    return [int(n) for n in layers] if layers is not None else list(range(next(iter(counts.values()))))
+
+
+def _check_layers(layers: Sequence[int]) -> None:
+    """LayoutError unless these are numbers of layers, each once."""
+    for i, layer in enumerate(layers):
+        is_number = isinstance(layer, Integral) and not isinstance(layer, bool)
+        if not is_number or not 0 <= int(layer) <= MAX_LAYER:
+            raise LayoutError(f"layers[{i}]={layer!r}: give the number of the layer, an integer from 0 to {MAX_LAYER}")
+    twice = next((n for n in layers if list(layers).count(n) > 1), None)
+    if twice is not None:
+        raise LayoutError(
+            f"layers={list(layers)}: {twice} is there twice, and reports could not tell the two apart: give the number "
+            "of each layer once, or None for 0, 1, ..."
+        )
+
+
+def _check_fields(given: Mapping[str, Any]) -> None:
+    """LayoutError in the name of the constructor that was called, for what is no further field of a pool."""
+    known = [f.name for f in fields(KvPool) if f.name not in ("planes", "page_size", "n_blocks")]
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    told = [name for name in unknown if name in ("planes", "page_size", "n_blocks")]
+    why = f" ({', '.join(told)}: the arrays tell it)" if told else ""
+    raise LayoutError(
+        f"{_called()}(): unknown keyword {', '.join(unknown)}{why}; beside its own arguments it takes those of KvPool: "
+        f"{', '.join(known)}"
+    )
+
+
+def _called() -> str:
+    """The constructor that the engine has called: the outermost of this package."""
+    package, name = __name__.rpartition(".")[0], "layouts"
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith(package):
+            of = module.removeprefix(package).replace(".generic", "")
+            name = f"layouts{of}.{frame.f_code.co_name}"
+        frame = frame.f_back
+    return name
 
 
 def _chunks(content: list[tuple[int, int]], itemsize: int, label: str) -> tuple[int, int, int]:
