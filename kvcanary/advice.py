@@ -46,6 +46,11 @@ ADVICE: dict[str, str] = {
     "": "The records do not say. Keep the file, run with verify_data_every=1 and lifecycle=True, and look at all "
     "findings of the next time together.",
 }
+# Where the KV lies in host memory: there is no GPU to look at.
+ON_HOST: dict[str, str] = {
+    "C24": "Look at the memory first: machine-check and ECC errors (dmesg, edac-util), then run AddressSanitizer or "
+    "valgrind to rule out a stray write. Take the machine out of service if it comes again.",
+}
 STALLED = (
     "The guard did not run, so nothing was checked: capture the graphs again inside forward(), and mark steps that "
     "run no forward as idle."
@@ -54,7 +59,16 @@ RANK_GONE = (
     "Another rank died, hangs or is behind: look at its process and its log. If it is gone, restart the group, and end "
     "this process without waiting for it. If all ranks live, give RankAgreement a larger within=."
 )
+FALLEN_ON_HOST = (
+    "A counter of the guard fell: something wrote into its memory, and perhaps elsewhere. Take the process out of "
+    "service and look for the stray write with AddressSanitizer or valgrind."
+)
 FALLEN = (
     "A counter of the guard fell: something wrote into its device memory, and perhaps elsewhere. Take the process "
     "out of service and look for the stray write with compute-sanitizer."
 )
+
+
+def advice_on(class_id: str, is_on_host: bool) -> str:
+    """What to do about a cause, "" for none; ``is_on_host``: the KV lies in host memory."""
+    return ON_HOST.get(class_id, ADVICE[class_id]) if is_on_host else ADVICE[class_id]

@@ -48,6 +48,11 @@ class BoxRun:
         return bool(self.violations or self.stalls)
 
     @property
+    def is_on_host(self) -> bool:
+        """Whether it guarded KV in host memory; False where the first line was lost."""
+        return (self.start or {}).get("backend") == "host"
+
+    @property
     def config(self) -> dict[str, Any]:
         found: dict[str, Any] = (self.start or {}).get("config") or {}
         return found

@@ -807,9 +807,18 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
             self._violations.poll()
             for handler in self._handlers:
                 handler.drain()
-            words = self._backend.snapshot_words()
-            self._synced = StateSnapshot(self._step, self._backend.state.layout, words)
-            self._violations.note_dropped(int(words[abi.STATE_DROPPED]))
+            self._take_snapshot(self._backend)
+
+    def _take_snapshot(self, backend: Backend) -> None:
+        words = backend.snapshot_words()
+        self._synced = StateSnapshot(self._step, backend.state.layout, words)
+        self._violations.note_dropped(int(words[abi.STATE_DROPPED]))
+
+    def _finish(self, backend: Backend) -> None:
+        """What the device still has to tell, for `stats` and the black box."""
+        backend.synchronize()
+        self._violations.poll()
+        self._take_snapshot(backend)
 
     @one_at_a_time
     def close(self) -> None:
@@ -821,7 +830,9 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
             self._agreement.close()
         self._open_forward = None
         self._quietly(self._restore_perturbed)
-        self._quietly(self._violations.poll)
+        self._quietly(self._violations.poll)  # first: it asks nothing of a device that may have died
+        with suppress(Exception):  # of such a one, the end of this call says so
+            self._finish(self._backend)
         self._captures.end()
         if self._box is not None:
             self._box.end("close")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcanary.advice import ADVICE, CONTAIN, FALLEN, RANK_GONE, STALLED
+from kvcanary.advice import CONTAIN, FALLEN, FALLEN_ON_HOST, RANK_GONE, STALLED, advice_on
 from kvcanary.box_reader import BoxRun
 from kvcanary.causes import Cause, classify
 from kvcanary.config import CanaryConfig
@@ -41,11 +41,13 @@ class Episode:
         violations: in the order of their sighting.
         moments: by step.
         causes: what would explain them, the most likely first.
+        is_on_host: of KV in host memory.
     """
 
     violations: tuple[Violation, ...]
     moments: tuple[Moment, ...]
     causes: tuple[Cause, ...]
+    is_on_host: bool = False
 
     @property
     def first(self) -> Violation:
@@ -78,7 +80,7 @@ class Episode:
     @property
     def advice(self) -> list[str]:
         """What to do, the most urgent first."""
-        return [CONTAIN, ADVICE[self.causes[0].class_id if self.causes else ""]]
+        return [CONTAIN, advice_on(self.causes[0].class_id if self.causes else "", self.is_on_host)]
 
 
 def episodes_of(run: BoxRun) -> list[Episode]:
@@ -93,10 +95,10 @@ def episodes_of(run: BoxRun) -> list[Episode]:
         if not parts or v.step - parts[-1][-1][1].step > gap:
             parts.append([])
         parts[-1].append((time, v))
-    return [_episode(part) for part in parts]
+    return [_episode(part, run.is_on_host) for part in parts]
 
 
-def _episode(part: Sequence[tuple[float, Violation]]) -> Episode:
+def _episode(part: Sequence[tuple[float, Violation]], is_on_host: bool) -> Episode:
     violations = tuple(v for _, v in part)
     by_step: dict[int, list[tuple[float, Violation]]] = {}
     for time, v in part:
@@ -110,13 +112,14 @@ def _episode(part: Sequence[tuple[float, Violation]]) -> Episode:
         )
         for step, found in sorted(by_step.items())
     )
-    return Episode(violations, moments, tuple(classify(violations)))
+    return Episode(violations, moments, tuple(classify(violations)), is_on_host)
 
 
 def stall_advice(run: BoxRun) -> list[str]:
     """What to do about the reports of the health check, and about ranks that did not come."""
     kinds = {stall.get("error") for stall in run.stalls}
-    known = (("CanaryCounterError", FALLEN), ("CanaryStalledError", STALLED), ("RankStalledError", RANK_GONE))
+    fallen = FALLEN_ON_HOST if run.is_on_host else FALLEN
+    known = (("CanaryCounterError", fallen), ("CanaryStalledError", STALLED), ("RankStalledError", RANK_GONE))
     return [text for kind, text in known if kind in kinds]
 
 
@@ -156,7 +159,7 @@ def _episode_as_json(episode: Episode) -> dict[str, Any]:
                 "name": cause.name,
                 "confidence": cause.confidence,
                 "evidence": list(cause.evidence),
-                "advice": ADVICE[cause.class_id],
+                "advice": advice_on(cause.class_id, episode.is_on_host),
             }
             for cause in episode.causes
         ],

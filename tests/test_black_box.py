@@ -101,6 +101,31 @@ class TestContents:
         assert end["counters"]["pools"]["full"]["launches"]["HEAD_K_FULL"] == 6
         assert Counter(line["kind"] for line in lines_of(path))["end"] == 1
 
+    def test_what_the_device_still_has_to_tell_is_read_at_the_end(self, tmp_path: Path) -> None:
+        engine = ToyEngine(
+            verify_data_every=1,
+            black_box_path=str(tmp_path / "box"),
+            stats_print_every_n_steps=0,
+            health_check_every_n_steps=0,
+        )
+        for p in range(7):
+            engine.step((0, p, 1))
+        assert engine.manager.stats().forwards == 0, "nobody has taken a snapshot"
+        engine.manager.close()
+        counters = lines_of(tmp_path / "box")[-1]["counters"]
+        assert (counters["step"], counters["snapshot_step"], counters["forwards"]) == (7, 7, 7)
+        assert counters["protected_tokens"] > 0
+        assert (engine.manager.stats().forwards, engine.manager.stats().lag_steps) == (7, 0)
+
+    def test_a_device_that_does_not_answer_at_the_end_costs_only_its_counters(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = damaged(tmp_path / "box")
+        monkeypatch.setattr(type(engine.manager.backend), "synchronize", lambda _self: 1 / 0)
+        engine.manager.close()
+        end = lines_of(tmp_path / "box")[-1]
+        assert (end["how"], end["counters"]["violations_total"], end["counters"]["snapshot_step"]) == ("close", 1, 0)
+
     def test_tokens_and_raw_chains_are_withheld_unless_asked_for(self, tmp_path: Path) -> None:
         def run(path: Path, log_tokens: bool) -> str:
             engine = ToyEngine(verify_data_every=1, black_box_path=str(path), log_tokens=log_tokens)

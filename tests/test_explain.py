@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcanary import BlackBoxError, Reason
-from kvcanary.advice import ADVICE, CONTAIN
+from kvcanary.advice import ADVICE, CONTAIN, FALLEN, ON_HOST, advice_on
 from kvcanary.box_reader import BoxRun, read_box
 from kvcanary.causes import NAMES
 from kvcanary.cli import main
+from kvcanary.cli.explain import PLOT_SUFFIXES
 from kvcanary.cli.explain_plot import MAX_CELLS, OTHERS, RESERVED, UNKNOWN, map_pool, owners_of
 from kvcanary.story import episodes_of, stall_advice
 from kvcanary.tags import Detail
@@ -79,7 +80,10 @@ class TestWords:
         assert "request 1 at position 1, slot 5 (block 1, offset 1), k of layer 1" in flipped
         assert "requests 1 (1 finding)" in flipped and "bytes of k of layer 1 (1)" in flipped
         assert "likely C24 bits changed in memory (confidence 0." in flipped
-        assert f"do {ADVICE['C24']}" in flipped and f"do {CONTAIN}" in flipped
+        assert f"do {ON_HOST['C24']}" in flipped and f"do {CONTAIN}" in flipped
+        assert "GPU" not in text, "it is a cache in host memory"
+        assert "step=1, forwards=1, " in honest and "step=3, forwards=3, " in flipped and "(as of" not in text
+        assert "(of the device: as of step 3)" in flipped
         assert "settings verify_data_every=1" in flipped and "pool 'full' (FULL) of 16 blocks x 4 slots" in flipped
         assert "of request 1 hold request 2's tokens from position 0 on" in crossed
         assert "places pool 'full': 9 slots: 12, 16 to 23" in crossed
@@ -113,6 +117,20 @@ class TestWords:
         assert "the guard itself: 2 reports of the health check, from step 2 on" in text
         assert "capture the graphs again inside forward()" in text
 
+    def test_counters_that_nobody_has_read_are_not_told_as_0(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "box"
+        engine = ToyEngine(black_box_path=str(path), verify_data_every=1)
+        engine.step((0, 0, 6))
+        engine.k[1][1, 1, 0, 0] ^= np.uint8(1)
+        engine.step((0, 6, 1))
+        assert engine.manager._box is not None and engine.manager._box.flush(10)
+        assert main(["explain", str(path)]) == 1
+        text = " ".join(capsys.readouterr().out.split())
+        assert "violations_total=1, observations_total=1 (of the device: none, as no snapshot was taken)" in text
+        assert "forwards=" not in text and "protected_tokens=" not in text
+
     def test_as_json_it_is_the_same_story(self, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["explain", str(box), "--json"]) == 1
         told = json.loads(capsys.readouterr().out)
@@ -121,7 +139,8 @@ class TestWords:
         (episode,) = flipped["episodes"]
         assert (episode["first_step"], episode["n_violations"], episode["requests"]) == (2, 1, {"1": 1})
         assert episode["slots"] == {"full": [5]} and episode["planes"] == {"k of layer 1": 1}
-        assert episode["causes"][0]["class_id"] == "C24" and episode["causes"][0]["advice"] == ADVICE["C24"]
+        assert episode["causes"][0]["class_id"] == "C24" and episode["causes"][0]["advice"] == ON_HOST["C24"]
+        assert flipped["counters"]["snapshot_step"] == 3 and episode["advice"] == [CONTAIN, ON_HOST["C24"]]
         assert set(crossed["episodes"][0]["requests"]) == {"1"} and crossed["ended"] == "close"
 
 
@@ -129,6 +148,20 @@ class TestStory:
     def test_every_cause_has_advice(self) -> None:
         assert set(ADVICE) == {*NAMES, ""}
         assert all(text.endswith(".") and len(text) > 30 for text in ADVICE.values())
+
+    def test_where_there_is_no_gpu_nobody_is_sent_to_look_at_one(self) -> None:
+        assert set(ON_HOST) <= set(ADVICE)
+        for class_id in ADVICE:
+            told = advice_on(class_id, is_on_host=True)
+            assert not re.search("GPU|nvidia|compute-sanitizer", told), class_id
+            assert advice_on(class_id, is_on_host=False) == ADVICE[class_id]
+        run = run_with()
+        run.stalls = [{"error": "CanaryCounterError"}]
+        assert stall_advice(run) == [FALLEN]
+        assert run.start is not None
+        run.start["backend"] = "host"
+        (told,) = stall_advice(run)
+        assert "AddressSanitizer" in told and "compute-sanitizer" not in told
 
     def test_findings_far_apart_are_stories_of_their_own(self) -> None:
         steps = [10, 11, 200, 900, 901]
@@ -164,6 +197,15 @@ class TestFiles:
             assert read.is_cut == (last < cut < len(data) - 1), cut
             assert [len(run.violations) for run in read.runs[:2]] == [0, 1]
         assert not self.read(tmp_path / "cut", data[:-1]).is_cut
+
+    @pytest.mark.parametrize(("name", "why"), [("nobody.jsonl", "No such file"), (".", "Is a directory")])
+    def test_a_file_that_cannot_be_read_says_which_to_give(
+        self, tmp_path: Path, name: str, why: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["explain", str(tmp_path / name)]) == 2
+        told = capsys.readouterr().err
+        assert why in told and "give the file that black_box_path (KVCANARY_BLACK_BOX_PATH) named" in told
+        assert str(tmp_path) in told and "Errno" not in told
 
     def test_it_says_so(self, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
         box.write_bytes(box.read_bytes()[:-30])
@@ -353,6 +395,22 @@ class TestPlot:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         assert main(["explain", str(box), "--plot", str(tmp_path / "out.png")]) == 2
         assert 'pip install "kvcanary[plot]"' in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["p.xyz", "p", "png", ".png", "p.pgf", "p.png.gz"])
+    def test_a_kind_of_picture_that_is_not_known_is_refused_before_anything_is_read(
+        self, box: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["explain", str(box), "--plot", str(tmp_path / name)]) == 2
+        out = capsys.readouterr()
+        assert f"{name}: the kind of picture is not known; end it in .png, .svg, .pdf, .jpg, .webp" in out.err
+        assert not out.out and not (tmp_path / name).exists()
+
+    @pytest.mark.parametrize("suffix", PLOT_SUFFIXES)
+    def test_every_kind_that_is_named_is_drawn(self, box: Path, tmp_path: Path, suffix: str) -> None:
+        pytest.importorskip("matplotlib", reason='pip install "kvcanary[plot]"')
+        out = tmp_path / f"out{suffix.upper()}"
+        assert main(["explain", str(box), "--plot", str(out)]) == 1
+        assert out.stat().st_size > 1000
 
     def test_a_folder_that_is_not_there_is_named_before_anything_is_read(
         self, box: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -13,13 +13,14 @@ from typing import Any
 
 from kvcanary.box_reader import Box, BoxRun, read_box
 from kvcanary.config import CanaryConfig
-from kvcanary.errors import ConfigError
+from kvcanary.errors import BlackBoxError, ConfigError
 from kvcanary.story import Episode, Moment, as_json, episodes_of, stall_advice
 from kvcanary.violations import fold_runs, line_of
 
 MAX_LINES = 8  # of one kind
 MAX_CAUSES = 3
 WIDTH = 120
+PLOT_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 _ENDS = {
     "close": "the guard was closed in good order",
     "exit": "the process came to its end without closing the guard",
@@ -34,16 +35,27 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="what black_box_path named")
     parser.add_argument("--run", dest="run_id", metavar="ID", help="only this run, or the runs of this process (pid)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of words")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the pools of the last run with findings")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="OUT.png",
+        help="draw the pools of the last run with findings (or .svg, .pdf, .jpg, .webp)",
+    )
     parser.add_argument("--skip-damaged", action="store_true", help="leave lines out that cannot be read")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Tell it, and return 0 if nothing was found, 1 if something was."""
-    if arguments.plot is not None and not arguments.plot.parent.is_dir():
-        raise ConfigError(f"--plot {arguments.plot}: there is no directory {arguments.plot.parent}; make it first")
-    box = read_box(arguments.file, skip_damaged=arguments.skip_damaged)
+    if arguments.plot is not None:
+        _check_plot(arguments.plot)
+    try:
+        box = read_box(arguments.file, skip_damaged=arguments.skip_damaged)
+    except OSError as error:
+        raise BlackBoxError(
+            f"{arguments.file} cannot be read ({error.strerror or error}): give the file that black_box_path "
+            "(KVCANARY_BLACK_BOX_PATH) named in the guarded process; it is written once a manager was made"
+        ) from error
     chosen = _choose(box, arguments.run_id)
     if arguments.json:
         told = {"file": str(box.path), "is_cut": box.is_cut, "damaged_lines": box.damaged}
@@ -58,6 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(f"\ndrawn: run {shown[-1].run} in {arguments.plot}")
     return int(any(one.has_findings for one in chosen))
+
+
+def _check_plot(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot {path}: there is no directory {path.parent}; make it first")
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ConfigError(f"--plot {path}: the kind of picture is not known; end it in {', '.join(PLOT_SUFFIXES)}")
 
 
 def _choose(box: Box, wanted: str | None) -> list[BoxRun]:
@@ -200,10 +219,12 @@ def _settings(config: Mapping[str, Any]) -> str:
 
 
 def _counters(counters: Mapping[str, Any]) -> str:
+    of_host = ("step", "violations_total", "observations_total")
     names = ("step", "forwards", "protected_tokens", "data_slots", "violations_total", "observations_total", "dropped")
-    return ", ".join(f"{name}={counters[name]}" for name in names if name in counters) + (
-        f" (of the device: as of step {counters.get('snapshot_step')})"
-    )
+    has_snapshot = bool(counters.get("snapshot_step") or counters.get("forwards"))
+    told = [f"{name}={counters[name]}" for name in (names if has_snapshot else of_host) if name in counters]
+    snapshot = f"of the device: as of step {counters.get('snapshot_step')}"
+    return f"{', '.join(told)} ({snapshot if has_snapshot else 'of the device: none, as no snapshot was taken'})"
 
 
 def _when(time: float) -> str:
