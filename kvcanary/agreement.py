@@ -30,6 +30,8 @@ from kvcanary.violations import Violation
 logger = logging.getLogger("kvcanary")
 
 MAKE_TIMEOUT_S = 300.0
+TELL_AFTER_S = 5.0  # that a rank waits for the others
+NO_MAXIMUM = "which is no maximum of what the ranks gave: it replaces i64[3] by the maximum of each word over all ranks"
 _MEANING = {
     Severity.RESERVED: "a reserved block is not finite",
     Severity.WRITE: "a write went where it should not",
@@ -80,8 +82,11 @@ class RankAgreement:
         every: steps from one agreement to the next.
         within: steps that an agreement may take, at most ``every``: how far one rank's host may be ahead of another's.
 
+    Making it is collective: each rank waits here for all others (and says so), five minutes at most.
+
     Raises:
-        ConfigError: arguments that do not go together. BackendError: MPI, NCCL or a GPU is missing.
+        ConfigError: arguments that do not go together. BackendError: MPI, NCCL or a GPU is missing, or a rank did not
+            come.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class RankAgreement:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
                 raise ConfigError(f"{name}={value!r}: give an integer from 1 to {high}")
+        if allreduce_max is not None and not callable(allreduce_max):
+            raise ConfigError(f"allreduce_max={allreduce_max!r}: give a function (words, stream), or None")
         self.every, self.within = every, within
         self._reducer = make_reducer(allreduce_max, rank, n_ranks, unique_id, comm, backend, device)
         self.rank, self.n_ranks = self._reducer.rank, self._reducer.n_ranks
@@ -223,14 +230,26 @@ class RankAgreement:
         ours = StepCount(self.every << 16 | self.within, self.rank)
         fill_words(self._words, 0, ours)
         self._reducer.start(self._words)
-        if not wait_for(self._reducer, MAKE_TIMEOUT_S):
+        is_there = wait_for(self._reducer, min(TELL_AFTER_S, MAKE_TIMEOUT_S))
+        if not is_there:
+            logger.warning(
+                "[canary] rank %d: waiting for all of the %d ranks to make their RankAgreement, which each does at the "
+                "same point of the program, for %.0f s at most",
+                self.rank,
+                self.n_ranks,
+                MAKE_TIMEOUT_S,
+            )
+        if not is_there and not wait_for(self._reducer, MAKE_TIMEOUT_S - TELL_AFTER_S):
             with suppress(Exception):
                 self._reducer.abort()
             raise BackendError(
                 f"rank {self.rank}: not all of the {self.n_ranks} ranks made a RankAgreement within "
                 f"{MAKE_TIMEOUT_S:.0f} s; make it on all ranks, at the same point of the program"
             )
-        _verdict, most, fewest = read_words(self._reducer.result())
+        try:
+            _verdict, most, fewest = read_words(self._reducer.result())
+        except ValueError as error:
+            raise ConfigError(f"allreduce_max gave back {self._reducer.result()!r}, {NO_MAXIMUM}") from error
         if most.n != fewest.n:
             told = [f"rank {rank} has every={n >> 16}, within={n & 0xFFFF}" for n, rank in (most, fewest)]
             raise ConfigError(f"{' and '.join(told)}: give all ranks the same")
@@ -270,7 +289,11 @@ class RankAgreement:
     def _deliver(self, step: int) -> KvCanaryError | None:
         assert self._violations is not None
         self._begun_at = None
-        verdict, most, fewest = read_words(self._reducer.result())
+        try:
+            verdict, most, fewest = read_words(self._reducer.result())
+        except ValueError:
+            self._failure = f"what came back, {self._reducer.result()!r}, {NO_MAXIMUM}"
+            return self._stalled(step)
         self.latest = verdict
         self.n_agreements += 1
         self._compare(most, fewest)
@@ -305,12 +328,15 @@ class RankAgreement:
         self._begun_at = None
         self.is_broken, self._violations.raises_when_agreed = True, False
         who = f"rank {1 - self.rank}" if self.n_ranks == 2 else f"at least one of the {self.n_ranks - 1} other ranks"
-        reason = f" ({self._failure})" if self._failure else ""
+        begun = f"the agreement that was begun {self.within} steps before, number {self.n_agreements + 1}"
+        if self._failure:
+            text = f"{begun}, failed on this rank ({self._failure})"
+        else:
+            text = f"{who} did not come to {begun}: it died, hangs or is behind"
         error = RankStalledError(
-            f"[canary] rank {self.rank}, step {step}: {who} did not come to the agreement that was begun {self.within} "
-            f"steps before{reason}, number {self.n_agreements + 1}: it died, hangs or is behind. There are no more "
-            "agreements, each rank reports for itself. Look at that rank's log; end this process without waiting for "
-            "it (comm.Abort() under MPI), or raise within= if it is only slow",
+            f"[canary] rank {self.rank}, step {step}: {text}. There are no more agreements, each rank reports for "
+            "itself. Look at the logs of the others; end this process without waiting for them (comm.Abort() under "
+            "MPI), or raise within= if one is only slow",
             step=step,
         )
         with suppress(Exception):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any
+
+import numpy as np
 
 from kvcanary.backends import Backend
 from kvcanary.backends.host import HostBackend
@@ -73,3 +76,19 @@ def make_backend(
         return make_cuda_backend(config, pools, max_requests, max_new_tokens)
     assert callable(kind)
     return kind(config, pools, max_requests, max_new_tokens)
+
+
+def zeros_beside(pools: Sequence[KvPool], n: int) -> Any:
+    """Zeros u32[n] where the KV lies, for an engine that reads the taint of a guard that is off.
+
+    Raises:
+        BackendError: the KV is on a GPU, and CuPy or cuda.core is missing.
+    """
+    device = next((pool.device for pool in pools if pool.device), "cpu")
+    if device == "cpu":
+        return np.zeros(n, np.uint32)
+    from kvcanary.backends.cuda import import_cuda
+
+    cupy, _ = import_cuda()
+    with cupy.cuda.Device(int(device.split(":")[1])):
+        return cupy.zeros(n, np.uint32)

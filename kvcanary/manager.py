@@ -21,7 +21,7 @@ from kvcanary.black_box import BlackBox, open_black_box
 from kvcanary.captured import CaptureWatch
 from kvcanary.checks import check_salt, is_first_forward
 from kvcanary.config import CanaryConfig
-from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names
+from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names, zeros_beside
 from kvcanary.contexts import ForwardContext, StepContext
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
@@ -104,6 +104,7 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
         self._bound: weakref.WeakKeyDictionary[StepBatch, dict[tuple[Any, ...], _Bound]] = weakref.WeakKeyDictionary()
         self._open_forward: tuple[list[BoundCall], Any] | None = None
         self._lifecycle: Lifecycle | None = None
+        self._zeros: Any = None  # the taint when the guard is off
         self._layers: dict[int, set[int | None]] = {}
         self._synced: StateSnapshot | None = None  # taken by the last `synchronize`
         self._box: BlackBox | None = None
@@ -186,9 +187,13 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
     def taint(self) -> Any:
         """u32[max_requests] on the device, at a fixed address: reason bits of each batch row of the step at hand.
 
-        None when the guard is off.
+        Zeros beside the KV when the guard is off, so that a sampler that reads them goes on.
         """
-        return None if self._backend is None else self._backend.state.taint
+        if self._backend is not None:
+            return self._backend.state.taint
+        if self._zeros is None:
+            self._zeros = zeros_beside(self.pools, self.max_requests)
+        return self._zeros
 
     @property
     def alarm_address(self) -> int:

@@ -28,6 +28,7 @@ from kvcanary import (
     Reason,
     Severity,
 )
+from kvcanary import agreement as agreement_module
 from kvcanary.cli import main
 
 EVERY, WITHIN = 8, 3
@@ -381,3 +382,38 @@ def test_nccl_that_is_not_there_says_what_to_install(backend: str) -> None:
         RankAgreement(unique_id=bytes(128), rank=0, n_ranks=1, backend=backend)
     with pytest.raises(BackendError, match="pip install"):
         RankAgreement.new_unique_id(backend)
+
+
+# ---- functions that do not do what they should -----------------------------------------------------------------------
+def test_what_is_no_function_is_refused() -> None:
+    with pytest.raises(ConfigError, match="allreduce_max=5: give a function"):
+        RankAgreement(5, rank=0, n_ranks=1)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_waits_for_the_others_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement_module, "TELL_AFTER_S", 0.01)
+    monkeypatch.setattr(agreement_module, "MAKE_TIMEOUT_S", 0.05)
+    with pytest.raises(BackendError, match="not all of the 2 ranks made a RankAgreement"):
+        RankAgreement(lambda words, stream: lambda: False, rank=0, n_ranks=2)
+    assert "rank 0: waiting for all of the 2 ranks to make their RankAgreement" in caplog.text
+
+
+def test_words_that_are_no_maximum_are_told_and_the_rank_reports_for_itself(caplog: pytest.LogCaptureFixture) -> None:
+    def wrong(words: np.ndarray[Any, Any], stream: Any) -> None:
+        words[:] = 1 << 62 if wrong.is_wrong else words  # type: ignore[attr-defined]
+
+    wrong.is_wrong = True  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="no maximum of what the ranks gave"):
+        RankAgreement(wrong, rank=0, n_ranks=1)
+    wrong.is_wrong = False  # type: ignore[attr-defined]
+    engine = ToyEngine(mode="raise", verify_data_every=1, health_policy="log")
+    engine.manager.attach_agreement(RankAgreement(wrong, rank=0, n_ranks=1, every=2, within=1))
+    wrong.is_wrong = True  # type: ignore[attr-defined]
+    for p in range(6):
+        engine.step((0, p, 1))
+    assert "failed on this rank" in caplog.text and "no maximum" in caplog.text
+    engine.k[0][1, 1, 0, 0] ^= 1
+    with pytest.raises(KvCanaryViolation):
+        engine.step((0, 6, 1))

@@ -512,7 +512,10 @@ class TestWhatAFirstUserFound:
     def test_an_engine_that_proves_and_reads_taint_lives_with_the_guard_off(self) -> None:
         engine = ToyEngine(mode="off")
         proof = engine.manager.prove(engine.batch((0, 0, 4)))
-        assert proof.ok and proof.is_off and engine.manager.taint is None
+        assert proof.ok and proof.is_off
+        taint = engine.manager.taint
+        assert taint.dtype == np.uint32 and taint.tolist() == [0] * engine.manager.max_requests
+        assert engine.manager.taint is taint, "at a fixed address"
 
     def test_a_log_handler_that_raises_does_not_reach_the_engine(self) -> None:
         class Full(logging.Handler):

@@ -182,9 +182,10 @@ class KernelRunCounterHealthChecker:
             )
         if verdict.stalled:
             text += (
-                f"the guard did not run {since}, over {n_steps} steps with a forward: no launch of "
-                f"{self._list(verdict.stalled)}. The graph that is replayed does not hold the guard's launches: "
-                "capture it again inside forward(). Steps that have no forward must be marked idle "
+                f"the guard did not run {since}, over {n_steps} steps that were not marked idle: no launch of "
+                f"{self._list(verdict.stalled)}. If these steps had no forward, mark them: step(idle=True). If they "
+                "had, it ran without the guard: call the model inside forward(), and capture a graph that is replayed "
+                "again inside it "
             )
         text += "(health_check_every_n_steps=0 turns this check off)"
         error = (CanaryCounterError if verdict.fallen else CanaryStalledError)(text, tags, step)

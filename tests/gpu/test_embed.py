@@ -223,3 +223,12 @@ def test_arrays_of_the_primary_context_get_the_usual_driver() -> None:
     from kvcanary.backends.cuda import CudaDriver
 
     assert type(CudaToy().manager.backend._driver) is CudaDriver
+
+
+def test_the_taint_of_a_guard_that_is_off_lies_beside_the_kv() -> None:
+    import cupy
+
+    toy = CudaToy(mode="off")
+    taint = toy.manager.taint
+    assert isinstance(taint, cupy.ndarray) and taint.dtype == cupy.uint32 and not taint.any()
+    assert toy.manager.taint is taint
