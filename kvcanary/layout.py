@@ -52,12 +52,13 @@ class KvPool:
         planes: one or more per layer; none only with ``real_data="none"`` (stamps alone).
         page_size: slots per block; 1 where the table is per token, the whole sequence in static caches.
         n_blocks: 0 = as many as fit into the planes' arrays.
+        name: one word, for reports.
         window: tokens that a query of an SWA pool sees, its own included; None for FULL.
         ring_length: positions that a request's tables hold of the later ones, the newest in the place of the oldest
             (a rolling buffer); 0 = every position has a place of its own. An SWA pool's, and not below its window.
         sink: positions at the start of a request that stay visible beside the window (attention sinks), at most 128.
         ring_bubble: places left unused between the sink and the ring.
-        reserved_blocks: blocks that hold no request's data (the null block, padding): at most 8.
+        reserved_blocks: blocks that hold no request's data (the null block, padding): at most 8, and not all.
         token_offset: token that position p holds is the request's token p + token_offset (EAGLE draft pools).
         slot_lut: i64[n_full] from the slot in the batch's tables to the slot here; negative or reserved = evicted.
         may_alias: whether its bytes may also be another pool's, at other times; needs ``lifecycle``.
