@@ -168,9 +168,9 @@ def _own(records: Records, run: Run) -> Found:
         yield "C03", 0.8, f"{where}, by its own table: the table names one block twice"
     elif run.is_shifted:
         yield "C22", 0.9, f"{what}: each is the token of the position before"
-    elif run.positions[0] == 0 and Reason.CHAIN in run.records[-1].reasons:
-        text = f"all that request {v.request_id} wrote, {run.words}, differs from its token_history"
-        yield "C08", 0.85, f"{text}: a request slot or a history row of another request"
+    elif records.differs_from_the_start(v.request_id):
+        text = f"{what}, from its first position on, which no draft ever is"
+        yield "C08", 0.85, f"{text}: a request slot, a history row, or input ids of another request"
     elif hole := records.hole_behind(v):
         yield "C14", 0.8, f"{what}, and its position {hole} is missing: the position counter was set back"
     else:
@@ -238,8 +238,9 @@ def _wrong_hit(records: Records, run: Run) -> Found:
     owner = records.block_owner(v)
     is_shifted = any(Reason.POSITION in r.reasons for r in run.records)
     if not run.starts_block and not records.knows_owners(v) and (is_shifted or records.ends_inside_block(v)):
-        yield "C16", 0.7, f"{run.story}, which may be what the block held before: the write or load of these was lost"
-        yield "C20", 0.6, f"{run.story}: positions of {run.reader} that were counted, and never written"
+        yield "C16", 0.65, f"{run.story}, which may be what the block held before: the write or load of these was lost"
+        counted = f"{run.story}: position {v.position} on of {run.reader} may have been counted, and never written"
+        yield "C20", 0.7 if len(run.slots) == 1 else 0.6, counted
         yield "C06", 0.55, f"{run.story}: the block may have been announced before it was written"
         if not is_shifted:
             yield "C05", 0.4, f"{run.story}: a key may be one that does not hold the whole text"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcanary import readings
+from kvcanary import abi, readings
 from kvcanary.cause_rules_bytes import Found
 from kvcanary.evidence import Records, Run
 from kvcanary.tags import Reason
@@ -12,9 +12,10 @@ def given_away(records: Records, run: Run) -> Found:
     """A running request finds in its slots the stamps of whoever owns the block."""
     v = run.records[0]
     what = f"{run.story}; {records.handover(v)}"
-    if not records.may_have_held(v):
-        yield from _not_its_own(records, run, what)
-    elif records.is_whole_prefix(run):
+    is_whole = records.is_whole_prefix(run)
+    if not readings.was_handed_on(v) or (is_whole and not records.may_have_ended_before(v)):
+        yield from _not_its_own(run, what)
+    elif is_whole:
         yield "C01", 0.8, f"{what}: request {v.request_id} had ended when its step ran"
         yield "C08", 0.5, f"{what}: the row of request {v.request_id} was overwritten with the other's"
     else:
@@ -22,7 +23,7 @@ def given_away(records: Records, run: Run) -> Found:
         yield "C01", 0.5, f"{what}: the step may have been dispatched before the block was freed"
 
 
-def _not_its_own(records: Records, run: Run, what: str) -> Found:
+def _not_its_own(run: Run, what: str) -> Found:
     """The block was never the reader's, or the reader still runs in blocks of its own."""
     reader = run.reader
     why = f"{reader} holds other blocks" if readings.was_handed_on(run.records[0]) else "nobody had it before"
@@ -45,11 +46,14 @@ def stale_rule(records: Records) -> Found:
             yield "C03", 0.85, f"{what}, yet it wrote there in forward {v.stamp_step}, as if it had been given to both"
         elif run.is_own:
             yield from _used_after_free(records, run, what)
+        elif records.is_mutual(v):
+            pair = f"requests {v.request_id} and {v.block_owner} each read the other's blocks in forward {v.forward}"
+            yield "C08", 0.85, f"{pair}, and find what they expect: the request_ids of the two rows were exchanged"
         elif not run.is_registered:
             hit = f"{what}; the KV is what {run.reader} expects: a prefix hit"
             yield "C04", 0.7, f"{hit} that share_blocks() was not told of, or of an index that was not told who has it"
             yield "C07", 0.5, f"{what}: the row may be another request's"
-        elif not records.block_owner(v) or (records.may_have_held(v) and records.is_whole_prefix(run)):
+        elif not records.block_owner(v) or (records.may_have_ended_before(v) and records.is_whole_prefix(run)):
             yield from _used_after_free(records, run, what)
         else:
             yield "C07", 0.7, f"{what}, but the row of {run.reader} names it"
@@ -71,5 +75,8 @@ def _own_again(records: Records, run: Run, what: str) -> Found:
     else:
         who = f"request {v.stamp_owner}" if v.stamp_owner else "a row that is no request's"
         wrote = f"{what}; {who} wrote there in forward {v.stamp_step} without owning it"
+        if v.block_flags & abi.BLOCK_SHARED:
+            yield "C21", 0.7, f"{wrote}: a block that is shared should be copied before it is written"
+            return
         yield "C03", 0.7, f"{wrote}: as if it had been given to both, or before it was told to the guard"
         yield "C01", 0.5, f"{wrote}: a write that came late"

@@ -68,7 +68,7 @@ def _astray(records: Records, writes: list[Violation], what: str, lost: list[Vio
         yield "C08", 0.6, f"{what}; request {others[0].request_id} reads there"
         yield "C12", 0.55, f"{what}: the mapping may be that of another table"
     elif all(records.is_anothers_row(v) for v in writes):
-        yield "C07", 0.75, f"{what}: the place written is its own block, the one that the row names is not"
+        yield "C07", 0.75, f"{what}, behind another request's KV: the row, not the mapping, is another request's"
     elif records.is_window(writes[0]):
         yield "C19", 0.75, f"{what}; nobody reads there: a place behind its window, or of a ring that went round"
         yield "C12", 0.6, f"{what}; nobody reads there: it may be a slot mapping of another table"
@@ -83,8 +83,9 @@ def inputs_rule(records: Records) -> Found:
     for forward in forwards:
         wrong = [v for v in records.inputs if v.forward == forward]
         rows = sorted({v.request_id for v in wrong})
+        n = len({(v.row, v.position) for v in wrong})  # once, whatever the number of pools
         who = f"request {rows[0]}" if len(rows) == 1 else f"{len(rows)} requests ({rows[0]} to {rows[-1]})"
-        what = f"forward {forward} gave the model other tokens than were meant, for {who}, {len(wrong)} in all"
+        what = f"forward {forward} gave the model other tokens than were meant, for {who}, {n} in all"
         meant = {v.expected_token: v.request_id for v in wrong if v.expected_token is not None}
         others = [(v.request_id, meant.get(v.stored_token, 0)) for v in wrong if v.stored_token is not None]
         for request, other in [pair for pair in others if pair[1] not in (0, pair[0])][:1]:
@@ -109,7 +110,7 @@ def foreign_writes_rule(records: Records) -> Found:
         elif v.block_flags & abi.BLOCK_SHARED:
             whose = f"{what}, which is {owner_name(v.block_owner)}'s, and shared"
             yield "C21", 0.6, f"{whose}: the block should have been copied before it was written"
-        elif records.may_have_held(v):
+        elif records.may_have_ended_before(v):
             whose = f"{what}; {records.handover(v)}"
             yield "C01", 0.55, f"{whose}: a write that came late"
             yield "C07", 0.5, f"{whose}: the row of request {request} may still name it"

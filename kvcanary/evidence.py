@@ -158,24 +158,37 @@ class Records:
         """Whether the guard is told of owners (lifecycle)."""
         return bool(v.block_epoch or v.block_flags)
 
-    def may_have_held(self, v: Violation) -> bool:
-        """Whether the reader can have had the block before whoever has it, and has none any more, as after its end."""
+    def may_have_ended_before(self, v: Violation) -> bool:
+        """Whether the request can have had the block before whoever has it, and no block in this forward."""
         has_blocks = any(w.request_id == w.block_owner == v.request_id for w in self.all if w.forward == v.forward)
         return readings.was_handed_on(v) and not has_blocks
 
     def may_have_ended(self, writer: int, forward: int) -> bool:
         """Whether what a request read from others' blocks, in one forward, can have been its own before."""
         read = [v for v in (*self.reads, *self.stale_only) if (v.request_id, v.forward) == (writer, forward)]
-        return any(not readings.is_strangers(v) or self.may_have_held(v) for v in read)
+        return any(not readings.is_strangers(v) or self.may_have_ended_before(v) for v in read)
 
     def is_anothers_row(self, write: Violation) -> bool:
-        """Whether a write goes to a block of the writer's, and the table names, in its place, one that is not."""
-        home = write.prev_slot // write.page_size
-        return write.block_owner == write.request_id != 0 and any(
-            readings.is_strangers(v)
-            and (v.pool, v.request_id, v.slot // v.page_size) == (write.pool, write.request_id, home)
-            for v in self.all
+        """Whether the row names, right before a write that goes elsewhere, a slot with another request's KV."""
+        row = [
+            r for r in self.reads if (r.pool, r.request_id, r.forward) == (write.pool, write.request_id, write.forward)
+        ]
+        theirs = [r for r in row if r.stamp_owner not in (0, write.request_id)]
+        blocks = {r.slot // r.page_size for r in theirs}
+        return write.slot // write.page_size not in blocks and any(r.position == write.position - 1 for r in theirs)
+
+    def is_mutual(self, v: Violation) -> bool:
+        """Whether the owner of the block reads, in the same forward, blocks of this reader's."""
+        return any(
+            readings.is_strangers(r)
+            and (r.forward, r.request_id, r.block_owner) == (v.forward, v.block_owner, v.request_id)
+            for r in self.stale_only
         )
+
+    def differs_from_the_start(self, request: int) -> bool:
+        """Whether a request's own first token is not the one that it should be."""
+        own = [v for v in self.reads if v.request_id == request == v.stamp_owner]
+        return any(v.position == 0 and Reason.TOKEN in v.reasons and Reason.POSITION not in v.reasons for v in own)
 
     def ends_inside_block(self, v: Violation) -> bool:
         """Whether the last finding of this row lies inside a block: prefix hits end with blocks, decoding does not."""

@@ -49,6 +49,15 @@ def test_a_request_that_still_holds_its_blocks_has_not_ended() -> None:
     assert first([*read, own]) == "C07"
 
 
+def test_a_running_request_whose_row_still_names_a_block_that_was_handed_on() -> None:
+    """It holds the block behind, so it has not ended: the block was freed too early, or the row is stale."""
+    *read, _, _ = stale(Reason.TOKEN, **{**OTHERS, "block_epoch": 2, "stamp_epoch": 2})
+    seam = record(reasons=Reason.CHAIN, slot=16, position=4, stamp_owner=A, stamp_step=1, block_owner=A, block_epoch=1)
+    causes = classify([*read, seam])
+    assert [cause.class_id for cause in causes] == ["C07", "C01"]
+    assert "still names it" in causes[0].evidence[0]
+
+
 def test_what_it_writes_through_anothers_row_does_not_make_it_a_late_writer() -> None:
     read = stale(Reason.TOKEN, **OTHERS)
     found = record(request_id=B, slot=18, forward=4, stamp_owner=A, stamp_step=3, block_owner=B, block_epoch=1)
@@ -139,8 +148,29 @@ def test_ones_own_wrong_token_may_be_a_wrong_input() -> None:
 
 
 def test_all_of_ones_own_tokens_against_anothers_history() -> None:
-    *body, end = run(range(12, 18), 0, stamp_owner=A)
-    assert first([*body, replace(end, reasons=SUBSTITUTED)]) == "C08"
+    first_run, second_run = run(range(12, 16), 0, stamp_owner=A), run(range(17, 19), 5, stamp_owner=A)
+    causes = classify([*first_run, *second_run])
+    assert causes[0].class_id == "C08"
+    assert "C20" not in {cause.class_id for cause in causes}, "no draft is at position 0"
+
+
+def test_a_row_of_another_request_is_seen_by_where_the_mapping_goes() -> None:
+    """Without owners: the KV before the new token is another's by the row, and the new token goes elsewhere."""
+    write = record(reasons=Reason.WRITE_POSITION, slot=10, prev_slot=18, stamp_owner=A, stamp_step=3)
+    assert first([*run(range(12, 18), 0), write]) == "C07"
+
+
+def test_request_ids_of_two_rows_exchanged() -> None:
+    mine = stale(**OTHERS, flags=FRESH)
+    other = stale(**{**OTHERS, "block_owner": A}, request_id=B, stamp_owner=A, flags=FRESH)
+    causes = classify([*mine, *other])
+    assert causes[0].class_id == "C08"
+    assert "request_ids" in causes[0].evidence[0]
+
+
+def test_what_was_written_into_a_shared_block_is_a_fork_without_a_copy() -> None:
+    shared = {"block_owner": B, "block_epoch": 1, "block_flags": SHARED, "stamp_epoch": 0, "stamp_owner": A}
+    assert first(run(range(14, 16), 2, reasons=Reason.STALE_EPOCH, **shared)) == "C21"
 
 
 # ---- owners are not told ---------------------------------------------------------------------------------------------
@@ -150,6 +180,8 @@ def test_a_lost_write_over_older_kv_is_no_cache_key() -> None:
     found = confidences([lost])
     assert {"C16", "C06"} <= found.keys()
     assert found["C05"] < min(found["C16"], found["C06"])
+    assert first([lost]) == "C20", "one position: counted, and never written"
+    assert first(run(range(9, 11), 5, reasons=SUBSTITUTED, flags=FRESH)) == "C16", "several"
     assert "C05" not in confidences([replace(lost, reasons=SUBSTITUTED | Reason.POSITION, stored_position=2)])
     at_the_end = replace(lost, slot=11, position=7, stored_position=7)
     assert first([at_the_end]) == "C05", "a hit of whole blocks whose beginning is right"
