@@ -237,13 +237,20 @@ def _wrong_hit(records: Records, run: Run) -> Found:
     v = run.records[0]
     owner = records.block_owner(v)
     is_shifted = any(Reason.POSITION in r.reasons for r in run.records)
-    if not run.starts_block and not records.knows_owners(v) and (is_shifted or records.ends_inside_block(v)):
-        yield "C16", 0.65, f"{run.story}, which may be what the block held before: the write or load of these was lost"
-        counted = f"{run.story}: position {v.position} on of {run.reader} may have been counted, and never written"
+    may_be_older = not records.knows_owners(v) and v.stamp_step < v.forward
+    if not run.starts_block and may_be_older and (is_shifted or records.ends_inside_block(v)):
+        yield (
+            "C16",
+            0.65,
+            f"{run.story}, which may be what the block held before: the write or load of {run.words} was lost",
+        )
+        counted = (
+            f"{run.story}, where {run.reader} has counted positions (from {v.position}) that it may never have written"
+        )
         yield "C20", 0.7 if len(run.slots) == 1 else 0.6, counted
         yield "C06", 0.55, f"{run.story}: the block may have been announced before it was written"
         if not is_shifted:
-            yield "C05", 0.4, f"{run.story}: a key may be one that does not hold the whole text"
+            yield "C05", 0.4, f"{run.story}: the key may not hold the whole text"
     elif not run.starts_block:
         yield "C05", 0.85, f"{run.story}; the beginning of the block is right: a key that does not hold the whole text"
         yield "C04", 0.4, f"{run.story}: the block may have been rewritten in part"

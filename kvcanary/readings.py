@@ -80,8 +80,8 @@ def likely(v: Violation, reason: Reason, usual: str) -> str:
         return _BY_ITSELF[reason]
     if not v.stamp_owner:
         return _BY_NOBODY
-    knows_owners = v.block_epoch or v.block_flags
-    return usual if knows_owners or reason != Reason.TOKEN else f"{usual}{_OR_OLDER}"
+    may_be_older = not (v.block_epoch or v.block_flags) and v.stamp_step < v.forward
+    return f"{usual}{_OR_OLDER}" if may_be_older and reason == Reason.TOKEN else usual
 
 
 def was_handed_on(v: Violation) -> bool:

@@ -126,6 +126,7 @@ def test_a_wrong_token_by_an_unnamed_writer_is_padding() -> None:
 
 def test_a_wrong_token_by_another_may_be_older_kv_where_owners_are_not_told() -> None:
     assert words(reasons=Reason.TOKEN).endswith("or a write of its own that was lost, over older KV")
+    assert "older" not in words(reasons=Reason.TOKEN, stamp_step=7), "it was written in this very forward"
     assert words(reasons=Reason.TOKEN, **OWN_BLOCK).endswith("or a wrong prefix hit")
 
 
