@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvcanary import readings
 from kvcanary.cause_rules_bytes import Found, data_rule
-from kvcanary.evidence import Records, Run, positions_of, slots_of
+from kvcanary.cause_rules_owners import given_away, stale_rule
+from kvcanary.cause_rules_writes import duplicates_rule, foreign_writes_rule, inputs_rule, writes_rule
+from kvcanary.evidence import Records, Run
 from kvcanary.tags import Detail, Reason, Stage
 
 
@@ -36,7 +39,7 @@ def _bad_entries(records: Records) -> Found:
                 0.75,
                 f"the table entry for {what} is {v.slot}, which names no block, though the row is read there",
             )
-            yield "C08", 0.4, "or the row was cleared while the forward read it"
+            yield "C08", 0.4, f"the table entry for {what} is {v.slot}: the row may have been cleared while it was read"
         else:
             yield "C08", 0.7, f"the row of {what} cannot be: {v.detail.name} is {v.slot}"
 
@@ -53,63 +56,6 @@ def _poisoned(records: Records) -> Found:
         )
 
 
-def _duplicates(records: Records) -> Found:
-    for run in records.runs(records.duplicates):
-        first = run.records[0]
-        who = f"requests {first.request_id} and {first.stamp_owner} both wrote {run.words} in forward {first.forward}"
-        if first.stamp_owner == first.request_id:
-            yield "C12", 0.7, f"request {first.request_id} wrote {run.words} twice in forward {first.forward}"
-        elif run.starts_block and len(run.slots) > 1:
-            yield "C03", 0.9, f"{who}: a block that both were given"
-        else:
-            yield "C21", 0.9, f"{who}: the tail of a block whose beginning they share"
-
-
-def _writes(records: Records) -> Found:
-    for (request, forward), writes in records.writes_by_row.items():
-        slots = slots_of(writes)
-        where = f"slots {slots}" if len(slots) > 1 else f"slot {slots[0]}"
-        if request == 0:
-            yield "C10", 0.95, f"a row that is no request's wrote {where} in forward {forward}"
-            continue
-        homes = sorted({v.prev_slot for v in writes if Reason.WRITE_POSITION in v.reasons})
-        if not homes:
-            continue
-        what = f"request {request} wrote {where} in forward {forward}, its table says {homes}"
-        lost = [
-            v for v in records.holes if v.request_id == request and v.tag.stage == Stage.HEAD and v.forward > forward
-        ]
-        own = [v for v in records.reads if v.request_id == request and v.slot in slots]
-        others = [v for v in records.reads if v.request_id not in (0, request) and v.slot in slots]
-        if lost:
-            gone = positions_of(lost)
-            yield (
-                "C12",
-                0.9,
-                f"{what}, and its positions {gone} went nowhere: the place of every token was computed wrongly",
-            )
-        elif others and len(slots) > 1:
-            yield (
-                "C20",
-                0.85,
-                f"{what}: tokens ahead of its length, in a block that request {others[0].request_id} reads too",
-            )
-        elif own and records.is_window(own[0]):
-            yield "C19", 0.85, f"{what}, where a token of its own window was"
-        elif own:
-            yield "C09", 0.85, f"{what}, where its own position {own[0].position} was: the place of an earlier step"
-            yield "C20", 0.4, "or drafts that were written without room for them"
-        elif others:
-            yield "C08", 0.6, f"{what}; request {others[0].request_id} reads there"
-            yield "C12", 0.55, "or the mapping was computed from another table"
-        elif records.is_window(writes[0]):
-            yield "C19", 0.75, f"{what}; nobody reads there: a place behind its window, or of a ring that went round"
-            yield "C12", 0.6, "or a slot mapping of another table"
-        else:
-            yield "C12", 0.7, f"{what}; nobody reads there: a slot mapping of another table"
-            yield "C09", 0.5, "or of another step"
-
-
 # ---- what was not there ----------------------------------------------------------------------------------------------
 def _holes(records: Records) -> Found:
     for run in records.runs(records.holes):
@@ -123,7 +69,7 @@ def _holes(records: Records) -> Found:
             yield "C08", 0.9, f"{what}: when its forward ended, the table named another slot than when it began"
         elif v.tag.stage == Stage.SWEEP:
             yield "C16", 0.75, f"{what}: it was loaded, and the load did not come"
-            yield "C06", 0.6, "or announced before it was computed"
+            yield "C06", 0.6, f"{what}: it may have been announced before it was computed"
         else:
             yield from _missing(records, run, what)
 
@@ -141,7 +87,7 @@ def _missing(records: Records, run: Run, what: str) -> Found:
         yield "C20", 0.8, f"{what}, right behind what was written: a position that was counted, but never computed"
     elif run.starts_block and not run.ends_block and len(run.slots) < run.page:
         yield "C21", 0.8, f"{what}: the first {len(run.slots)} of a block, a tail that should have been copied"
-        yield "C20", 0.5, "or a position that was counted before its token was computed"
+        yield "C20", 0.5, f"{what}: a position may have been counted before its token was computed"
     else:
         yield from _missing_block(records, run, what)
 
@@ -160,7 +106,7 @@ def _missing_block(records: Records, run: Run, what: str) -> Found:
     yield (
         "C16",
         0.6 if is_first else 0.7,
-        "or a load that never came" + ("" if is_first else ", though the blocks before did"),
+        f"{what}: a load that never came" + ("" if is_first else ", though the blocks before did"),
     )
 
 
@@ -186,17 +132,30 @@ def _reads(records: Records) -> Found:
 def _moved(run: Run) -> Found:
     v = run.records[0]
     what = f"{run.words} came by a copy or load in forward {v.stamp_step}"
-    if any(Reason.POSITION in r.reasons for r in run.records):
-        yield "C14", 0.95, f"{what}: position {v.stored_position} landed where position {v.position} is read"
+    is_shifted = any(Reason.POSITION in r.reasons for r in run.records)
+    is_lone = run.is_registered and len(run.slots) == 1 < run.page
+    if is_lone:
+        wrote = f"an unnamed writer left its position {v.stored_position} in {run.words} in forward {v.stamp_step}"
+        yield "C10", 0.85, f"{wrote}: one slot, as a padding row writes it; copies and loads move whole blocks"
+    if is_shifted:
+        yield (
+            "C14",
+            0.7 if is_lone else 0.95,
+            f"{what}: position {v.stored_position} landed where position {v.position} is read",
+        )
     elif run.is_registered:
-        yield "C02", 0.9, f"{what}, onto request {v.request_id}, which was running: the transfer was another's"
+        yield (
+            "C02",
+            0.7 if is_lone else 0.9,
+            f"{what}, onto request {v.request_id}, which was running: the transfer was another's",
+        )
     else:
         yield (
             "C02",
             0.85,
             f"{what}, with other tokens than the key promises: they were overwritten before they were saved",
         )
-        yield "C04", 0.5, "or saved under a stale key"
+        yield "C04", 0.5, f"{what}: they may have been saved under a stale key"
 
 
 def _own(records: Records, run: Run) -> Found:
@@ -209,10 +168,14 @@ def _own(records: Records, run: Run) -> Found:
         yield "C03", 0.8, f"{where}, by its own table: the table names one block twice"
     elif run.is_shifted:
         yield "C22", 0.9, f"{what}: each is the token of the position before"
+    elif records.differs_from_the_start(v.request_id):
+        text = f"{what}, from its first position on, which no draft ever is"
+        yield "C08", 0.85, f"{text}: a request slot, a history row, or input ids of another request"
     elif hole := records.hole_behind(v):
         yield "C14", 0.8, f"{what}, and its position {hole} is missing: the position counter was set back"
     else:
         yield "C20", 0.85, f"{what}: a draft that was not accepted, or not the token that was chosen"
+        yield "C08", 0.6, f"{what}: input ids of another step or row"
 
 
 def _overwritten(records: Records, run: Run) -> Found:
@@ -220,12 +183,14 @@ def _overwritten(records: Records, run: Run) -> Found:
     v = run.records[0]
     owner, reader = run.owner, v.request_id
     is_back = records.was_substituted(owner, at=v.stamp_step)
-    if not owner:
-        yield "C10", 0.8, f"{run.story}: an unnamed row"
-    elif records.is_duplicate(run):
+    if records.is_duplicate(run):
         yield "C21", 0.6, f"{run.story}, in the forward in which both wrote it"
     elif is_back and records.has_hole(owner, run.positions, after=v.stamp_step):
         yield "C08", 0.9, f"{run.story}, while request {owner} read through request {reader}'s row, and misses it since"
+    elif is_back and not records.may_have_ended(owner, v.stamp_step):
+        wrote = f"{run.story}: request {owner} read and wrote there through a row"
+        yield "C07", 0.85, f"{wrote} that names request {reader}'s blocks, which it never had"
+        yield "C08", 0.7, f"{wrote} that was overwritten with request {reader}'s while it was read"
     elif is_back:
         yield "C01", 0.9, f"{run.story}, after {records.handover(v)}: a write by a request that had ended"
     elif any(r.stored_position != r.position for r in run.records):
@@ -237,14 +202,15 @@ def _overwritten(records: Records, run: Run) -> Found:
             f"{run.story}; request {reader} reads its own blocks again later, and its token is missing there",
         )
     elif records.block_owner(v) == owner and records.gave_up(v, reader):
-        yield from _given_away(records, run)
+        yield from given_away(records, run)
     elif len(run.blocks) > 1 or (len(run.slots) == 1 and not run.starts_block):
         yield "C01", 0.7, f"{run.story}: all that request {reader} had there, as after its end"
-        yield "C03", 0.5, "or blocks that both were given"
-        yield "C08", 0.4, "or a table row of another request"
+        yield "C03", 0.5, f"{run.story}: both may have been given these blocks"
+        yield "C08", 0.4, f"{run.story}: the table row of request {reader} may be another request's"
     else:
-        yield "C03", 0.8, f"{run.story}, while request {reader} was running: both were given block {run.blocks[0]}"
-        yield "C01", 0.5, "or request " + f"{reader} had ended, and its last step came late"
+        given = "both were given" if records.knows_owners(v) else "both may have been given"
+        yield "C03", 0.8, f"{run.story}, while request {reader} was running: {given} block {run.blocks[0]}"
+        yield "C01", 0.5, f"{run.story}: request {reader} may have ended, and its last step come late"
 
 
 def _other_index(records: Records, run: Run) -> Found:
@@ -258,28 +224,36 @@ def _other_index(records: Records, run: Run) -> Found:
         yield "C07", 0.8, f"{what}; the block was given to request {owner}: the row of {reader} still names it"
     elif run.reaches_end_of(owner, records):
         yield "C07", 0.6, f"{what}: an entry behind the writer's own blocks"
-    yield "C03", 0.7, f"{what}: both tables name block {run.blocks[0]}, at different places"
-    yield "C07", 0.65, f"{what}: or a stale entry in the tail of request {owner}'s row"
-
-
-def _given_away(records: Records, run: Run) -> Found:
-    v = run.records[0]
-    what = f"{run.story}; {records.handover(v)}"
-    if records.is_whole_prefix(run):
-        yield "C01", 0.8, f"{what}: request {v.request_id} had ended when its step ran"
-        yield "C08", 0.5, "or its row was overwritten by the other's"
+    if records.knows_owners(v):
+        yield "C03", 0.7, f"{what}: both tables name block {run.blocks[0]}, at different places"
+        yield "C07", 0.65, f"{what}: a stale entry in the tail of request {owner}'s row"
     else:
-        yield "C07", 0.8, f"{what}, but the row of request {v.request_id} still names it"
-        yield "C01", 0.5, "or a step that was dispatched before the block was freed"
+        yield "C03", 0.7, f"{what}: both tables may name block {run.blocks[0]}, at different places"
+        yield "C07", 0.65, f"{what}: it may be older, and a stale or foreign table entry lead there"
 
 
 def _wrong_hit(records: Records, run: Run) -> Found:
     """A request's first forward finds another's stamps in its prefix."""
     v = run.records[0]
     owner = records.block_owner(v)
-    if not run.starts_block:
+    is_shifted = any(Reason.POSITION in r.reasons for r in run.records)
+    may_be_older = not records.knows_owners(v) and v.stamp_step < v.forward
+    if not run.starts_block and may_be_older and (is_shifted or records.ends_inside_block(v)):
+        yield (
+            "C16",
+            0.65,
+            f"{run.story}, which may be what the block held before: the write or load of {run.words} was lost",
+        )
+        counted = (
+            f"{run.story}, where {run.reader} has counted positions (from {v.position}) that it may never have written"
+        )
+        yield "C20", 0.7 if len(run.slots) == 1 else 0.6, counted
+        yield "C06", 0.55, f"{run.story}: the block may have been announced before it was written"
+        if not is_shifted:
+            yield "C05", 0.4, f"{run.story}: the key may not hold the whole text"
+    elif not run.starts_block:
         yield "C05", 0.85, f"{run.story}; the beginning of the block is right: a key that does not hold the whole text"
-        yield "C04", 0.4, "or a block that was rewritten in part"
+        yield "C04", 0.4, f"{run.story}: the block may have been rewritten in part"
     elif records.is_older_epoch(run) and owner == v.request_id:
         yield "C16", 0.85, f"{run.story}, before request {owner} was given the block: its load did not come"
     elif records.is_older_epoch(run):
@@ -290,23 +264,13 @@ def _wrong_hit(records: Records, run: Run) -> Found:
             0.8,
             f"{run.story}; what {run.reader} expects there is older: an index that was not told",
         )
-        yield "C06", 0.5, "or the prefix was announced before it was computed"
-        yield "C16", 0.4, "or loaded, and the load did not come"
-
-
-def _stale(records: Records) -> Found:
-    """Slots that are still right, in blocks that are no longer the reader's."""
-    for run in records.runs(records.stale_only):
-        v = run.records[0]
-        what = f"{run.reader} reads {run.words}; {records.handover(v)}"
-        is_whole = records.is_whole_prefix(run)
-        if run.is_own and not v.stamp_epoch and records.block_owner(v):
-            yield "C03", 0.85, f"{what}, yet it wrote there in forward {v.stamp_step}, as if it had been given to both"
-            continue
-        yield "C01", 0.85 if is_whole else 0.6, f"{what}: nothing is overwritten there yet"
-        yield "C07", 0.5 if is_whole else 0.7, "or its table row still names a block that it gave back"
+        if readings.is_strangers(v):
+            yield "C07", 0.55, f"{run.story}; {records.handover(v)}: the row may be that of another request"
+        yield "C06", 0.5, f"{run.story}: the prefix may have been announced before it was computed"
+        yield "C16", 0.4, f"{run.story}: the load of {run.reader}'s prefix may not have come"
 
 
 RULES: tuple[Callable[[Records], Found], ...] = (
-    *(_bad_entries, _poisoned, _duplicates, _writes, _holes, _reads, _stale, data_rule),
+    *(_bad_entries, _poisoned, duplicates_rule, writes_rule, foreign_writes_rule, inputs_rule),
+    *(_holes, _reads, stale_rule, data_rule),
 )

@@ -31,7 +31,7 @@ def data_rule(records: Records) -> Found:
             yield from _displaced(pairs, right)
         elif run.is_moved and run.positions[0] == 0:
             yield "C13", 0.8, f"{right}, from the first position on, since they were loaded: another layout"
-            yield "C14", 0.5, "or other slots than the stamps"
+            yield "C14", 0.5, f"{right}, since they were loaded: they may have gone to other slots than the stamps"
         elif run.is_moved:
             yield "C16", 0.8, f"{right}, since they were loaded; what lies before position {run.positions[0]} is intact"
         else:
@@ -52,16 +52,16 @@ def _stray_bytes(run: Run, right: str) -> Found:
     """Bytes of a request's own tokens that somebody else wrote: how much, and where it begins, tells who."""
     if len(run.layers) == 1:
         yield "C15", 0.5, f"{right}: one layer alone"
-        yield "C24", 0.5, "or memory that is failing"
+        yield "C24", 0.5, f"{right}: memory may be failing"
     elif run.starts_block and (run.ends_block or len(run.slots) >= run.page):
         yield "C02", 0.8, f"{right}: whole blocks, in all layers: a transfer that was not this request's"
-        yield "C07", 0.5, "or a kernel that wrote through a stale table entry"
+        yield "C07", 0.5, f"{right}: a kernel may have written through a stale table entry"
     elif run.starts_block and len(run.slots) > 1:
         yield "C12", 0.7, f"{right}: the beginning of a block, in all layers: a writer ran on from the block before"
-        yield "C10", 0.5, "or padded rows"
+        yield "C10", 0.5, f"{right}: padded rows may have written there"
     else:
         yield "C10", 0.7, f"{right}, in all layers: KV of tokens that no stamp announced, as padded rows write it"
-        yield "C08", 0.5, "or a kernel with an overwritten slot mapping"
+        yield "C08", 0.5, f"{right}: a kernel may have used an overwritten slot mapping"
 
 
 # ---- what digests say ------------------------------------------------------------------------------------------------

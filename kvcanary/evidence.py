@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 
-from kvcanary import abi
+from kvcanary import abi, readings
 from kvcanary.tags import Detail, PoolKind, Reason, Stage
 from kvcanary.violations import Violation
 
@@ -105,6 +105,7 @@ class Records:
         self.all = tuple(violations)
         in_pool = [v for v in self.all if v.is_in_pool]
         self.writes = [v for v in in_pool if v.reasons & _WRITE and v.tag.stage == Stage.HEAD]
+        self.inputs = [v for v in in_pool if Reason.WRITE_TOKEN in v.reasons and v.tag.stage == Stage.HEAD]
         self.duplicates = [v for v in in_pool if Reason.DUPLICATE_WRITE in v.reasons]
         self.stale_only = [v for v in in_pool if _is_stale_only(v)]
         self.holes = [v for v in in_pool if Reason.UNWRITTEN in v.reasons and not _is_stale_only(v)]
@@ -137,11 +138,12 @@ class Records:
         return [Run(run) for run in runs]
 
     def read_runs(self) -> list[Run]:
-        """Runs of foreign or wrong stamps, without those that a reported write explains."""
-        explained = {(v.slot, v.forward) for v in self.writes if Reason.WRITE_POSITION in v.reasons}
+        """Runs of foreign or wrong stamps, without those that a reported write or input explains."""
+        astray = [v for v in self.writes if Reason.WRITE_POSITION in v.reasons or not v.request_id]
+        explained = {(v.slot, v.forward) for v in (*astray, *self.inputs)}
         reads = [v for v in self.reads if (v.slot, v.stamp_step) not in explained]
-        # CHAIN alone is the seam of a substitution that is told by its tokens: the request's other runs tell more.
-        told = {v.request_id for v in reads if v.reasons & (Reason.TOKEN | Reason.POSITION)}
+        # CHAIN alone is the seam of a substitution that is told by its tokens: what tells of these tells more.
+        told = {v.request_id for v in self.reads if v.reasons & (Reason.TOKEN | Reason.POSITION)}
         return self.runs(v for v in reads if v.request_id not in told or v.reasons != Reason.CHAIN)
 
     # ---- questions ---------------------------------------------------------------------------------------------------
@@ -151,6 +153,48 @@ class Records:
     def block_owner(self, v: Violation) -> int:
         """Who owns the block of the slot, 0 if nobody, or if the guard is not told of owners."""
         return int(getattr(v, "block_owner", 0))
+
+    def knows_owners(self, v: Violation) -> bool:
+        """Whether the guard is told of owners (lifecycle)."""
+        return bool(v.block_epoch or v.block_flags)
+
+    def may_have_ended_before(self, v: Violation) -> bool:
+        """Whether the request can have had the block before whoever has it, and no block in this forward."""
+        has_blocks = any(w.request_id == w.block_owner == v.request_id for w in self.all if w.forward == v.forward)
+        return readings.was_handed_on(v) and not has_blocks
+
+    def may_have_ended(self, writer: int, forward: int) -> bool:
+        """Whether what a request read from others' blocks, in one forward, can have been its own before."""
+        read = [v for v in (*self.reads, *self.stale_only) if (v.request_id, v.forward) == (writer, forward)]
+        return any(not readings.is_strangers(v) or self.may_have_ended_before(v) for v in read)
+
+    def is_anothers_row(self, write: Violation) -> bool:
+        """Whether the row names, right before a write that goes elsewhere, a slot with another request's KV."""
+        row = [
+            r for r in self.reads if (r.pool, r.request_id, r.forward) == (write.pool, write.request_id, write.forward)
+        ]
+        theirs = [r for r in row if r.stamp_owner not in (0, write.request_id)]
+        blocks = {r.slot // r.page_size for r in theirs}
+        return write.slot // write.page_size not in blocks and any(r.position == write.position - 1 for r in theirs)
+
+    def is_mutual(self, v: Violation) -> bool:
+        """Whether the owner of the block reads, in the same forward, blocks of this reader's."""
+        return any(
+            readings.is_strangers(r)
+            and (r.forward, r.request_id, r.block_owner) == (v.forward, v.block_owner, v.request_id)
+            for r in self.stale_only
+        )
+
+    def differs_from_the_start(self, request: int) -> bool:
+        """Whether a request's own first token is not the one that it should be."""
+        own = [v for v in self.reads if v.request_id == request == v.stamp_owner]
+        return any(v.position == 0 and Reason.TOKEN in v.reasons and Reason.POSITION not in v.reasons for v in own)
+
+    def ends_inside_block(self, v: Violation) -> bool:
+        """Whether the last finding of this row lies inside a block: prefix hits end with blocks, decoding does not."""
+        row = [r for r in self.reads if (r.pool, r.request_id, r.forward) == (v.pool, v.request_id, v.forward)]
+        last = max(row, key=lambda r: r.position)
+        return last.slot % last.page_size != last.page_size - 1
 
     def handover(self, v: Violation) -> str:
         """Since when the block is whose."""
@@ -173,7 +217,8 @@ class Records:
 
     def is_older_epoch(self, run: Run) -> bool:
         """Whether the stamps are from before the block was given to whoever has it."""
-        return any(Reason.UNWRITTEN in v.reasons or Reason.STALE_EPOCH in v.reasons for v in run.records)
+        stale = [v for v in run.records if v.reasons & (Reason.UNWRITTEN | Reason.STALE_EPOCH)]
+        return any(Reason.UNWRITTEN in v.reasons or not readings.is_of_this_allocation(v) for v in stale)
 
     def wrote_elsewhere(self, hole: Violation) -> bool:
         """Whether the token that is missing was reported on its way to another slot, or another pool."""

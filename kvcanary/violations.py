@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvcanary import abi
+from kvcanary import abi, readings
 from kvcanary.elements import Element
 from kvcanary.hashing import mix64_int
 from kvcanary.ledger import owner_name
-from kvcanary.tags import N_HALVES, N_POOL_KINDS, CanaryLaunchTag, Detail, Reason, Stage
+from kvcanary.tags import N_HALVES, N_POOL_KINDS, CanaryLaunchTag, Detail, Reason
 
 # What a reason says, and what is usually behind it; in the order of telling, since the first says most about the cause.
 READINGS: dict[Reason, tuple[str, str]] = {
@@ -65,36 +65,6 @@ READINGS: dict[Reason, tuple[str, str]] = {
     Reason.NONFINITE_RESERVED: (
         "whatever gathers it (padding, unused table entries) spreads it, as 0 * NaN is NaN",
         "padded or dummy rows that write there what they computed from uninitialised memory",
-    ),
-}
-_HALF_WRITTEN = (
-    "its HEAD and TAIL stamps come from different forwards, both of which completed",
-    "a copy or transfer that moved only some of the layers, or a write that reached only one of the two stamps",
-)
-_NO_BLOCK = (
-    "the entry names no block that can hold KV: it is negative, evicted, or a reserved block",
-    "a table row cleared or cut too early; reserved_blocks=() if your engine hands out block 0",
-)
-_NOT_ARRIVED = (
-    "this forward's write did not arrive in the slot that the block table gives for it",
-    "a slot mapping of another step or graph, or a table that changed while the forward ran",
-)
-_OUTLIVED = (
-    "no KV was written here since the block was allocated anew; what is in it is older",
-    "a prefix hit before the prefix was computed, a transfer that did not arrive, or a write that was lost",
-)
-_BAD_ROWS: dict[Detail, tuple[str, str]] = {
-    Detail.SEQ_LEN: (
-        "the row is longer than its table row",
-        "seq_lens or block table of another step, or a table that is too narrow",
-    ),
-    Detail.QUERY_START_LOC: (
-        "the row's token range is not ascending inside the batch, so the row was not judged",
-        "query_start_loc of another step, overwritten, or not padded behind the last row",
-    ),
-    Detail.REQUEST_SLOT: (
-        "the request slot is at or above max_requests, so the row has neither register nor history",
-        "request_slots overwritten, or max_requests smaller than the engine's",
     ),
 }
 # What `slot` holds: its key, and its words when it is no slot of the pool.
@@ -251,18 +221,8 @@ class Violation:
         return "; ".join(parts)
 
     def _reading(self, reason: Reason) -> tuple[str, str]:
-        if reason == Reason.UNWRITTEN:
-            if self.detail == Detail.UNFINISHED:
-                return _HALF_WRITTEN
-            if self.detail == Detail.TABLE_ENTRY:
-                return _NO_BLOCK
-            if self.tag.stage == Stage.TAIL and not self.reasons & Reason.STALE_EPOCH:
-                return _NOT_ARRIVED
-            if self.reasons & Reason.STALE_EPOCH and self.stamp_step:
-                return _OUTLIVED
-        if reason == Reason.OUT_OF_RANGE and self.detail in _BAD_ROWS:
-            return _BAD_ROWS[self.detail]
-        return READINGS[reason]
+        what, usual = readings.reading(self, reason) or READINGS[reason]
+        return what, readings.likely(self, reason, usual)
 
     def _names(self) -> str:
         return "|".join(self.reasons.names())

@@ -83,8 +83,8 @@ def test_nothing_to_explain() -> None:
 
 
 def test_it_says_when_it_cannot_tell() -> None:
-    only_token = record(reasons=Reason.WRITE_TOKEN, stamp_owner=A)
-    (cause,) = classify([only_token])
+    unheard_of = record(reasons=Reason.WRITE_TOKEN, tag=CanaryLaunchTag.TAIL_K_FULL, stamp_owner=A)
+    (cause,) = classify([unheard_of])
     assert (cause.name, cause.class_id, cause.confidence) == (CANNOT_TELL, "", 0.0)
     assert "slot 10" in cause.evidence[0]
 

@@ -128,7 +128,8 @@ class TestText:
             "the slot holds the KV of another token than the request has at this position and "
             "the slot does not continue the text that this request has in front of it; "
             "its stamp says that request 9 (ANOTHER request) wrote it in forward 11 as position 33; "
-            "likely another request's slot in the table row, or a wrong prefix hit"
+            "likely another request's slot in the table row, or a wrong prefix hit; "
+            "or a write of its own that was lost, over older KV"
         )
 
     def test_bit_flip_names_the_plane(self) -> None:
