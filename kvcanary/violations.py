@@ -398,11 +398,12 @@ def _decode(r: dict[str, int], pools: Sequence[PoolNames], secret: int, log_toke
 def in_order(records: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Records in an order that is the same on every device: by forward, HEAD before TAIL, then by rows and positions.
 
-    In the ring, those of one forward stand as the threads of a GPU came.
+    In the ring, those of one forward stand as a GPU's threads came. Records without a row, the patrol's, come last.
     """
     stage = records["tag"] // (N_POOL_KINDS * N_HALVES)
-    last_first = ("reasons", "plane", "tag", "slot", "position", "row", "pool")
-    return records[np.lexsort([*(records[name] for name in last_first), stage, records["forward"], records["step"]])]
+    keys = [records[name] for name in ("reasons", "plane", "tag", "slot", "position")]
+    keys += [records["row"].astype(np.uint32), records["pool"], stage]
+    return records[np.lexsort([*keys, records["forward"], records["step"]])]
 
 
 def places_of(first: int, n: int, capacity: int) -> npt.NDArray[np.intp]:

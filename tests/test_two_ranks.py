@@ -37,6 +37,8 @@ def run(*options: str) -> tuple[int, str, str]:
         command.insert(1, "-disable-auto-cleanup")  # of MPICH: else one rank's end is the end of the other
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # Of Open MPI: else one rank's end is the end of the other.
+    environment |= {f"{name}_abort_on_non_zero_status": "0" for name in ("OMPI_MCA_orte", "PRTE_MCA_prte")}
     if os.geteuid() == 0:  # as in a container; Open MPI would refuse it
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     ended = subprocess.run(

@@ -97,10 +97,8 @@ class TestFindings:
     def test_memory_is_bounded_and_forgets_the_least_recently_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(violations, "MAX_SEEN", 2)
         rig = Rig()
-        for slot in (1, 2, 1, 3):  # 2 is the least recently seen when 3 comes
-            rig.put(slot=slot)
-        rig.put(slot=1)
-        rig.put(slot=2)
+        for forward, slot in enumerate((1, 2, 1, 3, 1, 2)):  # 2 is the least recently seen when 3 comes
+            rig.put(slot=slot, forward=forward, step=forward)
         rig.step()
         assert [v.slot for v in rig.observer.history] == [1, 2, 3, 2]
 
@@ -125,7 +123,7 @@ class TestFindings:
             lambda v: seen.append((v.slot, -1 if v.plane is None else v.plane, int(v.reasons), v.stamp_step))
         )
         for i, (slot, plane, reasons, stamp_step) in enumerate(records):
-            rig.put(slot=slot, plane=plane, reasons=reasons, stamp_step=stamp_step)
+            rig.put(slot=slot, plane=plane, reasons=reasons, stamp_step=stamp_step, forward=i, step=i)
             if i % batch == 0:
                 rig.step()
         while rig.reader.has_new:
