@@ -57,7 +57,7 @@ class ErrorLog:
         """
         self.n += 1
         error = sys.exc_info()[1]
-        kind = (type(error), text, *args)
+        kind = (type(error), text, *(arg if isinstance(arg, str) else id(arg) for arg in args))  # some have no hash
         self._n_of[kind] += 1
         n = self._n_of[kind]
         if n & (n - 1):

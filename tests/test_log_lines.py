@@ -183,3 +183,19 @@ def test_errors_of_a_kind_are_counted_and_logged_ever_more_rarely(caplog: pytest
         f"a raised (8 times so far{again}", "a raised", "b raised",
     ]  # fmt: skip
     assert log.n == 11 and all(r.exc_info for r in caplog.records)
+
+
+def test_what_has_no_hash_may_raise_too(caplog: pytest.LogCaptureFixture) -> None:
+    class Callback:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __repr__(self) -> str:
+            raise OSError("not even that")
+
+    log, callback = ErrorLog(), Callback()
+    for _ in range(2):
+        try:
+            {}["x"]
+        except KeyError:
+            log.note("%r raised", callback)
+    assert log.n >= 2
