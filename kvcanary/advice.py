@@ -14,7 +14,7 @@ ADVICE: dict[str, str] = {
     "C03": "Look for a block that was handed out twice or freed twice in the allocator; lifecycle=True refuses both "
     "at the call.",
     "C04": "Look at where the prefix index is updated when a block is evicted or rewritten; flush the prefix cache "
-    "now.",
+    "now. If the prefix hit is right, the guard was not told of it: call share_blocks() for each hit.",
     "C05": "Put everything that changes the KV into the cache key (adapter, tenant, images, position scheme), and "
     "use a hash that does not collide; flush the prefix cache now.",
     "C06": "Publish a block to the prefix index only when the forward that writes it has been launched before any "
@@ -38,7 +38,8 @@ ADVICE: dict[str, str] = {
     "C18": "Move the scales with the quantised bytes: look at copies, offload and swaps that forget the scale array.",
     "C19": "Look at the map from window or ring positions to slots, around the place where it wraps.",
     "C20": "Look at how rejected drafts are taken back: lengths, slot mapping and accepted counts of that step.",
-    "C21": "A fork writes into a block that it shares: copy the last, partly filled block before the first write.",
+    "C21": "A fork writes into a block that it shares: copy the last, partly filled block before the first write, "
+    "or, as its last holder, claim_blocks().",
     "C22": "Off by one in the length of the prefix that is reused: compare the number of cached tokens with what was "
     "read.",
     "C24": "Look at the GPU first: ECC and XID errors (nvidia-smi -q, dmesg), then run compute-sanitizer to rule out "
