@@ -335,8 +335,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(problem)
     if results:
         print(told(results, time.perf_counter() - start))
-    grown = [footprint.growth(stretch.held) for stretch in stretches if is_timed]
-    for stretch, grew in zip(stretches, grown, strict=False):
+    timed = stretches if is_timed else []
+    grown = [footprint.growth(stretch.held) for stretch in timed]
+    for stretch, grew in zip(timed, grown, strict=True):
         print(footprint.told(stretch.held, grew))
     if problems:
         print(f"FAILED: {len(problems)} of {len(problems) + len(results)} seeds")
