@@ -13,8 +13,10 @@ from kvcanary.sim import blocks
 from kvcanary.sim.disaggregated import Handoff, PrefillEngine, receive
 from kvcanary.sim.habits import Habits
 from kvcanary.sim.memory import Mover
-from kvcanary.sim.model import NumpyModel
+from kvcanary.sim.model import ModelConfig, NumpyModel
 from kvcanary.sim.offload import HostStore, Stored
+from kvcanary.sim.protocols import NoGuard
+from kvcanary.sim.requests import Move
 from kvcanary.tags import Reason
 
 WRONG_KV = Reason.CHAIN | Reason.TOKEN | Reason.POSITION
@@ -68,6 +70,21 @@ def test_a_layer_that_arrives_after_it_was_read_is_reported(monkeypatch: pytest.
     run = Guarded(BY_LAYER, n_blocks=25, log=True)
     evict_and_come_back(run)
     assert run.reasons() == Reason.DATA
+
+
+def test_what_is_late_arrives_before_its_slots_become_another_requests() -> None:
+    """Blocks may leave a window right after they were asked for; their last layer must not be laid over the heir's."""
+    model = NumpyModel(ModelConfig(n_layers=2), 8, PAGE)
+    mover, slots = Mover(model, by_layer=True), np.arange(PAGE, 2 * PAGE)
+    shape = (PAGE, *model.k_cache[0].shape[2:])
+    tokens = np.zeros(PAGE, np.int32)
+    first, second = (Stored(0, tokens, 0, [np.full(shape, value, np.float32)] * 4) for value in (1, 2))
+    first.bundle = b"known"
+    for stored in (first, second):
+        mover.do(Move("load", slots, detail=stored), NoGuard())
+    for layer in range(2):
+        mover.load_layer(layer)
+    assert all((values == 2).all() for values in mover.memory.read(slots))
 
 
 def test_bytes_of_another_prefix_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:

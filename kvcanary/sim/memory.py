@@ -116,6 +116,7 @@ class Mover:
     def do(self, move: Move, guard: MovingGuard) -> None:
         """One move, with the guard's call before or after that of the bytes."""
         self.n_done[move.kind] = self.n_done.get(move.kind, 0) + 1
+        self._finish_touched(move)
         getattr(self, f"_{move.kind}")(move, guard)
 
     def load_layer(self, layer: int) -> None:
@@ -131,6 +132,16 @@ class Mover:
         for slots, stored in self._late:
             self.memory.write(slots, stored.kv)
         self._late.clear()
+
+    def _finish_touched(self, move: Move) -> None:
+        """A move waits for what is late in its slots: a window may have freed them, and another request got them."""
+        touched = move.slots if move.targets is None else np.concatenate((move.slots, move.targets))
+        late, self._late = self._late, []
+        for slots, stored in late:
+            if np.isin(slots, touched).any():
+                self.memory.write(slots, stored.kv)
+            else:
+                self._late.append((slots, stored))
 
     def _copy(self, move: Move, guard: MovingGuard) -> None:
         assert move.targets is not None
