@@ -66,6 +66,18 @@ def test_what_changes_nothing_survives(tree: Tree) -> None:
     assert not tree.judge(harmless, asks_everything=False).is_killed
 
 
+@pytest.mark.slow
+def test_a_crash_is_a_kill(tree: Tree) -> None:
+    crash = Mutant(
+        "crash",
+        "kvcanary/tags.py",
+        "import annotations",
+        "import annotations\nimport os; os.abort()",
+        "tests/test_tags.py",
+    )
+    assert tree.judge(crash, asks_everything=False).killer == "a crash (signal 6)"
+
+
 def test_the_tree_is_a_copy(tree: Tree) -> None:
     assert tree.root != ROOT and not (tree.root / "kvcanary" / "_kernels").exists()
     assert sorted(p.name for p in (tree.root / "kernels").glob("*.cu")) == sorted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import kvcanary
 ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = "tests"
 TIMEOUT = 900.0  # seconds, of a run that a mutant has made hang
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)  # not SIGKILL: memory ran out
 
 
 class MutantError(Exception):
@@ -107,7 +109,7 @@ class Tree:
             path.write_text(text)
 
     def test(self, tests: str) -> str:
-        """Run some tests; the first that failed, or "timeout", or "" if all passed. Raises MutantError."""
+        """Run some tests; the first that failed, or "timeout", or "a crash", or "" if all passed. Raises MutantError."""
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=1", "-m", "not gpu"]
         command = [sys.executable, "-m", "pytest", *options, *tests.split()]
         try:
@@ -122,6 +124,8 @@ class Tree:
             )
         except subprocess.TimeoutExpired:
             return "timeout"
+        if -done.returncode in CRASHES:
+            return f"a crash (signal {-done.returncode})"
         if "BuildError" in done.stdout or done.returncode not in (0, 1, 2):
             raise MutantError(
                 f"pytest {tests} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
