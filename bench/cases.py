@@ -230,6 +230,9 @@ def _verify_data() -> list[Case]:
         random = replace(paged, name=f"verify_data/{layout.name}/slots", baselines=(), **single)
         cases += [paged, random]
     cases.append(replace(cases[0], name="verify_data/nhd2048/ascending", order="ascending", baselines=()))
+    # A decode step of an 8B model: single slots, far from each other.
+    due = next(case for case in cases if case.layout is PLANES64)
+    cases.append(replace(due, name="verify_due/64x2048/127th", prefix=4096, verify_all=False))
     return cases
 
 

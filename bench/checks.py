@@ -111,8 +111,8 @@ def check_repeat(rig: Rig, name: str) -> None:
     """A launch repeated alone does all of its work again: it counts its entries, and writes what was spoilt."""
     case, n_new = rig.case, rig.case.rows * rig.case.n_new
     wanted = {WRITE: n_new, VERIFY: case.n_verified, TAIL: case.n_verified + n_new}
-    if case.is_all_due:
-        wanted[DATA] = case.n_verified * len(rig.units)
+    if DATA in {n for measure in case.measures for n in measure}:
+        wanted[DATA] = (case.n_verified if case.is_all_due else len(rig.due())) * len(rig.units)
     if name in wanted and (found := rig.work_of(name)) != wanted[name]:
         raise CheckFailed(f"{name} repeated alone handled {found} entries, not {wanted[name]}")
     slots = rig.slots[[0, -1, case.rows // 2], [case.prefix, case.length - 1, case.length - 1]]
@@ -150,7 +150,7 @@ def check_data_fault(rig: Rig) -> None:
     case = rig.case
     unit, row = int(rig.rng.integers(len(rig.units))), int(rig.rng.integers(case.rows))
     position = int(rig.rng.integers(case.verify_start, case.prefix))
-    slot = int(rig.slots[row, position])
+    slot = int(rig.slots[row, position]) if case.is_all_due else int(rig.rng.choice(rig.due()["slot"]))
     runs = rig.runs(unit, slot)
     address, n = runs[int(rig.rng.integers(len(runs)))]
     address += int(rig.rng.integers(n))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from bench.cases import DATA, FORWARD, TAIL, Case, Layout, Measure
+from bench.cases import DATA, FORWARD, TAIL, Case, Layout, Measure, bytes_of
 from kvcanary import CanaryConfig, CanaryManager, KvPool, StepBatch, abi, hashing, layouts
 from kvcanary.layout import DigestUnit, Plane, plane_address
 from kvcanary.tags import CanaryLaunchTag, Half, PoolKind, Stage
@@ -183,6 +183,18 @@ class Rig:
         tag = CanaryLaunchTag.of(Stage.TAIL if name == TAIL else Stage.HEAD, Half.K, self.pool.kind)
         slot_runs = self.manager.state.layout.slot_runs
         return int(slot_runs(words)[0, tag] - slot_runs(before)[0, tag])
+
+    def due(self) -> Array:
+        """DUE[n]: the slots whose digests the newest forward listed as due; waits."""
+        listed: Array = self._driver.download(self._backend._arrays[0]["due"]).reshape(-1).view(abi.DUE)
+        return listed[1 : 1 + int(listed["slot"][0])]
+
+    def bytes_of(self, measure: Measure) -> int:
+        """Bytes that a measure must move at least; of data that falls due by shares, those of the newest forward's."""
+        n, layout = bytes_of(self.case, measure), self.case.layout
+        if measure != (DATA,) or self.case.is_all_due:
+            return n
+        return len(self.due()) * layout.digested_bytes(self.case.real_data)
 
     def stamps(self, stage: str, half: int, slots: Array) -> Array:
         """STAMP[n] of slots; stage is "head" or "tail"; waits."""

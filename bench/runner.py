@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.baselines import BASELINES, baseline_key
-from bench.cases import Case, bytes_of, key, label
+from bench.cases import Case, key, label
 from bench.checks import check, check_silent
 from bench.rig import Place, Rig
 from bench.timing import COLD_FACTOR, Timer, Timing
@@ -114,7 +114,7 @@ def _own(rig: Rig, timer: Timer, ceiling: float, options: Options) -> Iterator[M
         if not options.takes(key(case, measure)):
             continue
         rig.run()
-        launch, n_bytes = rig.launcher(measure), bytes_of(case, measure)
+        launch, n_bytes = rig.launcher(measure), rig.bytes_of(measure)
         timing = timer.time(launch)
         cold = timer.cold(launch) if options.has_cold and n_bytes < COLD_FACTOR * rig.place.l2_bytes else None
         rig.run()  # `kvc_begin` alone leaves a forward that never ended

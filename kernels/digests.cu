@@ -40,30 +40,41 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
     return n_compared;
 }
 
-// The slots that kvc_stamps_write has listed, dealt out evenly to the blocks of the whole grid: 64 of them and one digest at a
-// time, small enough for all blocks to end together; the tasks of a block are neighbours, mostly of one digest.
+// The slots that kvc_stamps_write has listed, one digest after the other: an even share of all of them for each block of the grid.
+// A block goes through its share a digest and up to 256 slots at a time: the fewer turns, the less often a digest is set up.
+struct ListedTurn {
+    uint32_t digest, first, n;  // entries [first, first + n) of the list
+};
+KVC_DEVICE ListedTurn kvc_listed_turn(int64_t item, int64_t last, uint32_t digest, uint32_t n_listed) {
+    const uint32_t first = (uint32_t)(item - (int64_t)digest * n_listed);
+    const int64_t left = last - item, in_digest = n_listed - first;
+    const int64_t n = left < in_digest ? left : in_digest;
+    return {digest, first, n < KVC_THREADS ? (uint32_t)n : KVC_THREADS};
+}
+// This lane's entry of a turn; few are spread over all warps.
+KVC_DEVICE Due kvc_listed_entry(const Pool& pool, const Due* list, const ListedTurn& turn) {
+    uint32_t shift = kvc_run_shift(pool, turn.digest);
+    while (shift && KVC_WARPS << shift > turn.n) --shift;
+    const uint32_t place = kvc_place_in_block(shift);
+    return place < turn.n ? list[turn.first + place] : Due{0, -1, 0, 0};  // a position that no entry has
+}
 KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint32_t n_listed, uint32_t forward) {
-    const uint32_t n_parts = (n_listed + 63) / 64;
     const uint32_t block = kvc_block_y() * kvc_n_blocks() + kvc_block(), n_blocks = kvc_n_blocks() * kvc_n_blocks_y();
-    const Share share = kvc_even_share((int64_t)n_parts * p.pool.n_digests, block, n_blocks);
-    const uint32_t shift = kvc_run_shift(p.pool, 0), place = kvc_place_in_block(shift < 3 ? shift : 3);  // eight a warp
+    const Share share = kvc_even_share((int64_t)n_listed * p.pool.n_digests, block, n_blocks);
     if (share.first >= share.last) return 0;
-    uint32_t d = (uint32_t)((uint64_t)share.first / n_parts), part = (uint32_t)share.first - d * n_parts, n_compared = 0;
-    const auto load = [&](uint32_t of) {
-        const uint32_t entry = of * 64 + place;
-        return kvc_lane() < 8 && entry < n_listed ? list[entry] : Due{0, -1, 0, 0};  // a position that no entry has
-    };
-    Due next = load(part);
-    for (int64_t task = share.first; task < share.last; ++task) {
+    ListedTurn turn = kvc_listed_turn(share.first, share.last, (uint32_t)((uint64_t)share.first / n_listed), n_listed);
+    Due next = kvc_listed_entry(p.pool, list, turn);
+    uint32_t n_compared = 0;
+    for (int64_t item = share.first; item < share.last;) {
         const Due due = next;
-        const uint32_t of = d;
-        if (++part == n_parts) {
-            part = 0;
-            ++d;
+        const DigestRange one = {turn.digest, turn.digest + 1};
+        item += turn.n;
+        if (item < share.last) {
+            turn = kvc_listed_turn(item, share.last, turn.digest + (turn.first + turn.n == n_listed), n_listed);
+            next = kvc_listed_entry(p.pool, list, turn);
         }
-        next = load(part);
         const LaneSlot at = kvc_lane_slot(p.pool, due.position >= 0 ? (int64_t)due.slot : -1, due.position);
-        if (kvc_ballot(due.position >= 0)) n_compared += kvc_verify_slots(p, due.row, {of, of + 1}, at, forward);
+        if (kvc_ballot(due.position >= 0)) n_compared += kvc_verify_slots(p, due.row, one, at, forward);
     }
     return n_compared;
 }

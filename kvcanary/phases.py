@@ -82,7 +82,7 @@ class PhaseChecker:
 
     def need_outside_forward(self, call: str) -> None:
         """Not between HEAD and TAIL, not closed, not in a forked child."""
-        if self.phase not in (Phase.OUTSIDE, Phase.STEP):
+        if self.phase is not _STEP and self.phase is not _OUTSIDE:
             self._refuse(call)
 
     def close(self) -> None:
