@@ -42,7 +42,7 @@ def die(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         runtime, core = world.cupy.cuda.runtime, world.core
         for name in [n for n, value in vars(runtime).items() if callable(value)]:
             monkeypatch.setattr(runtime, name, fail)
-        for name in ("submit", "record", "wait", "sync", "synchronize", "__enter__"):
+        for name in ("submit", "record", "wait", "sync", "synchronize"):
             monkeypatch.setattr(FakeStream, name, fail)
         monkeypatch.setattr(FakeEvent, "sync", fail)
         monkeypatch.setattr(FakeEvent, "is_done", property(fail), raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from dataclasses import fields, replace
 from functools import cache
@@ -16,7 +17,7 @@ from kvcanary.sim.behaviours import BEHAVIOURS
 from kvcanary.sim.habits import Habits
 from kvcanary.sim.memory import Mover
 from kvcanary.sim.mix import LEAVE_OUT, SeenText, draw, random_habits, random_inputs, random_window
-from kvcanary.sim.soak import STEPS_PER_SEED, FalseAlarmError, SoakResult, soak, soak_all
+from kvcanary.sim.soak import STEPS_PER_SEED, FalseAlarmError, SoakResult, soak, soak_all, soak_for
 
 N_SEEDS, N_STEPS = 20, 100  # together they do everything that there is
 
@@ -67,6 +68,14 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert all(name in told for name in BEHAVIOURS)
 
 
+def test_a_seed_is_cut_short_when_time_is_over() -> None:
+    start = time.perf_counter()
+    stretch = soak_for(0.02, 0, 1, "host")
+    assert time.perf_counter() - start < 20  # a whole one takes longer
+    assert stretch.results[-1].steps < STEPS_PER_SEED["host"] and not stretch.problems
+    assert len(stretch.held) == len(stretch.results)
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [(FalseAlarmError("a story"), "FALSE ALARM: a story"), (KeyError("gone"), "seed 4 (host) broke: Traceback")],
@@ -74,7 +83,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_one_seed_that_goes_wrong_is_told_beside_the_others(
     error: Exception, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def play(seed: int, n_steps: int, on_step: None, backend: str) -> SoakResult:
+    def play(seed: int, n_steps: int, on_step: None, backend: str, until: None) -> SoakResult:
         if seed == 4:
             raise error
         return soak(seed, n_steps, on_step, backend)

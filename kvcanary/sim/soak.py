@@ -105,14 +105,17 @@ class Soak:
         self.families = [text.integers(32, 127, self.engine.max_len, dtype=np.uint8).tobytes() for _ in range(4)]
         self.asked: list[tuple[bytes, int]] = []
 
-    def run(self, n_steps: int, on_step: Callable[[int], None] | None = None) -> SoakResult:
-        """Serve for so many guarded steps.
+    def run(self, n_steps: int, on_step: Callable[[int], None] | None = None, until: float | None = None) -> SoakResult:
+        """Serve for so many guarded steps, or until `time.perf_counter` says so.
 
         Raises:
             FalseAlarmError: the guard raised over an honest engine, or counted what it should not have.
         """
         absent = OnlyOwners(self.guard)
         for step in range(-self.mix.n_unguarded, n_steps):
+            if until is not None and step > 0 and time.perf_counter() > until:
+                n_steps = step
+                break
             try:
                 self._queue()
                 self._between_steps()
@@ -225,10 +228,15 @@ class Soak:
 
 
 def soak(
-    seed: int, n_steps: int, on_step: Callable[[int], None] | None = None, backend: str = "host", mix: Mix | None = None
+    seed: int,
+    n_steps: int,
+    on_step: Callable[[int], None] | None = None,
+    backend: str = "host",
+    mix: Mix | None = None,
+    until: float | None = None,
 ) -> SoakResult:
     """Serve random prompts, with random habits, for ``n_steps`` guarded steps; see `Soak.run` for what it raises."""
-    return Soak(seed, backend, mix).run(n_steps, on_step)
+    return Soak(seed, backend, mix).run(n_steps, on_step, until)
 
 
 @dataclass
@@ -239,10 +247,10 @@ class Stretch:
     held: list[Footprint] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def serve(self, seed: int, n_steps: int, backend: str) -> None:
+    def serve(self, seed: int, n_steps: int, backend: str, until: float | None = None) -> None:
         """One seed more; whatever goes wrong is a problem of that seed alone."""
         try:
-            self.results.append(soak(seed, n_steps, None, backend))
+            self.results.append(soak(seed, n_steps, None, backend, until=until))
         except FalseAlarmError as error:
             self.problems.append(f"FALSE ALARM: {error}")
         except Exception:  # noqa: BLE001  of the simulator, or of the machine
@@ -271,10 +279,10 @@ def soak_all(n_steps: int, processes: int, first_seed: int, backend: str) -> lis
 
 
 def soak_for(minutes: float, first_seed: int, stride: int, backend: str) -> Stretch:
-    """Seeds ``first_seed``, ``first_seed + stride``, ... until so many minutes have gone by; at least one."""
+    """Seeds ``first_seed``, ``first_seed + stride``, ... for so many minutes; the last one may be cut short."""
     end, seed, stretch = time.perf_counter() + 60 * minutes, first_seed, Stretch()
     while seed == first_seed or time.perf_counter() < end:
-        stretch.serve(seed, STEPS_PER_SEED[backend], backend)
+        stretch.serve(seed, STEPS_PER_SEED[backend], backend, end)
         held = Footprint.now(on_gpu=backend == "cuda")
         stretch.held.extend([held] if held is not None else [])
         seed += stride

@@ -65,12 +65,6 @@ class FakeStream:
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
 
-    def __enter__(self) -> None:
-        self.world.entered.append(self)
-
-    def __exit__(self, *exc: object) -> None:
-        self.world.entered.pop()
-
     # cuda.core
     def record(self, event: FakeEvent) -> None:
         event.is_done = False
@@ -124,7 +118,6 @@ class FakeCuda:
     def __init__(self, library: SimtLibrary) -> None:
         self._library = library
         self.calls: Counter[str] = Counter()
-        self.entered: list[FakeStream] = []
         self.streams: dict[int, FakeStream] = {0: FakeStream(self, 0)}
         self.graphs: dict[int, FakeGraph] = {}  # by handle, until they are destroyed
         self._n_launches = self._n_graphs = 0
@@ -220,7 +213,7 @@ class FakeCuda:
         assert name in self._library.kernels
         return _Kernel(self, name)
 
-    def launch(self, name: str, grid: Sequence[int], block: int, params: np.void) -> None:
+    def launch(self, name: str, grid: Sequence[int], block: int, params: np.void, stream: FakeStream) -> None:
         self.calls["launch"] += 1
         held = params.copy()
 
@@ -228,18 +221,25 @@ class FakeCuda:
             self._n_launches += 1
             self._library.launch(name, tuple(grid), block, held, seed=self._n_launches)
 
-        self.entered[-1].submit(run)
+        stream.submit(run)
 
 
 class _Kernel:
-    num_regs = 32
-    kernel = SimpleNamespace(ptr=1)
+    """A RawKernel, and the function of the context that its `kernel` gives."""
+
+    num_regs, ptr = 32, 1
 
     def __init__(self, world: FakeCuda, name: str) -> None:
         self._world, self._name = world, name
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int], args: tuple[np.void]) -> None:
-        self._world.launch(self._name, grid, block[0], args[0])
+    @property
+    def kernel(self) -> _Kernel:
+        return self
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int], args: tuple[np.void], shared: int, stream: FakeStream
+    ) -> None:
+        self._world.launch(self._name, grid, block[0], args[0], stream)
 
 
 class _Context(SimpleNamespace):
