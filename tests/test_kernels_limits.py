@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
-from agree import Sides, Twins
+from agree import PoolSpec, Sides, Twins
 from agree_pools import random_pool
 from agree_script import A, Row, Script, kinds
 
-from kvcanary import Reason, abi
+from kvcanary import Reason, abi, layouts
+from kvcanary.backends.device import MAX_DIGEST_SPLIT
+
+
+class OneRow:
+    """Batches over one request in shuffled blocks."""
+
+    def __init__(self, n: int, page: int, n_blocks: int) -> None:
+        rng = np.random.default_rng(n)
+        self._table = (1 + rng.permutation(n_blocks - 1)).astype(np.int32)[None]
+        self._ids, positions = rng.integers(0, 1 << 30, n + 1).astype(np.int32), np.arange(n + 1)
+        self.slots = self._table[0, positions // page].astype(np.int64) * page + positions % page
+
+    def arrays(self, first: int, last: int) -> dict[str, Any]:
+        """The forward that brings positions [first, last)."""
+        return {
+            "block_table": self._table,
+            "seq_lens": np.array([last], np.int32),
+            "query_start_loc": np.array([0, last - first], np.int32),
+            "input_ids": self._ids[first:last],
+            "slot_mapping": self.slots[first:last],
+            "request_slots": np.zeros(1, np.int32),
+            "request_ids": np.ones(1, np.uint32),
+        }
 
 
 @pytest.mark.parametrize("n", [abi.SHORT_ROW, abi.SHORT_ROW + 1, abi.SHORT_ROW + abi.WRITE_TILE + 300])
@@ -18,21 +42,35 @@ def test_prefill_around_the_length_from_which_on_tiles_are_long(sides: Sides, n:
     page, n_blocks = 64, 300
     spec = random_pool(random.Random(1), n_blocks=n_blocks, page_size=page, layout="token_major")
     twins = Twins([spec], sides(), 1, n, real_data="none")
-    rng = np.random.default_rng(n)
-    table = (1 + rng.permutation(n_blocks - 1)).astype(np.int32)[None]
-    ids, positions = rng.integers(0, 1 << 30, n + 1).astype(np.int32), np.arange(n + 1)
-    slots = table[0, positions // page].astype(np.int64) * page + positions % page
+    row = OneRow(n, page, n_blocks)
     for first, last in ((0, n), (n, n + 1)):
-        arrays = {
-            "block_table": table,
-            "seq_lens": np.array([last], np.int32),
-            "query_start_loc": np.array([0, last - first], np.int32),
-            "input_ids": ids[first:last],
-            "slot_mapping": slots[first:last],
-            "request_slots": np.zeros(1, np.int32),
-            "request_ids": np.ones(1, np.uint32),
-        }
-        assert len(twins.forward(arrays)) == 0
+        assert len(twins.forward(row.arrays(first, last))) == 0
+
+
+def test_more_due_slots_than_a_block_takes_at_once(sides: Sides) -> None:
+    """Lists of some 400 slots, several digests of each: all are compared once in `every` forwards, damage is found."""
+    n, page, n_blocks, every, n_layers = 3200, 64, 80, abi.LIST_MIN_EVERY, 5
+    layers = [f"{half}{i}" for half in "kv" for i in range(n_layers)]
+    memory = np.random.default_rng(2).integers(0, 256, (len(layers), n_blocks, page, 1, 16), np.uint8)
+    spec = PoolSpec(
+        dict(zip(layers, memory, strict=True)),
+        lambda b: layouts.nhd(k=[b[k] for k in layers[:n_layers]], v=[b[v] for v in layers[n_layers:]], page_size=page),
+    )
+    twins = Twins([spec], sides(), 1, n, real_data="all", verify_data_every=every)
+    row, pool = OneRow(n, page, n_blocks), twins.pools[0]
+    n_digests = len(pool.digest_units("all"))
+    assert n_digests > MAX_DIGEST_SPLIT and n // every > abi.THREADS  # shares end anywhere
+    assert len(twins.forward(row.arrays(0, n))) == 0
+    before = int(twins.words[abi.STATE_DATA_SLOTS])
+    for _ in range(every):
+        assert len(twins.forward(row.arrays(n, n + 1))) == 0
+    assert int(twins.words[abi.STATE_DATA_SLOTS]) - before == n * n_digests
+    planted = {(int(row.slots[i]), k % len(pool.planes)) for k, i in enumerate(range(0, n, 97))}
+    for slot, plane in planted:
+        kv = pool.planes[plane]
+        pool.host_bytes(kv)[pool.slot_index(kv, np.array([slot]))] ^= 1
+    found = [twins.forward(row.arrays(n, n + 1)) for _ in range(every)]
+    assert {(int(v["slot"]), int(v["plane"])) for records in found for v in records} == planted
 
 
 @pytest.mark.parametrize("n_back", [abi.N_REGISTER_LENGTHS - 1, abi.N_REGISTER_LENGTHS])

@@ -143,6 +143,13 @@ BLOCKS = [
         ("patrol judges moved bytes", "if (any_fresh && kvc_is_fresh(", "if (false && kvc_is_fresh("),
         ("patrol judges freed blocks", "if (!(kvc_block_state(pool, slot).flags & KVC_BLOCK_LIVE)) {", "if (false) {"),
     ),
+    *_in(
+        "digests.cu",
+        LIMITS,
+        ("next digest too early", "turn.first + turn.n == n_listed", "true"),
+        ("only the first turn of a share", "        item += turn.n;\n", "        item = share.last;\n"),
+        ("a turn beyond the block", "return {digest, first, n < KVC_THREADS ? (uint32_t)n : KVC_THREADS}", "return {digest, first, (uint32_t)n}"),
+    ),
     *_in("begin.cu", SCRUB, ("cursor not advanced", "pool_state.scrub_turn += 1;", "pool_state.scrub_turn = 1;")),
     *_in("reserved.cu", RESERVED, ("every step is due", " || state[KVC_STATE_STEP] % p.every) return;", ") return;")),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 import kvcanary
 
 ROOT = Path(__file__).resolve().parents[2]
-EVERYTHING = "tests"
+EVERYTHING = "tests --ignore=tests/test_mutants.py"  # which sees every change, whatever it is
 TIMEOUT = 900.0  # seconds, of a run that a mutant has made hang
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)  # not SIGKILL: memory ran out
 
