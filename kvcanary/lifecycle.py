@@ -133,3 +133,62 @@ def _event_of(event: Any) -> LifecycleEvent:
         return LifecycleEvent(**event) if isinstance(event, Mapping) else LifecycleEvent(*event)
     except TypeError:
         raise LifecycleError(f"{event!r} is no event: give kind, ids, owner and, if not 0, pool") from None
+
+
+class OwnershipCalls:
+    """`CanaryManager`'s part for block ownership."""
+
+    _lifecycle: Lifecycle | None
+    _turns: Turns
+
+    @property
+    def lifecycle(self) -> Lifecycle:
+        """Block ownership: `Lifecycle.apply` for batches of events, and what the ledger knows."""
+        if self._lifecycle is None:
+            raise ConfigError(
+                "lifecycle=False: block ownership is not guarded; make the CanaryConfig with lifecycle=True"
+            )
+        return self._lifecycle
+
+    @one_at_a_time
+    def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
+
+        Needs ``lifecycle=True``; does nothing in mode "off". See `Lifecycle` for when it may be called.
+
+        Args:
+            ids: block ids: one, a sequence or an integer array on the host; none twice. Up to 1,000 are one launch.
+            owner: the request id (u32, not 0): what `StepBatch.request_ids` holds for its rows.
+            stream: where it is ordered; None = the stream of the current (or the last) step.
+
+        Raises:
+            LifecycleError: a block that is reserved, held by somebody, out of range or named twice; nothing is changed.
+            ConfigError: lifecycle is off. PhaseError, CaptureError: inside a forward, or a capture of the stream.
+        """
+        self.lifecycle.call("allocate", ids, owner, pool, stream)
+
+    @one_at_a_time
+    def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
+
+        Arguments and errors are those of `allocate_blocks`.
+        """
+        self.lifecycle.call("share", ids, owner, pool, stream)
+
+    @one_at_a_time
+    def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
+
+        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that it does not hold.
+        """
+        self.lifecycle.call("free", ids, owner, pool, stream)
+
+    @one_at_a_time
+    def claim_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
+        """Say that the only holder of blocks, who came to them by sharing, writes them from now on.
+
+        For copy-on-write by reference counts: the last holder of a block appends to it in place. The epoch goes on.
+
+        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that others hold too.
+        """
+        self.lifecycle.call("claim", ids, owner, pool, stream)

@@ -28,7 +28,7 @@ from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.embedding import EmbedCalls
 from kvcanary.errors import BackendError, BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
 from kvcanary.layout import KvPool
-from kvcanary.lifecycle import BlockCounts, Lifecycle
+from kvcanary.lifecycle import BlockCounts, Lifecycle, OwnershipCalls
 from kvcanary.log_lines import ErrorLog
 from kvcanary.moves import MoveCalls
 from kvcanary.observers import (
@@ -62,7 +62,7 @@ class _Bound(NamedTuple):
     batches: list[BoundBatch]
 
 
-class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
+class CanaryManager(OwnershipCalls, MoveCalls, EmbedCalls, OfThisProcess):
     """Guards the KV pools of one engine process.
 
     Args:
@@ -553,65 +553,12 @@ class CanaryManager(MoveCalls, EmbedCalls, OfThisProcess):
             return pool
         raise ConfigError(f"pool {pool!r}: the pools are {', '.join(names)} (0 to {len(names) - 1})")
 
-    # ---- block ownership ---------------------------------------------------------------------------------------------
-    @property
-    def lifecycle(self) -> Lifecycle:
-        """Block ownership: `Lifecycle.apply` for batches of events, and what the ledger knows."""
-        if self._lifecycle is None:
-            raise ConfigError(
-                "lifecycle=False: block ownership is not guarded; make the CanaryConfig with lifecycle=True"
-            )
-        return self._lifecycle
-
-    @one_at_a_time
-    def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
-        """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
-
-        Needs ``lifecycle=True``; does nothing in mode "off". See `Lifecycle` for when it may be called.
-
-        Args:
-            ids: block ids: one, a sequence or an integer array on the host; none twice. Up to 1,000 are one launch.
-            owner: the request id (u32, not 0): what `StepBatch.request_ids` holds for its rows.
-            stream: where it is ordered; None = the stream of the current (or the last) step.
-
-        Raises:
-            LifecycleError: a block that is reserved, held by somebody, out of range or named twice; nothing is changed.
-            ConfigError: lifecycle is off. PhaseError, CaptureError: inside a forward, or a capture of the stream.
-        """
-        self.lifecycle.call("allocate", ids, owner, pool, stream)
-
-    @one_at_a_time
-    def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
-        """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
-
-        Arguments and errors are those of `allocate_blocks`.
-        """
-        self.lifecycle.call("share", ids, owner, pool, stream)
-
-    @one_at_a_time
-    def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
-        """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
-
-        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that it does not hold.
-        """
-        self.lifecycle.call("free", ids, owner, pool, stream)
-
-    @one_at_a_time
-    def claim_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
-        """Say that the only holder of blocks, who came to them by sharing, writes them from now on.
-
-        For copy-on-write by reference counts: the last holder of a block appends to it in place. The epoch goes on.
-
-        Arguments and errors are those of `allocate_blocks`; LifecycleError also for blocks that others hold too.
-        """
-        self.lifecycle.call("claim", ids, owner, pool, stream)
-
+    # ---- host-driven calls -------------------------------------------------------------------------------------------
     def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
         stream = self._stream if stream is None else stream
         self._host_driven(call, stream)
         return stream, self._step + (self._phases.phase is Phase.STEP)
 
-    # ---- host-driven calls -------------------------------------------------------------------------------------------
     def _host_driven(self, call: str, stream: Any = None) -> Backend:
         stream = self._stream if stream is None else stream
         self._phases.need_open(call)
