@@ -9,7 +9,7 @@
 // ---- facts of a row ------------------------------------------------------------------------------------------------------
 struct RowExtent {
     int64_t first_token, n_new, length, prefix, capacity, verify_start, verify_end, bad_value;
-    uint32_t flags;  // BAD_QUERY or BAD_LENGTH
+    uint32_t flags;  // BAD_QUERY, BAD_TABLE or BAD_LENGTH
 };
 
 // What the engine's metadata say of a row, clamped so that nothing derived from it leaves an array or 32 bits.
@@ -20,6 +20,11 @@ KVC_DEVICE RowExtent kvc_row_extent(const Pool& pool, const Batch& batch, int32_
     if (q0 < 0 || q1 < q0 || q1 > batch.n_tokens) {
         e.flags = KVC_ROW_BAD_QUERY;
         e.bad_value = q1;
+        return e;
+    }
+    if (!batch.seq_lens && !kvc_is_inside_table(batch, row)) {  // how long it is cannot be known
+        e.flags = KVC_ROW_BAD_TABLE;
+        e.bad_value = kvc_pointer<int32_t>(batch.kv_indptr)[row + 1];
         return e;
     }
     const int64_t entries = kvc_table_entries(batch, row);
@@ -177,11 +182,11 @@ KVC_DEVICE void kvc_claim_slots(const Guard& guard, const Pool& pool, const Batc
 }
 
 // Whether any new token of the row has a real slot, or one outside the pool; mostly the first 256 tokens tell.
-KVC_DEVICE bool kvc_is_live(const Pool& pool, const Batch& batch, const RowExtent& e) {
-    for (int64_t base = 0; base < e.n_new; base += KVC_THREADS) {
+KVC_DEVICE bool kvc_is_live(const Pool& pool, const Batch& batch, int64_t first_token, int64_t n_new) {
+    for (int64_t base = 0; base < n_new; base += KVC_THREADS) {
         const int64_t i = base + kvc_thread();
         bool is_real = false;
-        if (i < e.n_new) is_real = kvc_write_slot(pool, batch, e.first_token + i).status != KVC_SLOT_EMPTY;
+        if (i < n_new) is_real = kvc_write_slot(pool, batch, first_token + i).status != KVC_SLOT_EMPTY;
         if (kvc_sync_block_or(is_real)) return true;
     }
     return false;
@@ -254,7 +259,11 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     row.request_slot = batch.request_slots ? kvc_pointer<int32_t>(batch.request_slots)[index] : -1;
     row.request_id = batch.request_ids ? kvc_pointer<uint32_t>(batch.request_ids)[index] : 0;
     kvc_claim_slots(p.guard, pool, batch, e, forward);
-    if (kvc_is_live(pool, batch, e)) {
+    if (e.flags & KVC_ROW_BAD_TABLE) {
+        const int32_t* query = kvc_pointer<int32_t>(batch.query_start_loc);
+        const bool is_padding = !kvc_is_live(pool, batch, query[index], query[index + 1] - query[index]);
+        if (is_padding) row.flags = row.bad_value = 0;
+    } else if (kvc_is_live(pool, batch, e.first_token, e.n_new)) {
         row.flags |= KVC_ROW_LIVE;
         if (row.request_slot >= (int32_t)pool.max_requests) {
             row.flags |= KVC_ROW_BAD_REQUEST_SLOT;

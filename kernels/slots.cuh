@@ -46,13 +46,18 @@ KVC_DEVICE KvcSlot kvc_engine_slot(const Pool& pool, int64_t named, int64_t raw)
     return {slot, raw, KVC_SLOT_OK};
 }
 
+// Whether a row's part of a CSR table is inside it.
+KVC_DEVICE bool kvc_is_inside_table(const Batch& batch, int32_t row) {
+    const int32_t* indptr = kvc_pointer<int32_t>(batch.kv_indptr);
+    const int64_t begin = indptr[row], end = indptr[row + 1];
+    return begin >= 0 && end <= batch.table_width && begin <= end;
+}
 // Entries of a row's table.
 KVC_DEVICE int64_t kvc_table_entries(const Batch& batch, int32_t row) {
     if (batch.table_kind == KVC_TABLE_STATIC) return 1;
     if (batch.table_kind == KVC_TABLE_DENSE) return batch.table_width;
     const int32_t* indptr = kvc_pointer<int32_t>(batch.kv_indptr);
-    const int64_t begin = indptr[row], end = indptr[row + 1];
-    return begin < 0 || end > batch.table_width || end < begin ? 0 : end - begin;
+    return kvc_is_inside_table(batch, row) ? (int64_t)indptr[row + 1] - indptr[row] : 0;
 }
 
 // ---- rings ---------------------------------------------------------------------------------------------------------------

@@ -167,8 +167,12 @@ def table_entries(batch: BatchArrays, rows: Array) -> Array:
         return np.full(len(rows), batch.table_width, np.int64)
     assert batch.kv_indptr is not None
     begin, end = batch.kv_indptr[rows].astype(np.int64), batch.kv_indptr[rows + 1].astype(np.int64)
-    bad = (begin < 0) | (end > batch.table_width) | (end < begin)
-    return np.where(bad, 0, end - begin)
+    return np.where(is_inside(begin, end, batch.table_width), end - begin, 0)
+
+
+def is_inside(begin: Any, end: Any, n: int) -> Any:
+    """Whether [begin, end) is a part of [0, n)."""
+    return (begin >= 0) & (end <= n) & (begin <= end)
 
 
 def table_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, positions: Array) -> Slots:
@@ -219,6 +223,12 @@ def _find_row(pool: PoolArrays, batch: BatchArrays, r: int, forward: int) -> Arr
     if q0 < 0 or q1 < q0 or q1 > batch.n_tokens:
         row["flags"], row["bad_value"] = abi.ROW_BAD_QUERY, q1
         return row
+    if batch.seq_lens is None and batch.kv_indptr is not None:
+        begin, end = (int(n) for n in batch.kv_indptr[r : r + 2])
+        if not is_inside(begin, end, batch.table_width):
+            if (write_slots(pool, batch, np.arange(q0, q1)).status != EMPTY).any():  # else it is padding
+                row["flags"], row["bad_value"] = abi.ROW_BAD_TABLE, end
+            return row
     entries = int(table_entries(batch, np.array([r]))[0])
     length = min(row_length(batch, r), MAX_POSITIONS)
     if q1 - q0 > length:
@@ -419,14 +429,16 @@ def bad_rows(pool: PoolArrays, rows: Array) -> Array:
     """OUT_OF_RANGE of rows whose metadata cannot be: VIOLATION[n]."""
     flags, live = rows["flags"], rows["flags"] & abi.ROW_LIVE != 0
     bad = flags & (abi.ROW_BAD_LENGTH | abi.ROW_BAD_REQUEST_SLOT) != 0
-    index = np.flatnonzero((flags & abi.ROW_BAD_QUERY != 0) | (live & bad))
+    index = np.flatnonzero((flags & (abi.ROW_BAD_QUERY | abi.ROW_BAD_TABLE) != 0) | (live & bad))
     v = row_records(len(index), pool, pool.tag(Stage.HEAD), rows, index)
     v["reasons"], v["slot"], v["position"] = Reason.OUT_OF_RANGE, rows["bad_value"][index], rows["prefix"][index]
-    v["detail"] = np.where(
-        flags[index] & abi.ROW_BAD_QUERY,
-        Detail.QUERY_START_LOC,
-        np.where(flags[index] & abi.ROW_BAD_LENGTH, Detail.SEQ_LEN, Detail.REQUEST_SLOT),
-    )
+    names = {
+        abi.ROW_BAD_QUERY: Detail.QUERY_START_LOC,
+        abi.ROW_BAD_TABLE: Detail.KV_INDPTR,
+        abi.ROW_BAD_LENGTH: Detail.SEQ_LEN,
+    }
+    is_of = [flags[index] & flag != 0 for flag in names]
+    v["detail"] = np.select(is_of, [int(detail) for detail in names.values()], int(Detail.REQUEST_SLOT))
     return v
 
 
