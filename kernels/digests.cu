@@ -226,12 +226,14 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_sweep(KVC_PARAM SweepParams p) {
     const Pool& pool = p.pool;
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_SWEEP);
     const DigestRange range = kvc_digest_range(pool);
+    const bool any_fresh = *kvc_n_fresh(p.guard, pool) != 0;
     kvc_begin_digests(pool);
     uint32_t n_compared = 0;
     for (int64_t base = kvc_global_warp() * 32; base < p.n; base += kvc_global_warps() * 32) {
         const int64_t i = base + kvc_lane();
         int64_t slot = i < p.n ? kvc_pointer<int32_t>(p.slots)[i] : -1;
         if (slot < 0 || slot >= pool.n_slots || kvc_is_reserved(pool, slot)) slot = -1;
+        if (any_fresh && slot >= 0 && kvc_is_fresh(kvc_pointer<uint64_t>(pool.claims)[slot])) slot = -1;  // perhaps on their way
         const LaneSlot at = kvc_lane_slot(pool, slot, slot >= 0 ? kvc_pointer<int32_t>(p.positions)[i] : 0);
         const bool is_odd = kvc_compare_digests(pool, range, at, n_compared);
         if (kvc_ballot(is_odd)) {

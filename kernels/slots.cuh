@@ -146,16 +146,24 @@ KVC_DEVICE int32_t kvc_continued_slot(const Stamp& stamp) {
 KVC_DEVICE bool kvc_is_fresh(uint64_t claim) { return (uint32_t)claim == KVC_CLAIM_FRESH; }
 // A slot whose stamp was not written by a forward, but moved there or adopted by a call.
 KVC_DEVICE bool kvc_was_moved(uint64_t claim) { return (uint32_t)claim == 0 || kvc_is_fresh(claim); }
+// When a stamp came to its slot: the forward that wrote it or, if it was moved there, the forward before the move. (What a forward
+// that never ended has stamped keeps that number when it is moved.)
+KVC_DEVICE uint32_t kvc_arrival(uint64_t claim, uint32_t step) {
+    const uint32_t moved = (uint32_t)(claim >> 32);
+    return kvc_was_moved(claim) && moved > step ? moved : step;
+}
 // Whether the stamp before a slot's own (or the one that is there now) is younger. A move has the number of the forward before it,
-// so that of two equal steps the moved one is the younger, unless both were moved.
+// so that of two equal numbers the moved one is the younger, unless both were moved.
 KVC_DEVICE bool kvc_is_rewritten(const Pool& pool, int64_t before, uint32_t before_step, int64_t slot, uint32_t step) {
-    if (before_step != step) return before_step > step;
-    const uint64_t* claims = kvc_pointer<uint64_t>(pool.claims);
-    return kvc_was_moved(claims[before]) && !kvc_was_moved(claims[slot]);
+    const uint64_t claim_before = kvc_pointer<uint64_t>(pool.claims)[before], claim = kvc_pointer<uint64_t>(pool.claims)[slot];
+    const uint32_t came_before = kvc_arrival(claim_before, before_step), came = kvc_arrival(claim, step);
+    return came_before > came || (came_before == came && kvc_was_moved(claim_before) && !kvc_was_moved(claim));
 }
 // Whether it is surely older, wherever the slot's stamp came from: of two moves of one number nobody knows.
 KVC_DEVICE bool kvc_is_older(const Pool& pool, int64_t before, uint32_t before_step, uint32_t step) {
-    return before_step < step || (before_step == step && !kvc_was_moved(kvc_pointer<uint64_t>(pool.claims)[before]));
+    const uint64_t claim = kvc_pointer<uint64_t>(pool.claims)[before];
+    const uint32_t came = kvc_arrival(claim, before_step);
+    return came < step || (came == step && !kvc_was_moved(claim));
 }
 KVC_DEVICE uint32_t* kvc_n_fresh(const Guard& guard, const Pool& pool) {
     return &kvc_mutable_pointer<PoolState>(guard.pool_states)[pool.index].n_fresh;

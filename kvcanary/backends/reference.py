@@ -514,7 +514,7 @@ def judge_new_tokens(
     lost["position"] = new.position[losers]
     put_stamps(lost, pool.head[0][target.slot[losers]])
     lost["expected_token"] = batch.input_ids[new.token[losers]].astype(np.int64).astype(np.int32)
-    placed = np.flatnonzero(target.raw >= 0)
+    placed = np.flatnonzero((target.raw >= 0) & ~is_spared(pool, rows, new, target))
     row, position = new.row[placed], new.position[placed]
     home = table_slots(pool, batch, row, position)
     no_slot = home.status != OK
@@ -528,6 +528,14 @@ def judge_new_tokens(
         put_stamps(v, stamps[missing])
         out.append(v)
     return out
+
+
+def is_spared(pool: PoolArrays, rows: Array, new: NewTokens, target: Slots) -> Array:
+    """New tokens that the engine writes to a reserved block, and that no later query will see: bool[n]."""
+    length = rows["prefix"][new.row].astype(np.int64) + rows["n_new"][new.row]
+    is_past = (new.position <= length - pool.window) & (new.position >= pool.sink) & bool(pool.window)
+    spared: Array = is_past & (target.status == EMPTY)
+    return spared
 
 
 # ---- prefix stamps ---------------------------------------------------------------------------------------------------
@@ -610,9 +618,10 @@ def judge_stamps(
     prev_step = np.where(np.where(relative, follows, ~is_relative(prev)), prev_step, 0)
     salts = batch.salts[row].astype(np.uint64) if batch.salts is not None else np.zeros(len(row), np.uint64)
     starts = known & (position == 0) & ~is_relative(stamp)
-    # Before a window, only a predecessor that is surely older; a moved stamp may have left its own behind.
+    # Before a window, only the very predecessor that it continued, and if that is surely older: the table may name
+    # anything there, and a moved stamp may have left its own behind.
     is_later = is_older(pool, before.slot, prev_step, stamp["step"])
-    is_later &= (prev_step != 0) & (prev_step < forward) & (stamp["prev_slot"] != abi.PREV_NONE)
+    is_later &= (prev_step != 0) & (prev_step < forward) & (continued_slots(stamp) == before.slot)
     may_link = (position > rows["verify_start"][row]) | (position < pool.sink) | is_later
     may_link &= is_kept(pool, rows, row, position - 1)
     links = known & (position > 0) & may_link & (prev_step != 0)
@@ -723,23 +732,35 @@ def was_moved(pool: PoolArrays, slots: Array) -> Array:
     return moved
 
 
+def arrivals(pool: PoolArrays, slots: Array, steps: Array) -> Array:
+    """When stamps came to their slots: the forward that wrote them or, of moved ones, the forward before the move.
+
+    What a forward that never ended has stamped keeps that number when it is moved. Anything where a slot is no slot.
+    """
+    numbers = pool.claims[np.clip(slots, 0, pool.n_slots - 1)] >> np.uint64(32)
+    came: Array = np.where(was_moved(pool, slots), np.maximum(numbers, steps.astype(np.uint64)), steps)
+    return came
+
+
 def is_older(pool: PoolArrays, before: Array, before_steps: Array, steps: Array) -> Array:
     """Whether the stamps in ``before`` are surely older than those of ``steps``, wherever these came from: bool[n].
 
     Of two moves of one number nobody knows.
     """
-    older: Array = (before_steps < steps) | ((before_steps == steps) & ~was_moved(pool, before))
+    came = arrivals(pool, before, before_steps)
+    older: Array = (came < steps) | ((came == steps) & ~was_moved(pool, before))
     return older
 
 
 def is_rewritten(pool: PoolArrays, before: Array, before_steps: Array, slots: Array, steps: Array) -> Array:
     """Whether the stamps in ``before`` are younger than those in ``slots``: bool[n]; anything where a slot is negative.
 
-    A move has the number of the forward before it, so that of two equal steps the moved one is the younger, unless both
-    were moved.
+    A move has the number of the forward before it, so that of two equal numbers the moved one is the younger, unless
+    both were moved.
     """
+    came_before, came = arrivals(pool, before, before_steps), arrivals(pool, slots, steps)
     later = was_moved(pool, before) & ~was_moved(pool, slots)
-    younger: Array = (before_steps > steps) | ((before_steps == steps) & later)
+    younger: Array = (came_before > came) | ((came_before == came) & later)
     return younger
 
 
@@ -777,7 +798,9 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     links &= ~is_outlived(pool, np.where(has_before, before, 0), prev)
     broken = links & (stamp["chain"] != chain)
     reasons |= np.where(broken, Reason.CHAIN, 0)
-    unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"])
+    # A forward that failed in this very step is not among the failed ones before the next one begins.
+    is_open = (stamp["step"] == pool.state["head_forward"]) & (pool.state["head_forward"] != pool.state["tail_forward"])
+    unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"]) & ~is_open
     reasons |= np.where(unfinished, Reason.UNWRITTEN, 0)
     if pool.blocks is not None:
         reasons |= np.where(written, ownership.epoch_reasons(pool.block_states(slots), stamp), 0)
