@@ -48,6 +48,25 @@ def test_new_tokens_that_no_later_query_sees_need_no_slot(sides: Sides) -> None:
     assert lost == {21: Reason.UNWRITTEN}
 
 
+# ---- registers -------------------------------------------------------------------------------------------------------
+def test_a_text_goes_on_elsewhere_after_drafts(sides: Sides) -> None:
+    """Back in its request slot, at a length that only drafts had: the register has those, history and cache do not."""
+    s = Script(sides())
+    assert s.forward(Row(1, A, 0, 6, [1, 2])) == []
+    assert s.forward(Row(1, [*A[:7], 7, 8, 9], 6, 10, [1, 2, 3])) == [], "none of the drafts is accepted"
+    assert s.forward(Row(2, A, 0, 9, [4, 5, 6])) == []
+    assert s.forward(Row(1, A, 9, 10, [4, 5, 6])) == []
+    assert s.forward(Row(1, A, 10, 11, [4, 5, 6])) == []
+
+
+def test_drafts_that_are_kept(sides: Sides) -> None:
+    s = Script(sides())
+    assert s.forward(Row(1, A, 0, 6, [1, 2])) == []
+    assert s.forward(Row(1, [*A[:7], 7, 8, 9], 6, 10, [1, 2, 3])) == []
+    kept = kinds(s.forward(Row(1, A, 9, 10, [1, 2, 3])))
+    assert set(kept) == {11, 12} and all(reasons & Reason.TOKEN for reasons in kept.values())
+
+
 # ---- the sweep -------------------------------------------------------------------------------------------------------
 def test_a_sweep_in_the_step_of_a_failed_forward(sides: Sides) -> None:
     """An index may list blocks when they are scheduled; the engine catches what its forward raises."""

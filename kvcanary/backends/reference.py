@@ -312,6 +312,21 @@ def forget_elsewhere(pool: PoolArrays, request_id: int, forward: int) -> None:
     pool.registers["request_id"][~is_claimed & (pool.registers["request_id"] == request_id)] = 0
 
 
+def is_register_outdated(pool: PoolArrays, batch: BatchArrays, r: int, row: Array, last_mix: int) -> bool:
+    """Whether the register's last token before the prefix is neither the history's nor the slot's: it was a draft's.
+
+    The text has gone on elsewhere. Where the slot's stamp has the register's token, the history differs from the cache.
+    """
+    last = np.array([int(row["prefix"]) - 1])
+    token = int(history_tokens(pool, batch, row.reshape(1), np.zeros(1, np.int64), last)[0])
+    if token < 0 or int(hashing.token_mix(np.array([token]), last)[0]) == last_mix:
+        return False
+    at = table_slots(pool, batch, np.array([r]), last)
+    stamp = pool.head[0][at.slot[0]]
+    is_there = at.status[0] == OK and stamp["step"] != 0
+    return bool(is_there and stamp["token"] == token and stamp["position"] == last[0])
+
+
 def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     """Set the row's ``anchor`` (from the best source there is) and ``share``; returns flags."""
     salt = int(batch.salts[r]) if batch.salts is not None else 0
@@ -322,13 +337,14 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     if row["request_id"] and slot >= 0:
         reg = pool.registers[slot]
         oldest = max(int(reg["first_length"]), int(reg["length"]) - abi.N_REGISTER_LENGTHS + 1)
-        if reg["request_id"] == row["request_id"] and oldest <= prefix <= int(reg["length"]):
-            row["anchor"] = reg["chain"][prefix % abi.N_REGISTER_LENGTHS]
-            row["share"] = reg["forwards"]
+        chain, one_less = (int(reg["chain"][n % abi.N_REGISTER_LENGTHS]) for n in (prefix, prefix - 1))
+        last_mix, knows_last = (chain - one_less * abi.CHAIN_P) % (1 << 64), prefix - 1 >= oldest
+        is_known = reg["request_id"] == row["request_id"] and oldest <= prefix <= int(reg["length"])
+        if is_known and not (knows_last and is_register_outdated(pool, batch, r, row, last_mix)):
+            row["anchor"], row["share"] = chain, reg["forwards"]
             flags = abi.ROW_ANCHORED | abi.ROW_REGISTERED | (abi.ROW_RELATIVE if reg["is_relative"] else 0)
-            if prefix - 1 >= oldest:
-                one_less = int(reg["chain"][(prefix - 1) % abi.N_REGISTER_LENGTHS])
-                row["last_mix"] = (int(row["anchor"]) - one_less * abi.CHAIN_P) % (1 << 64)
+            if knows_last:
+                row["last_mix"] = last_mix
                 flags |= abi.ROW_KNOWS_LAST
             return flags
     if batch.prefix_chain is not None and batch.prefix_chain[r]:
