@@ -54,7 +54,7 @@ KVC_DEVICE ListedTurn kvc_listed_turn(int64_t item, int64_t last, uint32_t diges
 // This lane's entry of a turn; few are spread over all warps.
 KVC_DEVICE Due kvc_listed_entry(const Pool& pool, const Due* list, const ListedTurn& turn) {
     uint32_t shift = kvc_run_shift(pool, turn.digest);
-    while (shift && KVC_WARPS << shift > turn.n) --shift;
+    while (shift && (uint32_t)KVC_WARPS << shift > turn.n) --shift;
     const uint32_t place = kvc_place_in_block(shift);
     return place < turn.n ? list[turn.first + place] : Due{0, -1, 0, 0};  // a position that no entry has
 }
