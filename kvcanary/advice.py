@@ -47,6 +47,13 @@ ADVICE: dict[str, str] = {
     "": "The records do not say. Keep the file, run with verify_data_every=1 and lifecycle=True, and look at all "
     "findings of the next time together.",
 }
+# Where lifecycle=True is on already, and the guard was not told.
+WITH_LIFECYCLE: dict[str, str] = {
+    "C03": "Look for a block that was handed out without telling the guard (allocate_blocks() and free_blocks() refuse "
+    "what they are told twice), and for a table row that names a block of another request.",
+    "": "The records do not say. Keep the file, run with verify_data_every=1, and look at all findings of the next "
+    "time together.",
+}
 # Where the KV lies in host memory: there is no GPU to look at.
 ON_HOST: dict[str, str] = {
     "C24": "Look at the memory first: machine-check and ECC errors (dmesg, edac-util), then run AddressSanitizer or "
@@ -70,6 +77,12 @@ FALLEN = (
 )
 
 
-def advice_on(class_id: str, is_on_host: bool) -> str:
-    """What to do about a cause, "" for none; ``is_on_host``: the KV lies in host memory."""
-    return ON_HOST.get(class_id, ADVICE[class_id]) if is_on_host else ADVICE[class_id]
+def advice_on(class_id: str, is_on_host: bool, has_lifecycle: bool = False) -> str:
+    """What to do about a cause, "" for none.
+
+    Args:
+        is_on_host: the KV lies in host memory.
+        has_lifecycle: the guard was told of owners: lifecycle=True is no advice.
+    """
+    advice = {**ADVICE, **(WITH_LIFECYCLE if has_lifecycle else {}), **(ON_HOST if is_on_host else {})}
+    return advice[class_id]

@@ -87,7 +87,11 @@ class Run:
     def words(self) -> str:
         if len(self.slots) == 1:
             return f"slot {self.slots[0]}"
-        return f"slots {self.slots[0]} to {self.slots[-1]} ({len(self.slots)} of them)"
+        first, last = min(self.slots), max(self.slots)
+        if last - first + 1 == len(self.slots):
+            return f"slots {first} to {last} ({len(self.slots)} of them)"
+        blocks = f"blocks {', '.join(map(str, self.blocks[:4]))}{', ...' if len(self.blocks) > 4 else ''}"
+        return f"{len(self.slots)} slots between {first} and {last} ({blocks})"
 
     @property
     def story(self) -> str:
@@ -140,7 +144,8 @@ class Records:
     def read_runs(self) -> list[Run]:
         """Runs of foreign or wrong stamps, without those that a reported write or input explains."""
         astray = [v for v in self.writes if Reason.WRITE_POSITION in v.reasons or not v.request_id]
-        explained = {(v.slot, v.forward) for v in (*astray, *self.inputs)}
+        twice = [v for v in self.duplicates if v.stamp_owner == v.request_id]
+        explained = {(v.slot, v.forward) for v in (*astray, *self.inputs, *twice)}
         reads = [v for v in self.reads if (v.slot, v.stamp_step) not in explained]
         # CHAIN alone is the seam of a substitution that is told by its tokens: what tells of these tells more.
         told = {v.request_id for v in self.reads if v.reasons & (Reason.TOKEN | Reason.POSITION)}
@@ -254,6 +259,7 @@ class Records:
                 v.request_id == hole.request_id == v.stamp_owner
                 and v.position < hole.position
                 and v.reasons & Reason.TOKEN
+                and (Reason.POSITION not in v.reasons or v.stored_position == hole.position)
             ):
                 return v.position
         return None
