@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcanary import readings
+from kvcanary import abi, readings
 from kvcanary.cause_rules_bytes import Found
 from kvcanary.evidence import Records, Run
 from kvcanary.tags import Reason
@@ -25,10 +25,19 @@ def moved_entries(records: Records, v: Violation) -> list[Violation]:
     """
     row = row_of(records, v)
     wrong = {r.position for r in row if r.reasons & (Reason.POSITION | Reason.TOKEN | Reason.UNWRITTEN)}
-    moved = [r for r in row if readings.is_whole_blocks_away(r)]
+    moved = [r for r in row if readings.is_whole_blocks_away(r) and not is_older(records, r)]
     # What this very forward wrote went by the slot mapping: that the row misses it is WRITE_POSITION's to say.
-    older = [r for r in moved if r.stamp_step < r.forward and r.stored_position in wrong]
-    return moved if older and len(moved) > 1 else []
+    missed = any(r.stamp_step < r.forward and r.stored_position in wrong for r in moved)
+    return moved if missed and len(moved) > 1 else []
+
+
+def is_older(records: Records, v: Violation) -> bool:
+    """Whether the slot may hold what the block held before the request that reads it came, or came back, to it."""
+    if v.stamp_step == v.forward:
+        return False
+    if records.knows_owners(v):
+        return Reason.UNWRITTEN in v.reasons or not readings.is_of_this_allocation(v)
+    return not v.flags & abi.ROW_REGISTERED
 
 
 def late_write(records: Records, v: Violation) -> Violation | None:
@@ -116,6 +125,10 @@ def _own_positions(records: Records, run: Run) -> Found:
         yield "C19", 0.85, f"{where}: a ring that was not written where it should be, or wrapped at another place"
     elif moved := moved_entries(records, v):
         yield from moved_row(records, v, moved)
+    elif readings.is_whole_blocks_away(v) and is_older(records, v):
+        yield "C16", 0.7, f"{where}, from before it came back to these blocks: its load, or write, did not come"
+        yield "C03", 0.5, f"{where}: the table may name one block twice"
+        yield "C07", 0.5, f"{where}: the table row may be an older one"
     elif readings.is_whole_blocks_away(v):
         yield "C03", 0.8, f"{where}, and nothing is missed where that belongs: the table names one block twice"
     else:
