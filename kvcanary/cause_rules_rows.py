@@ -26,8 +26,8 @@ def moved_entries(records: Records, v: Violation) -> list[Violation]:
     row = row_of(records, v)
     wrong = {r.position for r in row if r.reasons & (Reason.POSITION | Reason.TOKEN | Reason.UNWRITTEN)}
     moved = [r for r in row if readings.is_whole_blocks_away(r) and not is_older(records, r)]
-    # What this very forward wrote went by the slot mapping: that the row misses it is WRITE_POSITION's to say.
-    missed = any(r.stamp_step < r.forward and r.stored_position in wrong for r in moved)
+    # What went elsewhere by the slot mapping is the mapping's doing.
+    missed = any(r.stored_position in wrong for r in moved if (r.slot, r.stamp_step) not in records.explained)
     return moved if missed and len(moved) > 1 else []
 
 
@@ -41,9 +41,9 @@ def is_older(records: Records, v: Violation) -> bool:
 
 
 def late_write(records: Records, v: Violation) -> Violation | None:
-    """The write, in v's forward, of a request that had ended: by its own table into a block that was given on.
+    """The write, in v's forward, of a request that may have ended: by its own table, into a block that was given on.
 
-    It holds none of the blocks that it names, and its own KV, of before, is still in one; or nothing speaks against it.
+    A request that runs holds at least one of the blocks that its findings name.
     """
     row = [r for r in row_of(records, v) if r.request_id]
     if any(r.block_owner == r.request_id or Reason.WRITE_POSITION in r.reasons for r in row):

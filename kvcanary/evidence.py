@@ -141,12 +141,16 @@ class Records:
                 runs.append([v])
         return [Run(run) for run in runs]
 
-    def read_runs(self) -> list[Run]:
-        """Runs of foreign or wrong stamps, without those that a reported write or input explains."""
+    @cached_property
+    def explained(self) -> set[tuple[int, int]]:
+        """(slot, forward) of stamps that a reported write or input explains."""
         astray = [v for v in self.writes if Reason.WRITE_POSITION in v.reasons or not v.request_id]
         twice = [v for v in self.duplicates if v.stamp_owner == v.request_id]
-        explained = {(v.slot, v.forward) for v in (*astray, *self.inputs, *twice)}
-        reads = [v for v in self.reads if (v.slot, v.stamp_step) not in explained]
+        return {(v.slot, v.forward) for v in (*astray, *self.inputs, *twice)}
+
+    def read_runs(self) -> list[Run]:
+        """Runs of foreign or wrong stamps, without those that are explained."""
+        reads = [v for v in self.reads if (v.slot, v.stamp_step) not in self.explained]
         # CHAIN alone is the seam of a substitution that is told by its tokens: what tells of these tells more.
         told = {v.request_id for v in self.reads if v.reasons & (Reason.TOKEN | Reason.POSITION)}
         return self.runs(v for v in reads if v.request_id not in told or v.reasons != Reason.CHAIN)

@@ -49,7 +49,7 @@ _BY_ITSELF: dict[Reason, str] = {  # under a stamp that the request wrote itself
     Reason.TOKEN: "its own doing, not the allocator's: drafts that were kept, a counter, or input ids of another step",
     Reason.POSITION: "its own doing: a slot mapping or position counter of another step, or a table that names one "
     "block twice",
-    Reason.CHAIN: "a slot in front of it that was rewritten since",
+    Reason.CHAIN: "a slot in front of it that was rewritten since, or another root (salt) than it was written under",
 }
 _OTHER_ROOT = (
     "the slot was written under another root (salt) than this request's, with the token that it should hold",
@@ -88,7 +88,7 @@ def likely(v: Violation, reason: Reason, usual: str) -> str:
     if reason not in _BY_ITSELF or not (v.is_in_pool and v.request_id and v.stamp_step) or usual == _OTHER_ROOT[1]:
         return usual
     if v.stamp_owner == v.request_id:
-        return _SHIFTED if is_whole_blocks_away(v) else _BY_ITSELF[reason]
+        return _SHIFTED if v.page_size > 1 and is_whole_blocks_away(v) else _BY_ITSELF[reason]
     if v.stamp_owner and is_written_over(v):
         return f"request {v.stamp_owner} wrote over it, in a block that is not its own: {_WRITTEN_OVER}"
     if not v.stamp_owner:
