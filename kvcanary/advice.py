@@ -16,7 +16,7 @@ ADVICE: dict[str, str] = {
     "C04": "Look at where the prefix index is updated when a block is evicted or rewritten; flush the prefix cache "
     "now. If the prefix hit is right, the guard was not told of it: call share_blocks() for each hit.",
     "C05": "Put everything that changes the KV into the cache key (adapter, tenant, images, position scheme), and "
-    "use a hash that does not collide; flush the prefix cache now.",
+    "use a hash that does not collide; flush the prefix cache now. If no prefix was hit: look at that row's salts.",
     "C06": "Publish a block to the prefix index only when the forward that writes it has been launched before any "
     "reader.",
     "C07": "Look at how the block table reaches the device: a copy that is missing, late, too short, or of the step "
@@ -24,7 +24,7 @@ ADVICE: dict[str, str] = {
     "C08": "The host overwrites metadata while the device still reads it: use one buffer per step in flight, or wait "
     "for the event of the step before.",
     "C09": "A captured graph replays an argument of its capture: pass it through a buffer at a fixed address, and "
-    "update the buffer before the replay.",
+    "update the buffer before the replay. Without graphs: look for a slot_mapping of -1, or of the step before.",
     "C10": "Padding and dummy rows must write a reserved block or nothing: fill slot_mapping with -1 (or a reserved "
     "slot) behind the last real token.",
     "C12": "Check the arithmetic of the slot mapping (page size, offsets, 32-bit overflow) against the block table.",
@@ -37,7 +37,8 @@ ADVICE: dict[str, str] = {
     "C17": "Something zeroes blocks after they were written: order the zeroing before the write, on the same stream.",
     "C18": "Move the scales with the quantised bytes: look at copies, offload and swaps that forget the scale array.",
     "C19": "Look at the map from window or ring positions to slots, around the place where it wraps.",
-    "C20": "Look at how rejected drafts are taken back: lengths, slot mapping and accepted counts of that step.",
+    "C20": "Look at how rejected drafts are taken back: lengths, slot mapping and accepted counts of that step. "
+    "If nothing is drafted, take the next cause.",
     "C21": "A fork writes into a block that it shares: copy the last, partly filled block before the first write, "
     "or, as its last holder, claim_blocks().",
     "C22": "Off by one in the length of the prefix that is reused: compare the number of cached tokens with what was "
@@ -46,6 +47,13 @@ ADVICE: dict[str, str] = {
     "a stray write. Take the GPU out of service if it comes again.",
     "": "The records do not say. Keep the file, run with verify_data_every=1 and lifecycle=True, and look at all "
     "findings of the next time together.",
+}
+# Where lifecycle=True is on already, and the guard was not told.
+WITH_LIFECYCLE: dict[str, str] = {
+    "C03": "Look for a block that was handed out without telling the guard (allocate_blocks() and free_blocks() refuse "
+    "what they are told twice), and for a table row that names a block of another request.",
+    "": "The records do not say. Keep the file, run with verify_data_every=1, and look at all findings of the next "
+    "time together.",
 }
 # Where the KV lies in host memory: there is no GPU to look at.
 ON_HOST: dict[str, str] = {
@@ -70,6 +78,12 @@ FALLEN = (
 )
 
 
-def advice_on(class_id: str, is_on_host: bool) -> str:
-    """What to do about a cause, "" for none; ``is_on_host``: the KV lies in host memory."""
-    return ON_HOST.get(class_id, ADVICE[class_id]) if is_on_host else ADVICE[class_id]
+def advice_on(class_id: str, is_on_host: bool, has_lifecycle: bool = False) -> str:
+    """What to do about a cause, "" for none.
+
+    Args:
+        is_on_host: the KV lies in host memory.
+        has_lifecycle: the guard was told of owners: lifecycle=True is no advice.
+    """
+    advice = {**ADVICE, **(WITH_LIFECYCLE if has_lifecycle else {}), **(ON_HOST if is_on_host else {})}
+    return advice[class_id]

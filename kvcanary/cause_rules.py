@@ -10,6 +10,16 @@ from collections.abc import Callable
 from kvcanary import readings
 from kvcanary.cause_rules_bytes import Found, data_rule
 from kvcanary.cause_rules_owners import given_away, stale_rule
+from kvcanary.cause_rules_rows import (
+    ended_row,
+    has_older_kv,
+    late_write,
+    moved_entries,
+    moved_row,
+    one_missing,
+    other_root,
+    own_tokens,
+)
 from kvcanary.cause_rules_writes import duplicates_rule, foreign_writes_rule, inputs_rule, writes_rule
 from kvcanary.evidence import Records, Run
 from kvcanary.tags import Detail, Reason, Stage
@@ -62,6 +72,12 @@ def _holes(records: Records) -> Found:
         v = run.records[0]
         if records.wrote_elsewhere(v):
             continue
+        if moved := moved_entries(records, v):
+            yield from moved_row(records, v, moved)
+            continue
+        if (write := late_write(records, v)) is not None and has_older_kv(records, v):
+            yield from ended_row(records, write)
+            continue
         what = f"{run.reader} reads {run.words} (position {run.positions[0]}), where nothing was written for it"
         if v.detail == Detail.UNFINISHED:
             yield "C16", 0.7, f"{run.words} is half written: its HEAD and TAIL stamps are of different forwards"
@@ -84,9 +100,15 @@ def _missing(records: Records, run: Run, what: str) -> Found:
     elif (over := records.overwrote_own(v)) is not None:
         yield "C14", 0.85, f"{what}: that token was written over its position {over} instead"
     elif not run.starts_block and len(run.slots) == 1:
-        yield "C20", 0.8, f"{what}, right behind what was written: a position that was counted, but never computed"
+        yield from one_missing(records, run, what)
     elif run.starts_block and not run.ends_block and len(run.slots) < run.page:
         yield "C21", 0.8, f"{what}: the first {len(run.slots)} of a block, a tail that should have been copied"
+        if len(run.slots) == 1:
+            yield (
+                "C09",
+                0.65,
+                f"{what}: one slot, as a write that was lost, or a replay with the step before, leaves it",
+            )
         yield "C20", 0.5, f"{what}: a position may have been counted before its token was computed"
     else:
         yield from _missing_block(records, run, what)
@@ -114,13 +136,15 @@ def _missing_block(records: Records, run: Run, what: str) -> Found:
 def _reads(records: Records) -> Found:
     for run in records.read_runs():
         v = run.records[0]
-        if all(r.reasons == Reason.CHAIN for r in run.records) and not run.is_registered and not run.is_moved:
-            text = f"{run.reader} finds its own tokens in {run.words}, under another root"
-            yield "C05", 0.9, f"{text}: another adapter, tenant or image wrote them, and the key does not say so"
+        only_chains = all(r.reasons == Reason.CHAIN for r in run.records)
+        if only_chains and (v.position == 0 or not (run.is_registered or run.is_moved)):
+            yield from other_root(run)
+        elif (write := late_write(records, v)) is not None:
+            yield from ended_row(records, write)
         elif run.is_moved:
             yield from _moved(run)
         elif run.owner == v.request_id:
-            yield from _own(records, run)
+            yield from own_tokens(records, run)
         elif records.is_window(v):
             yield "C19", 0.85, f"{run.story}, and it is inside the window of request {v.request_id}"
         elif run.is_registered:
@@ -156,26 +180,6 @@ def _moved(run: Run) -> Found:
             f"{what}, with other tokens than the key promises: they were overwritten before they were saved",
         )
         yield "C04", 0.5, f"{what}: they may have been saved under a stale key"
-
-
-def _own(records: Records, run: Run) -> Found:
-    v = run.records[0]
-    what = f"other tokens of request {v.request_id} itself are in {run.words}, written in forward {v.stamp_step}"
-    if any(Reason.POSITION in r.reasons for r in run.records):
-        where = f"{run.words}, where position {v.position} was, hold position {v.stored_position} of the same request"
-        if records.is_window(v):
-            yield "C19", 0.85, f"{where}: a ring that was not written where it should be, or wrapped at another place"
-        yield "C03", 0.8, f"{where}, by its own table: the table names one block twice"
-    elif run.is_shifted:
-        yield "C22", 0.9, f"{what}: each is the token of the position before"
-    elif records.differs_from_the_start(v.request_id):
-        text = f"{what}, from its first position on, which no draft ever is"
-        yield "C08", 0.85, f"{text}: a request slot, a history row, or input ids of another request"
-    elif hole := records.hole_behind(v):
-        yield "C14", 0.8, f"{what}, and its position {hole} is missing: the position counter was set back"
-    else:
-        yield "C20", 0.85, f"{what}: a draft that was not accepted, or not the token that was chosen"
-        yield "C08", 0.6, f"{what}: input ids of another step or row"
 
 
 def _overwritten(records: Records, run: Run) -> Found:

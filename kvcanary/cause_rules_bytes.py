@@ -28,7 +28,9 @@ def data_rule(records: Records) -> Found:
         elif len(run.records) > 1 and all(is_at_rest_zero(r) for r in run.records):
             yield "C17", 0.9, f"{right}: every byte is zero: a memset after the write of forward {v.stamp_step}"
         elif pairs := displaced(run.records):
-            yield from _displaced(pairs, right)
+            yield from _displaced(run, pairs, right)
+        elif run.is_moved and (intact := intact_planes(run)):
+            yield from _partial(run, right, intact)
         elif run.is_moved and run.positions[0] == 0:
             yield "C13", 0.8, f"{right}, from the first position on, since they were loaded: another layout"
             yield "C14", 0.5, f"{right}, since they were loaded: they may have gone to other slots than the stamps"
@@ -38,9 +40,36 @@ def data_rule(records: Records) -> Found:
             yield from _stray_bytes(run, right)
 
 
-def _displaced(pairs: Sequence[tuple[Violation, Violation]], right: str) -> Found:
+def intact_planes(run: Run) -> str:
+    """Which planes of the run's slots are intact for certain, in words; "" where the records do not say.
+
+    Planes are counted from 0, without gaps; what lies behind the last one that differs may not exist.
+    """
+    planes = {r.plane for r in run.records if r.plane is not None}
+    if planes == set(range(len(planes))):
+        return ""
+    if {r.plane_name for r in run.records} == {"v"}:
+        return "K"
+    return f"layers before {run.layers[0]}" if run.layers and 0 not in planes else "other planes"
+
+
+def _partial(run: Run, right: str, intact: str) -> Found:
+    """Of what was loaded, some planes came and others did not."""
+    what = f"{right}, since they were loaded, and {intact} of the same slots are intact"
+    yield "C16", 0.85, f"{what}: a part of the load never came"
+    yield "C15", 0.7, f"{what}: the load of layers {run.layers} may not have arrived when they were read"
+    yield "C13", 0.5, f"{what}: these planes may have another layout"
+
+
+def _displaced(run: Run, pairs: Sequence[tuple[Violation, Violation]], right: str) -> Found:
     """The bytes are there, but elsewhere."""
     here, there = pairs[0]
+    is_partial = run.is_moved and here.slot != there.slot and intact_planes(run)
+    if is_partial:
+        yield from _partial(run, right, is_partial)
+        older = f"{right}: slot {here.slot} holds the bytes of slot {there.slot}, in some planes"
+        yield "C14", 0.4, f"{older}: that part may have gone to other blocks, or be what they held before"
+        return
     if here.slot == there.slot:
         what = f"{here.plane_name} of layer {here.layer} holds what was written to {there.plane_name} of {there.layer}"
         yield "C13", 0.95, f"{right}: {what}: the axes of the layout were taken for others"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvcanary import abi
+from kvcanary import abi, readings
 from kvcanary.cause_rules_bytes import Found
+from kvcanary.cause_rules_rows import ended_row, late_write, moved_entries, moved_row
 from kvcanary.evidence import Records, positions_of, slots_of
 from kvcanary.ledger import owner_name
 from kvcanary.tags import Reason, Stage
@@ -14,7 +15,11 @@ def duplicates_rule(records: Records) -> Found:
     for run in records.runs(records.duplicates):
         first = run.records[0]
         who = f"requests {first.request_id} and {first.stamp_owner} both wrote {run.words} in forward {first.forward}"
-        if first.stamp_owner == first.request_id:
+        if all(readings.is_repeated(v) for v in run.records):
+            twice = f"request {first.request_id} wrote its position {first.position} twice in forward {first.forward}"
+            yield "C10", 0.9, f"{twice}, to {run.words}: a second row brought it, as padding that repeats a live row"
+            yield "C12", 0.5, f"{twice}, to {run.words}"
+        elif first.stamp_owner == first.request_id:
             yield "C12", 0.7, f"request {first.request_id} wrote {run.words} twice in forward {first.forward}"
         elif run.starts_block and len(run.slots) > 1:
             yield "C03", 0.9, f"{who}: a block that both were given"
@@ -30,6 +35,9 @@ def writes_rule(records: Records) -> Found:
             has_slot = writes[0].request_slot >= 0
             hint = ": padding, or a request whose request_ids entry is not filled in" if has_slot else ": padding"
             yield "C10", 0.95, f"a row that is no request's wrote {where} in forward {forward}{hint}"
+            continue
+        if moved := moved_entries(records, writes[0]):
+            yield from moved_row(records, writes[0], moved)
             continue
         homes = sorted({v.prev_slot for v in writes if Reason.WRITE_POSITION in v.reasons})
         if not homes:
@@ -110,6 +118,8 @@ def foreign_writes_rule(records: Records) -> Found:
         elif v.block_flags & abi.BLOCK_SHARED:
             whose = f"{what}, which is {owner_name(v.block_owner)}'s, and shared"
             yield "C21", 0.6, f"{whose}: the block should have been copied before it was written"
+        elif (late := late_write(records, v)) is not None:
+            yield from ended_row(records, late)
         elif records.may_have_ended_before(v):
             whose = f"{what}; {records.handover(v)}"
             yield "C01", 0.55, f"{whose}: a write that came late"

@@ -87,7 +87,11 @@ class Run:
     def words(self) -> str:
         if len(self.slots) == 1:
             return f"slot {self.slots[0]}"
-        return f"slots {self.slots[0]} to {self.slots[-1]} ({len(self.slots)} of them)"
+        first, last = min(self.slots), max(self.slots)
+        if last - first + 1 == len(self.slots):
+            return f"slots {first} to {last} ({len(self.slots)} of them)"
+        blocks = f"blocks {', '.join(map(str, self.blocks[:4]))}{', ...' if len(self.blocks) > 4 else ''}"
+        return f"{len(self.slots)} slots between {first} and {last} ({blocks})"
 
     @property
     def story(self) -> str:
@@ -137,11 +141,16 @@ class Records:
                 runs.append([v])
         return [Run(run) for run in runs]
 
-    def read_runs(self) -> list[Run]:
-        """Runs of foreign or wrong stamps, without those that a reported write or input explains."""
+    @cached_property
+    def explained(self) -> set[tuple[int, int]]:
+        """(slot, forward) of stamps that a reported write or input explains."""
         astray = [v for v in self.writes if Reason.WRITE_POSITION in v.reasons or not v.request_id]
-        explained = {(v.slot, v.forward) for v in (*astray, *self.inputs)}
-        reads = [v for v in self.reads if (v.slot, v.stamp_step) not in explained]
+        twice = [v for v in self.duplicates if v.stamp_owner == v.request_id]
+        return {(v.slot, v.forward) for v in (*astray, *self.inputs, *twice)}
+
+    def read_runs(self) -> list[Run]:
+        """Runs of foreign or wrong stamps, without those that are explained."""
+        reads = [v for v in self.reads if (v.slot, v.stamp_step) not in self.explained]
         # CHAIN alone is the seam of a substitution that is told by its tokens: what tells of these tells more.
         told = {v.request_id for v in self.reads if v.reasons & (Reason.TOKEN | Reason.POSITION)}
         return self.runs(v for v in reads if v.request_id not in told or v.reasons != Reason.CHAIN)
@@ -254,6 +263,7 @@ class Records:
                 v.request_id == hole.request_id == v.stamp_owner
                 and v.position < hole.position
                 and v.reasons & Reason.TOKEN
+                and (Reason.POSITION not in v.reasons or v.stored_position == hole.position)
             ):
                 return v.position
         return None

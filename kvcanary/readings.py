@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvcanary import abi
 from kvcanary.ledger import owner_name
-from kvcanary.tags import Detail, Reason, Stage
+from kvcanary.tags import Detail, PoolKind, Reason, Stage
 
 if TYPE_CHECKING:
     from kvcanary.violations import Violation
@@ -55,6 +55,13 @@ _BY_ITSELF: dict[Reason, str] = {  # under a stamp that the request wrote itself
     "block twice",
     Reason.CHAIN: "a slot in front of it that was rewritten since, or another root (salt) than it was written under",
 }
+_OTHER_ROOT = (
+    "the slot was written under another root (salt) than this request's, with the token that it should hold",
+    "salts of another row or step, or a prefix key without the adapter, tenant or image",
+)
+_SHIFTED = "a table row that is shifted, in another order, or names one block twice: it is whole blocks away"
+_REPEATED = "a padding row that repeats a live row: two rows of the batch brought the same position of the same request"
+_WRITTEN_OVER = "a block that two were given, a late write, or that request's table row or slot mapping"
 _OR_OLDER = "; or a write of its own that was lost, over older KV"
 _BY_NOBODY = f"{_PADDING}, or a copy or load that brought other KV"
 _USE_AFTER_FREE = "use after free: a table row that still names the block, or a step dispatched before it was freed"
@@ -70,6 +77,8 @@ def reading(v: Violation, reason: Reason) -> Reading | None:
         return _of_a_stranger(v) if is_strangers(v) else _of_the_stamp(v)
     if reason == Reason.FOREIGN_WRITE and v.is_in_pool:
         return _of_a_foreign_write(v)
+    if reason == Reason.CHAIN and v.reasons == Reason.CHAIN and v.position == 0 and v.is_in_pool and v.stamp_step:
+        return _OTHER_ROOT
     return None
 
 
@@ -78,14 +87,40 @@ def likely(v: Violation, reason: Reason, usual: str) -> str:
     is_write = reason == Reason.WRITE_POSITION or (reason == Reason.UNWRITTEN and v.tag.stage == Stage.TAIL)
     if is_write and not v.request_id and v.request_slot < 0 and v.row >= 0:
         return f"{_PADDING}, or {usual}"
-    if reason not in _BY_ITSELF or not (v.is_in_pool and v.request_id and v.stamp_step):
+    if reason == Reason.DUPLICATE_WRITE and is_repeated(v):
+        return _REPEATED
+    if reason not in _BY_ITSELF or not (v.is_in_pool and v.request_id and v.stamp_step) or usual == _OTHER_ROOT[1]:
         return usual
     if v.stamp_owner == v.request_id:
-        return _BY_ITSELF[reason]
+        return _SHIFTED if v.page_size > 1 and is_whole_blocks_away(v) else _BY_ITSELF[reason]
+    if v.stamp_owner and is_written_over(v):
+        return f"request {v.stamp_owner} wrote over it, in a block that is not its own: {_WRITTEN_OVER}"
     if not v.stamp_owner:
         return _BY_NOBODY
     may_be_older = not (v.block_epoch or v.block_flags) and v.stamp_step < v.forward
     return f"{usual}{_OR_OLDER}" if may_be_older and reason == Reason.TOKEN else usual
+
+
+def is_whole_blocks_away(v: Violation) -> bool:
+    """Whether the slot holds the request's own KV of the same place in another block: that is a table's doing.
+
+    In a ring or behind a window it need not be.
+    """
+    is_own = v.stamp_owner == v.request_id != 0 and v.tag.pool_kind != PoolKind.SWA
+    shift = v.stored_position - v.position
+    return is_own and Reason.POSITION in v.reasons and shift != 0 and shift % v.page_size == 0
+
+
+def is_repeated(v: Violation) -> bool:
+    """Whether both tokens of a slot are the same position of the same request: a row has each position once."""
+    is_own = v.stamp_owner == v.request_id != 0
+    return is_own and Reason.DUPLICATE_WRITE in v.reasons and v.stored_position == v.position
+
+
+def is_written_over(v: Violation) -> bool:
+    """Whether the block is the reader's own, and the writer of what is in the slot did not own it."""
+    is_readers = v.block_owner == v.request_id != 0 and not v.block_flags & abi.BLOCK_SHARED
+    return is_readers and not v.stamp_epoch and v.stamp_owner not in (0, v.request_id)
 
 
 def was_handed_on(v: Violation) -> bool:

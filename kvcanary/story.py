@@ -42,12 +42,14 @@ class Episode:
         moments: by step.
         causes: what would explain them, the most likely first.
         is_on_host: of KV in host memory.
+        has_lifecycle: of a run with lifecycle=True.
     """
 
     violations: tuple[Violation, ...]
     moments: tuple[Moment, ...]
     causes: tuple[Cause, ...]
     is_on_host: bool = False
+    has_lifecycle: bool = False
 
     @property
     def first(self) -> Violation:
@@ -80,7 +82,11 @@ class Episode:
     @property
     def advice(self) -> list[str]:
         """What to do, the most urgent first."""
-        return [CONTAIN, advice_on(self.causes[0].class_id if self.causes else "", self.is_on_host)]
+        return [CONTAIN, self.advice_on(self.causes[0].class_id if self.causes else "")]
+
+    def advice_on(self, class_id: str) -> str:
+        """What to do about one of the causes."""
+        return advice_on(class_id, self.is_on_host, self.has_lifecycle)
 
 
 def episodes_of(run: BoxRun) -> list[Episode]:
@@ -95,10 +101,11 @@ def episodes_of(run: BoxRun) -> list[Episode]:
         if not parts or v.step - parts[-1][-1][1].step > gap:
             parts.append([])
         parts[-1].append((time, v))
-    return [_episode(part, run.is_on_host) for part in parts]
+    has_lifecycle = bool(run.config.get("lifecycle", False))
+    return [_episode(part, run.is_on_host, has_lifecycle) for part in parts]
 
 
-def _episode(part: Sequence[tuple[float, Violation]], is_on_host: bool) -> Episode:
+def _episode(part: Sequence[tuple[float, Violation]], is_on_host: bool, has_lifecycle: bool) -> Episode:
     violations = tuple(v for _, v in part)
     by_step: dict[int, list[tuple[float, Violation]]] = {}
     for time, v in part:
@@ -112,7 +119,7 @@ def _episode(part: Sequence[tuple[float, Violation]], is_on_host: bool) -> Episo
         )
         for step, found in sorted(by_step.items())
     )
-    return Episode(violations, moments, tuple(classify(violations)), is_on_host)
+    return Episode(violations, moments, tuple(classify(violations)), is_on_host, has_lifecycle)
 
 
 def stall_advice(run: BoxRun) -> list[str]:
@@ -159,7 +166,7 @@ def _episode_as_json(episode: Episode) -> dict[str, Any]:
                 "name": cause.name,
                 "confidence": cause.confidence,
                 "evidence": list(cause.evidence),
-                "advice": advice_on(cause.class_id, episode.is_on_host),
+                "advice": episode.advice_on(cause.class_id),
             }
             for cause in episode.causes
         ],

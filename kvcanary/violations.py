@@ -277,7 +277,9 @@ class Violation:
             return ""
         block, since = self.slot // self.page_size, f"after forward {self.block_since}"
         if self.block_owner:
-            same = " (the same request)" if self.block_owner == self.request_id else ""
+            is_write = self.reasons & (Reason.WRITE_POSITION | Reason.WRITE_TOKEN | Reason.FOREIGN_WRITE)
+            reader = " (who writes there)" if is_write else " (who reads there)"
+            same = reader if self.block_owner == self.request_id else ""
             shared = ", and is shared" if self.block_flags & abi.BLOCK_SHARED else ""
             return f"block {block} was given to {owner_name(self.block_owner)}{same} {since}{shared}"
         if self.block_flags & abi.BLOCK_SHARED:

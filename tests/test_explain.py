@@ -149,6 +149,16 @@ class TestStory:
         assert set(ADVICE) == {*NAMES, ""}
         assert all(text.endswith(".") and len(text) > 30 for text in ADVICE.values())
 
+    def test_lifecycle_is_no_advice_where_it_is_on(self) -> None:
+        twice = [
+            violation(reasons=Reason.DUPLICATE_WRITE, slot=64 + i, position=i, request_id=1, stamp_owner=2)
+            for i in (0, 1)
+        ]
+        (off,), (on,) = (episodes_of(run_with(*twice, config={"lifecycle": told})) for told in (False, True))
+        assert off.causes[0].class_id == on.causes[0].class_id == "C03"
+        assert "lifecycle=True" in off.advice[1] and "lifecycle" not in on.advice[1]
+        assert not any("lifecycle=True" in advice_on(id_, False, has_lifecycle=True) for id_ in ADVICE)
+
     def test_where_there_is_no_gpu_nobody_is_sent_to_look_at_one(self) -> None:
         assert set(ON_HOST) <= set(ADVICE)
         for class_id in ADVICE:
