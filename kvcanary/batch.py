@@ -72,7 +72,8 @@ class StepBatch:
         request_ids: u32[rows], never reused; 0 = unknown, the row is unanchored.
         salts: u64[rows].
         prefix_chain: u64[rows], `CanaryManager.chain` of the prefix; read on a request's first forward.
-        token_history: i32[max_requests, max_len] by request slot; negative = not judged.
+        token_history: i32[max_requests, max_len] by request slot; negative = not judged, nor is what lies
+            behind max_len.
         expected_tokens: [tokens], of the element type of ``input_ids``.
         pending: u8[rows], 1 = KV of this row is still being loaded.
         verify_all: u8[rows], 1 = digest the whole prefix; set it for a row whose KV came from elsewhere since its last
@@ -260,6 +261,11 @@ def _check_shapes(views: Mapping[str, ArrayView], max_requests: int, max_new_tok
     if expected is not None and expected.itemsize != ids.itemsize:
         raise BatchError(
             f"expected_tokens has {expected.itemsize} bytes an entry, input_ids {ids.itemsize}: give both the same type"
+        )
+    if history is not None and not history.shape[1]:
+        raise BatchError(
+            f"token_history has shape {history.shape}, no room for a token: give i32[max_requests, tokens of the "
+            "longest request], or None"
         )
     if history is not None and history.shape[0] < max_requests:
         raise BatchError(f"token_history has {history.shape[0]} rows: give one per request slot, {max_requests}")
