@@ -19,7 +19,7 @@ from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.black_box import BlackBox, open_black_box
 from kvcanary.captured import CaptureWatch
-from kvcanary.checks import check_salt, is_first_forward
+from kvcanary.checks import check_observer, check_salt, is_first_forward
 from kvcanary.config import CanaryConfig
 from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names, zeros_beside
 from kvcanary.contexts import ForwardContext, StepContext
@@ -673,7 +673,11 @@ class CanaryManager(OwnershipCalls, MoveCalls, EmbedCalls, OfThisProcess):
         """Have an observer asked at the end of each step, behind the guard's own; what it raises is logged and counted.
 
         It runs on the thread that ends the step: it must neither wait for the device nor take long.
+
+        Raises:
+            ConfigError: it has no `is_due` or no `step`.
         """
+        check_observer(observer)
         self._phases.need_open("add_observer()")
         self._more_observers += (observer,)
 
