@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvcanary import abi
 from kvcanary.arrays import ArrayView, view_of
 from kvcanary.errors import BatchError
+from kvcanary.keywords import refuse_unknown_keywords
 from kvcanary.layout import KvPool
 
 _MAX_I32 = (1 << 31) - 1
@@ -135,6 +136,9 @@ class StepBatch:
             _check_table(views, pool, rows, self.table_entries)
             bound.append(BoundBatch(i, rows, n_tokens, views, _record(views, pool, rows, n_tokens, self.table_entries)))
         return bound
+
+
+refuse_unknown_keywords(StepBatch, BatchError)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any, get_type_hints
 
 from kvcanary.errors import ConfigError
+from kvcanary.keywords import refuse_unknown_keywords
 from kvcanary.perturb_spec import parse_faults
 
 ENV_PREFIX = "KVCANARY_"
@@ -144,6 +145,9 @@ class CanaryConfig:
     def health_raises(self) -> bool:
         """Whether a stalled guard raises (else it logs)."""
         return self.health_policy == "raise" or (self.health_policy == "as-mode" and self.mode == "raise")
+
+
+refuse_unknown_keywords(CanaryConfig, ConfigError)
 
 
 def choices_of(name: str) -> tuple[str, ...]:
