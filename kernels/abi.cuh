@@ -46,6 +46,7 @@
 #define KVC_ROW_BAD_REQUEST_SLOT 256
 #define KVC_ROW_RELATIVE 512
 #define KVC_ROW_KNOWS_LAST 1024
+#define KVC_ROW_BAD_TABLE 2048
 #define KVC_WORK_VERIFY 0
 #define KVC_WORK_WRITE 1
 #define KVC_WORK_TAIL 2
@@ -116,6 +117,7 @@
 #define KVC_DETAIL_UNFINISHED 6u
 #define KVC_DETAIL_SCRUB 7u
 #define KVC_DETAIL_RESERVED 8u
+#define KVC_DETAIL_KV_INDPTR 9u
 
 struct alignas(32) Stamp {
     uint64_t chain;

@@ -9,7 +9,7 @@
 // ---- facts of a row ------------------------------------------------------------------------------------------------------
 struct RowExtent {
     int64_t first_token, n_new, length, prefix, capacity, verify_start, verify_end, bad_value;
-    uint32_t flags;  // BAD_QUERY or BAD_LENGTH
+    uint32_t flags;  // BAD_QUERY, BAD_TABLE or BAD_LENGTH
 };
 
 // What the engine's metadata say of a row, clamped so that nothing derived from it leaves an array or 32 bits.
@@ -20,6 +20,11 @@ KVC_DEVICE RowExtent kvc_row_extent(const Pool& pool, const Batch& batch, int32_
     if (q0 < 0 || q1 < q0 || q1 > batch.n_tokens) {
         e.flags = KVC_ROW_BAD_QUERY;
         e.bad_value = q1;
+        return e;
+    }
+    if (!batch.seq_lens && !kvc_is_inside_table(batch, row)) {  // how long it is cannot be known
+        e.flags = KVC_ROW_BAD_TABLE;
+        e.bad_value = kvc_pointer<int32_t>(batch.kv_indptr)[row + 1];
         return e;
     }
     const int64_t entries = kvc_table_entries(batch, row);
@@ -103,6 +108,19 @@ KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
     }
 }
 
+// Whether the register's last token before the prefix is neither what the engine's history has there nor what the slot's stamp has:
+// it was a draft's, and the text has gone on elsewhere. (Where the stamp has the register's, the history differs from the cache.)
+KVC_DEVICE bool kvc_is_register_outdated(const Pool& pool, const Batch& batch, int32_t index, const Row& row, uint64_t last_mix) {
+    const int64_t at = (int64_t)row.prefix - 1 + pool.token_offset;
+    if (!batch.token_history || at < 0 || at >= batch.history_length) return false;
+    const int32_t token = kvc_pointer<int32_t>(batch.token_history)[row.request_slot * batch.history_length + at];
+    if (token < 0 || kvc_token_mix(token, row.prefix - 1) == last_mix) return false;
+    const KvcSlot last = kvc_table_slot(pool, batch, index, row.prefix - 1);
+    if (last.status != KVC_SLOT_OK) return false;
+    const Stamp stamp = kvc_pointer<Stamp>(pool.head[0])[last.slot];
+    return stamp.step && stamp.token == token && stamp.position == row.prefix - 1;
+}
+
 // The chain at the row's prefix, from the best source there is: salt, register, prefix_chain, token_history, or (unanchored)
 // the predecessor's stamp. All threads of the block take part; thread 0's `row` is filled in.
 KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t index, Row& row) {
@@ -117,14 +135,17 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
         const Register& reg = kvc_pointer<Register>(pool.registers)[row.request_slot];
         const int64_t oldest = (int64_t)reg.length - (KVC_N_REGISTER_LENGTHS - 1);
         if (reg.request_id == row.request_id && prefix <= reg.length && prefix >= reg.first_length && prefix >= oldest) {
-            row.anchor = reg.chain[prefix % KVC_N_REGISTER_LENGTHS];
-            row.share = reg.forwards;
-            row.flags |= KVC_ROW_ANCHORED | KVC_ROW_REGISTERED | (reg.is_relative ? KVC_ROW_RELATIVE : 0);
-            if (prefix - 1 >= reg.first_length && prefix - 1 >= oldest) {
-                row.last_mix = row.anchor - reg.chain[(prefix - 1) % KVC_N_REGISTER_LENGTHS] * KVC_CHAIN_P;
-                row.flags |= KVC_ROW_KNOWS_LAST;
+            const bool knows_last = prefix - 1 >= reg.first_length && prefix - 1 >= oldest;
+            const uint64_t chain = reg.chain[prefix % KVC_N_REGISTER_LENGTHS];
+            const uint64_t last_mix = chain - reg.chain[(prefix - 1) % KVC_N_REGISTER_LENGTHS] * KVC_CHAIN_P;
+            if (!(knows_last && kvc_is_register_outdated(pool, batch, index, row, last_mix))) {
+                row.anchor = chain;
+                row.share = reg.forwards;
+                row.flags |= KVC_ROW_ANCHORED | KVC_ROW_REGISTERED | (reg.is_relative ? KVC_ROW_RELATIVE : 0);
+                row.last_mix = knows_last ? last_mix : row.last_mix;
+                row.flags |= knows_last ? KVC_ROW_KNOWS_LAST : 0;
+                return;
             }
-            return;
         }
     }
     if (batch.prefix_chain && kvc_pointer<uint64_t>(batch.prefix_chain)[index]) {
@@ -177,11 +198,11 @@ KVC_DEVICE void kvc_claim_slots(const Guard& guard, const Pool& pool, const Batc
 }
 
 // Whether any new token of the row has a real slot, or one outside the pool; mostly the first 256 tokens tell.
-KVC_DEVICE bool kvc_is_live(const Pool& pool, const Batch& batch, const RowExtent& e) {
-    for (int64_t base = 0; base < e.n_new; base += KVC_THREADS) {
+KVC_DEVICE bool kvc_is_live(const Pool& pool, const Batch& batch, int64_t first_token, int64_t n_new) {
+    for (int64_t base = 0; base < n_new; base += KVC_THREADS) {
         const int64_t i = base + kvc_thread();
         bool is_real = false;
-        if (i < e.n_new) is_real = kvc_write_slot(pool, batch, e.first_token + i).status != KVC_SLOT_EMPTY;
+        if (i < n_new) is_real = kvc_write_slot(pool, batch, first_token + i).status != KVC_SLOT_EMPTY;
         if (kvc_sync_block_or(is_real)) return true;
     }
     return false;
@@ -254,7 +275,11 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     row.request_slot = batch.request_slots ? kvc_pointer<int32_t>(batch.request_slots)[index] : -1;
     row.request_id = batch.request_ids ? kvc_pointer<uint32_t>(batch.request_ids)[index] : 0;
     kvc_claim_slots(p.guard, pool, batch, e, forward);
-    if (kvc_is_live(pool, batch, e)) {
+    if (e.flags & KVC_ROW_BAD_TABLE) {
+        const int32_t* query = kvc_pointer<int32_t>(batch.query_start_loc);
+        const bool is_padding = !kvc_is_live(pool, batch, query[index], query[index + 1] - query[index]);
+        if (is_padding) row.flags = row.bad_value = 0;
+    } else if (kvc_is_live(pool, batch, e.first_token, e.n_new)) {
         row.flags |= KVC_ROW_LIVE;
         if (row.request_slot >= (int32_t)pool.max_requests) {
             row.flags |= KVC_ROW_BAD_REQUEST_SLOT;

@@ -54,7 +54,7 @@ KVC_DEVICE ListedTurn kvc_listed_turn(int64_t item, int64_t last, uint32_t diges
 // This lane's entry of a turn; few are spread over all warps.
 KVC_DEVICE Due kvc_listed_entry(const Pool& pool, const Due* list, const ListedTurn& turn) {
     uint32_t shift = kvc_run_shift(pool, turn.digest);
-    while (shift && KVC_WARPS << shift > turn.n) --shift;
+    while (shift && (uint32_t)KVC_WARPS << shift > turn.n) --shift;
     const uint32_t place = kvc_place_in_block(shift);
     return place < turn.n ? list[turn.first + place] : Due{0, -1, 0, 0};  // a position that no entry has
 }
@@ -226,12 +226,14 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_sweep(KVC_PARAM SweepParams p) {
     const Pool& pool = p.pool;
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_SWEEP);
     const DigestRange range = kvc_digest_range(pool);
+    const bool any_fresh = *kvc_n_fresh(p.guard, pool) != 0;
     kvc_begin_digests(pool);
     uint32_t n_compared = 0;
     for (int64_t base = kvc_global_warp() * 32; base < p.n; base += kvc_global_warps() * 32) {
         const int64_t i = base + kvc_lane();
         int64_t slot = i < p.n ? kvc_pointer<int32_t>(p.slots)[i] : -1;
         if (slot < 0 || slot >= pool.n_slots || kvc_is_reserved(pool, slot)) slot = -1;
+        if (any_fresh && slot >= 0 && kvc_is_fresh(kvc_pointer<uint64_t>(pool.claims)[slot])) slot = -1;  // perhaps on their way
         const LaneSlot at = kvc_lane_slot(pool, slot, slot >= 0 ? kvc_pointer<int32_t>(p.positions)[i] : 0);
         const bool is_odd = kvc_compare_digests(pool, range, at, n_compared);
         if (kvc_ballot(is_odd)) {

@@ -155,13 +155,13 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
         } else if (before.status == KVC_SLOT_OK) {
             previous = kvc_link_of(pool, before.slot, kvc_see_stamp(p.guard, pool, stage, half, before.slot, forward));
         }
-        // Before a window lie blocks that may belong to others by now: judge the link into its first position only if
-        // the predecessor was not rewritten after the stamp that continued it. (If a moved stamp's predecessor did not come
-        // along, nobody can tell.)
+        // Before a window the table may name anything, and what it names may belong to others by now: judge the link into the
+        // window's first position only if the table has the very slot that the stamp continued, which was not rewritten since.
+        // (If a moved stamp's predecessor did not come along, nobody can tell.)
         const bool is_later = previous.step && previous.step < forward &&
                               kvc_is_older(pool, before.slot, previous.step, seen.stamp.step);
         const bool may_link = (position > row.verify_start || position < pool.sink ||
-                               (is_later && seen.stamp.prev_slot != KVC_PREV_NONE)) &&
+                               (is_later && kvc_continued_slot(seen.stamp) == before.slot)) &&
                               kvc_is_kept(pool, (int64_t)row.prefix + row.n_new, position - 1);
         kvc_judge_stamp(p, row, index, kvc_tag(stage, pool.kind, half), position, at.slot, seen, previous, may_link, forward);
     }

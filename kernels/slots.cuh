@@ -46,13 +46,18 @@ KVC_DEVICE KvcSlot kvc_engine_slot(const Pool& pool, int64_t named, int64_t raw)
     return {slot, raw, KVC_SLOT_OK};
 }
 
+// Whether a row's part of a CSR table is inside it.
+KVC_DEVICE bool kvc_is_inside_table(const Batch& batch, int32_t row) {
+    const int32_t* indptr = kvc_pointer<int32_t>(batch.kv_indptr);
+    const int64_t begin = indptr[row], end = indptr[row + 1];
+    return begin >= 0 && end <= batch.table_width && begin <= end;
+}
 // Entries of a row's table.
 KVC_DEVICE int64_t kvc_table_entries(const Batch& batch, int32_t row) {
     if (batch.table_kind == KVC_TABLE_STATIC) return 1;
     if (batch.table_kind == KVC_TABLE_DENSE) return batch.table_width;
     const int32_t* indptr = kvc_pointer<int32_t>(batch.kv_indptr);
-    const int64_t begin = indptr[row], end = indptr[row + 1];
-    return begin < 0 || end > batch.table_width || end < begin ? 0 : end - begin;
+    return kvc_is_inside_table(batch, row) ? (int64_t)indptr[row + 1] - indptr[row] : 0;
 }
 
 // ---- rings ---------------------------------------------------------------------------------------------------------------
@@ -141,16 +146,24 @@ KVC_DEVICE int32_t kvc_continued_slot(const Stamp& stamp) {
 KVC_DEVICE bool kvc_is_fresh(uint64_t claim) { return (uint32_t)claim == KVC_CLAIM_FRESH; }
 // A slot whose stamp was not written by a forward, but moved there or adopted by a call.
 KVC_DEVICE bool kvc_was_moved(uint64_t claim) { return (uint32_t)claim == 0 || kvc_is_fresh(claim); }
+// When a stamp came to its slot: the forward that wrote it or, if it was moved there, the forward before the move. (What a forward
+// that never ended has stamped keeps that number when it is moved.)
+KVC_DEVICE uint32_t kvc_arrival(uint64_t claim, uint32_t step) {
+    const uint32_t moved = (uint32_t)(claim >> 32);
+    return kvc_was_moved(claim) && moved > step ? moved : step;
+}
 // Whether the stamp before a slot's own (or the one that is there now) is younger. A move has the number of the forward before it,
-// so that of two equal steps the moved one is the younger, unless both were moved.
+// so that of two equal numbers the moved one is the younger, unless both were moved.
 KVC_DEVICE bool kvc_is_rewritten(const Pool& pool, int64_t before, uint32_t before_step, int64_t slot, uint32_t step) {
-    if (before_step != step) return before_step > step;
-    const uint64_t* claims = kvc_pointer<uint64_t>(pool.claims);
-    return kvc_was_moved(claims[before]) && !kvc_was_moved(claims[slot]);
+    const uint64_t claim_before = kvc_pointer<uint64_t>(pool.claims)[before], claim = kvc_pointer<uint64_t>(pool.claims)[slot];
+    const uint32_t came_before = kvc_arrival(claim_before, before_step), came = kvc_arrival(claim, step);
+    return came_before > came || (came_before == came && kvc_was_moved(claim_before) && !kvc_was_moved(claim));
 }
 // Whether it is surely older, wherever the slot's stamp came from: of two moves of one number nobody knows.
 KVC_DEVICE bool kvc_is_older(const Pool& pool, int64_t before, uint32_t before_step, uint32_t step) {
-    return before_step < step || (before_step == step && !kvc_was_moved(kvc_pointer<uint64_t>(pool.claims)[before]));
+    const uint64_t claim = kvc_pointer<uint64_t>(pool.claims)[before];
+    const uint32_t came = kvc_arrival(claim, before_step);
+    return came < step || (came == step && !kvc_was_moved(claim));
 }
 KVC_DEVICE uint32_t* kvc_n_fresh(const Guard& guard, const Pool& pool) {
     return &kvc_mutable_pointer<PoolState>(guard.pool_states)[pool.index].n_fresh;

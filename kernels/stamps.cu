@@ -44,6 +44,7 @@ KVC_DEVICE void kvc_report_bad_row(const StepParams& p, const Row& row, int32_t 
     v.slot = row.bad_value;
     v.position = row.prefix;
     v.detail = row.flags & KVC_ROW_BAD_QUERY    ? KVC_DETAIL_QUERY_START_LOC
+               : row.flags & KVC_ROW_BAD_TABLE  ? KVC_DETAIL_KV_INDPTR
                : row.flags & KVC_ROW_BAD_LENGTH ? KVC_DETAIL_SEQ_LEN
                                                 : KVC_DETAIL_REQUEST_SLOT;
     kvc_report(p.guard, p.pool, v);
@@ -358,12 +359,12 @@ KVC_DEVICE void kvc_list_due(const Guard& guard, const Pool& pool, const Batch& 
 
 // What is to be said of the rows themselves. All threads of the block take part.
 KVC_DEVICE void kvc_judge_rows(const StepParams& p) {
-    const uint32_t bad = KVC_ROW_BAD_QUERY | KVC_ROW_BAD_LENGTH | KVC_ROW_BAD_REQUEST_SLOT;
+    const uint32_t bad = KVC_ROW_BAD_LENGTH | KVC_ROW_BAD_REQUEST_SLOT, unjudged = KVC_ROW_BAD_QUERY | KVC_ROW_BAD_TABLE;
     uint64_t n_unanchored = 0;
     for (int32_t r = (int32_t)kvc_thread(); r < p.batch.rows; r += KVC_THREADS) {
         const uint32_t flags = kvc_pointer<Row>(p.pool.rows)[r].flags;
         const bool is_live = flags & KVC_ROW_LIVE;
-        if (flags & KVC_ROW_BAD_QUERY || (is_live && flags & bad)) kvc_report_bad_row(p, kvc_pointer<Row>(p.pool.rows)[r], r);
+        if (flags & unjudged || (is_live && flags & bad)) kvc_report_bad_row(p, kvc_pointer<Row>(p.pool.rows)[r], r);
         n_unanchored += is_live && !(flags & KVC_ROW_ANCHORED);
     }
     n_unanchored = kvc_warp_sum(n_unanchored);

@@ -323,6 +323,12 @@ KVC_DEVICE bool kvc_is_where_it_belongs(const StepParams& p, int32_t index, int6
     return true;
 }
 
+// A new token that the engine writes to a reserved block, and that no later query will see.
+KVC_DEVICE bool kvc_is_spared(const Pool& pool, const Row& row, int64_t position, const KvcSlot& target) {
+    if (target.status != KVC_SLOT_EMPTY || !pool.window) return false;
+    return position <= (int64_t)row.prefix + row.n_new - pool.window && position >= pool.sink;
+}
+
 // A lane per new token of a chunk of 32; returns whether this lane's was stamped.
 KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint32_t forward, bool is_judging) {
     const Pool& pool = p.pool;
@@ -341,7 +347,8 @@ KVC_DEVICE bool kvc_finish_chunk(const StepParams& p, const KvcUnit& unit, uint3
         }
         // That a ring has gone round within one forward is no clash.
         const bool is_loser = is_slot && !is_written && kvc_is_kept(pool, (int64_t)row.prefix + row.n_new, row.prefix + i);
-        if (is_judging && (is_loser || !kvc_is_where_it_belongs(p, unit.row, row.prefix + i, target, forward))) {
+        const bool is_spared = kvc_is_spared(pool, row, row.prefix + i, target);
+        if (is_judging && (is_loser || !(is_spared || kvc_is_where_it_belongs(p, unit.row, row.prefix + i, target, forward)))) {
             kvc_judge_new_token(p, unit.row, i, is_loser, forward);
         }
     }
@@ -392,6 +399,13 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_tail(KVC_PARAM StepParams p) {
     if (kvc_thread() == 0) kvc_count_entries(p.guard, p.pool, KVC_STAGE_TAIL, n);
 }
 
+// Whether a forward is the newest one, and has not reached TAIL. Outside a forward: it failed in the step at hand, and is among the
+// failed ones only once the next one begins.
+KVC_DEVICE bool kvc_is_open(const Guard& guard, const Pool& pool, uint32_t forward) {
+    const PoolState& s = kvc_pointer<PoolState>(guard.pool_states)[pool.index];
+    return forward == s.head_forward && s.head_forward != s.tail_forward;
+}
+
 // ---- kvc_stamps_sweep ----------------------------------------------------------------------------------------------------
 // A lane per resident slot: HEAD stamp against the provider's position, predecessor and token; TAIL against HEAD.
 KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
@@ -434,7 +448,7 @@ KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
                 const bool is_there = previous.step && previous.token != KVC_NO_TOKEN && !kvc_is_outlived(pool, before, previous);
                 if (may_link && is_there && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
             }
-            if (tail_step != stamp.step && !kvc_is_aborted(p.guard, pool, stamp.step)) {
+            if (tail_step != stamp.step && !kvc_is_aborted(p.guard, pool, stamp.step) && !kvc_is_open(p.guard, pool, stamp.step)) {
                 v.reasons |= KVC_REASON_UNWRITTEN;
                 v.detail = KVC_DETAIL_UNFINISHED;
             }

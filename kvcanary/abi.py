@@ -67,6 +67,7 @@ ROW_BAD_LENGTH = 128  # seq_len goes beyond the table row
 ROW_BAD_REQUEST_SLOT = 256
 ROW_RELATIVE = 512  # its chain is relative
 ROW_KNOWS_LAST = 1024  # the register knows the token before its new ones: last_mix
+ROW_BAD_TABLE = 2048  # the length is to come from kv_indptr, which is not inside kv_indices
 
 # ---- work lists: prefix sums over the rows of a batch ----------------------------------------------------------------
 WORK_VERIFY = 0  # units of prefix positions

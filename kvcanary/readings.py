@@ -38,6 +38,10 @@ _BAD_ROWS: dict[Detail, Reading] = {
         "the row's token range is not ascending inside the batch, so the row was not judged",
         "query_start_loc of another step, overwritten, or not padded behind the last row",
     ),
+    Detail.KV_INDPTR: (
+        "the row's entries in the CSR table are not ascending inside kv_indices, so the row was not judged",
+        "kv_indptr of another step, overwritten, or not padded behind the last row",
+    ),
     Detail.REQUEST_SLOT: (
         "the request slot is at or above max_requests, so the row has neither register nor history",
         "request_slots overwritten, or max_requests smaller than the engine's",

@@ -103,6 +103,7 @@ class Detail(IntEnum):
     #: the first slot of a reserved block with an element that is not finite; ``plane`` counts in
     #: `KvPool.ordered_planes`, ``found_digest`` is the element's offset in the slot (bytes), ``stored_digest`` its bits
     RESERVED = 8
+    KV_INDPTR = 9  #: the row's part of a CSR table is not inside ``kv_indices``; `slot` holds its end
 
     @property
     def is_slot(self) -> bool:

@@ -74,6 +74,7 @@ _PLACES: dict[Detail, tuple[str, str]] = {
     Detail.SLOT_MAPPING: ("slot_mapping", "the slot_mapping value {}"),
     Detail.SEQ_LEN: ("seq_len", "the row's seq_len {} (beyond its block table row)"),
     Detail.QUERY_START_LOC: ("query_end", "the end {} of the row's token range (outside the batch)"),
+    Detail.KV_INDPTR: ("kv_indptr", "the row's kv_indptr end {} (its entries are not inside kv_indices)"),
     Detail.REQUEST_SLOT: ("bad_request_slot", "the request slot {} (at or above max_requests)"),
     Detail.UNFINISHED: ("slot", "slot {}"),
     Detail.SCRUB: ("slot", "slot {}"),

@@ -223,6 +223,7 @@ def test_writes_that_went_elsewhere() -> None:
         (Detail.SEQ_LEN, Reason.OUT_OF_RANGE, 99, "C07"),
         (Detail.QUERY_START_LOC, Reason.OUT_OF_RANGE, 99, "C08"),
         (Detail.REQUEST_SLOT, Reason.OUT_OF_RANGE, 99, "C08"),
+        (Detail.KV_INDPTR, Reason.OUT_OF_RANGE, 99, "C08"),
     ],
 )
 def test_values_that_cannot_be(detail: Detail, reasons: Reason, slot: int, class_id: str) -> None:

@@ -5,6 +5,7 @@ Chains and digests are worked out here from the formulas, by plain integers: a t
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -283,6 +284,32 @@ def test_out_of_range_tokens_of_an_earlier_row(sides: Sides) -> None:
         Seen("HEAD_K_FULL", Reason.OUT_OF_RANGE, slot=5, position=0, row=2, request=3),
     ]
     assert s.twins.sides[0].read_guard(0, "head0")["owner"][4:8].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("indptr", [(0, 1, 99), (0, 1, 0), (0, -5, 2), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("is_padding", [False, True])
+def test_out_of_range_part_of_a_csr_table(sides: Sides, indptr: tuple[int, ...], is_padding: bool) -> None:
+    """A row's length comes from kv_indptr: where that cannot be, nothing is judged, and a row that writes is told."""
+    s = Script(sides())
+    found = s.twins.forward(
+        {
+            "kv_indptr": np.array(indptr, np.int32),
+            "kv_indices": np.array([1, 2], np.int32),
+            "kv_last_page_len": np.array([1, 1], np.int32),
+            "query_start_loc": np.array([0, 1, 2], np.int32),
+            "input_ids": np.array([100, 200], np.int32),
+            "slot_mapping": np.array([-1, 0] if is_padding else [4, 8], np.int64),
+            "request_slots": np.array([1, 2], np.int32),
+            "request_ids": np.array([1, 2], np.uint32),
+        }
+    )
+    inside = [0 <= a <= b <= 2 for a, b in pairwise(indptr)]
+    broken = [] if is_padding else [r for r in (0, 1) if not inside[r]]
+    told = found[found["detail"] == Detail.KV_INDPTR]
+    assert sorted((int(v["row"]), int(v["slot"])) for v in told) == [(r, indptr[r + 1]) for r in broken]
+    assert set(told["reasons"].tolist()) <= {int(Reason.OUT_OF_RANGE)}
+    assert set(found["row"].tolist()) == set(broken)
+    assert bool(broken) != is_padding
 
 
 def test_out_of_range_request_slot(sides: Sides) -> None:

@@ -167,8 +167,12 @@ def table_entries(batch: BatchArrays, rows: Array) -> Array:
         return np.full(len(rows), batch.table_width, np.int64)
     assert batch.kv_indptr is not None
     begin, end = batch.kv_indptr[rows].astype(np.int64), batch.kv_indptr[rows + 1].astype(np.int64)
-    bad = (begin < 0) | (end > batch.table_width) | (end < begin)
-    return np.where(bad, 0, end - begin)
+    return np.where(is_inside(begin, end, batch.table_width), end - begin, 0)
+
+
+def is_inside(begin: Any, end: Any, n: int) -> Any:
+    """Whether [begin, end) is a part of [0, n)."""
+    return (begin >= 0) & (end <= n) & (begin <= end)
 
 
 def table_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, positions: Array) -> Slots:
@@ -219,6 +223,12 @@ def _find_row(pool: PoolArrays, batch: BatchArrays, r: int, forward: int) -> Arr
     if q0 < 0 or q1 < q0 or q1 > batch.n_tokens:
         row["flags"], row["bad_value"] = abi.ROW_BAD_QUERY, q1
         return row
+    if batch.seq_lens is None and batch.kv_indptr is not None:
+        begin, end = (int(n) for n in batch.kv_indptr[r : r + 2])
+        if not is_inside(begin, end, batch.table_width):
+            if (write_slots(pool, batch, np.arange(q0, q1)).status != EMPTY).any():  # else it is padding
+                row["flags"], row["bad_value"] = abi.ROW_BAD_TABLE, end
+            return row
     entries = int(table_entries(batch, np.array([r]))[0])
     length = min(row_length(batch, r), MAX_POSITIONS)
     if q1 - q0 > length:
@@ -302,6 +312,21 @@ def forget_elsewhere(pool: PoolArrays, request_id: int, forward: int) -> None:
     pool.registers["request_id"][~is_claimed & (pool.registers["request_id"] == request_id)] = 0
 
 
+def is_register_outdated(pool: PoolArrays, batch: BatchArrays, r: int, row: Array, last_mix: int) -> bool:
+    """Whether the register's last token before the prefix is neither the history's nor the slot's: it was a draft's.
+
+    The text has gone on elsewhere. Where the slot's stamp has the register's token, the history differs from the cache.
+    """
+    last = np.array([int(row["prefix"]) - 1])
+    token = int(history_tokens(pool, batch, row.reshape(1), np.zeros(1, np.int64), last)[0])
+    if token < 0 or int(hashing.token_mix(np.array([token]), last)[0]) == last_mix:
+        return False
+    at = table_slots(pool, batch, np.array([r]), last)
+    stamp = pool.head[0][at.slot[0]]
+    is_there = at.status[0] == OK and stamp["step"] != 0
+    return bool(is_there and stamp["token"] == token and stamp["position"] == last[0])
+
+
 def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     """Set the row's ``anchor`` (from the best source there is) and ``share``; returns flags."""
     salt = int(batch.salts[r]) if batch.salts is not None else 0
@@ -312,13 +337,14 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     if row["request_id"] and slot >= 0:
         reg = pool.registers[slot]
         oldest = max(int(reg["first_length"]), int(reg["length"]) - abi.N_REGISTER_LENGTHS + 1)
-        if reg["request_id"] == row["request_id"] and oldest <= prefix <= int(reg["length"]):
-            row["anchor"] = reg["chain"][prefix % abi.N_REGISTER_LENGTHS]
-            row["share"] = reg["forwards"]
+        chain, one_less = (int(reg["chain"][n % abi.N_REGISTER_LENGTHS]) for n in (prefix, prefix - 1))
+        last_mix, knows_last = (chain - one_less * abi.CHAIN_P) % (1 << 64), prefix - 1 >= oldest
+        is_known = reg["request_id"] == row["request_id"] and oldest <= prefix <= int(reg["length"])
+        if is_known and not (knows_last and is_register_outdated(pool, batch, r, row, last_mix)):
+            row["anchor"], row["share"] = chain, reg["forwards"]
             flags = abi.ROW_ANCHORED | abi.ROW_REGISTERED | (abi.ROW_RELATIVE if reg["is_relative"] else 0)
-            if prefix - 1 >= oldest:
-                one_less = int(reg["chain"][(prefix - 1) % abi.N_REGISTER_LENGTHS])
-                row["last_mix"] = (int(row["anchor"]) - one_less * abi.CHAIN_P) % (1 << 64)
+            if knows_last:
+                row["last_mix"] = last_mix
                 flags |= abi.ROW_KNOWS_LAST
             return flags
     if batch.prefix_chain is not None and batch.prefix_chain[r]:
@@ -419,14 +445,16 @@ def bad_rows(pool: PoolArrays, rows: Array) -> Array:
     """OUT_OF_RANGE of rows whose metadata cannot be: VIOLATION[n]."""
     flags, live = rows["flags"], rows["flags"] & abi.ROW_LIVE != 0
     bad = flags & (abi.ROW_BAD_LENGTH | abi.ROW_BAD_REQUEST_SLOT) != 0
-    index = np.flatnonzero((flags & abi.ROW_BAD_QUERY != 0) | (live & bad))
+    index = np.flatnonzero((flags & (abi.ROW_BAD_QUERY | abi.ROW_BAD_TABLE) != 0) | (live & bad))
     v = row_records(len(index), pool, pool.tag(Stage.HEAD), rows, index)
     v["reasons"], v["slot"], v["position"] = Reason.OUT_OF_RANGE, rows["bad_value"][index], rows["prefix"][index]
-    v["detail"] = np.where(
-        flags[index] & abi.ROW_BAD_QUERY,
-        Detail.QUERY_START_LOC,
-        np.where(flags[index] & abi.ROW_BAD_LENGTH, Detail.SEQ_LEN, Detail.REQUEST_SLOT),
-    )
+    names = {
+        abi.ROW_BAD_QUERY: Detail.QUERY_START_LOC,
+        abi.ROW_BAD_TABLE: Detail.KV_INDPTR,
+        abi.ROW_BAD_LENGTH: Detail.SEQ_LEN,
+    }
+    is_of = [flags[index] & flag != 0 for flag in names]
+    v["detail"] = np.select(is_of, [int(detail) for detail in names.values()], int(Detail.REQUEST_SLOT))
     return v
 
 
@@ -502,7 +530,7 @@ def judge_new_tokens(
     lost["position"] = new.position[losers]
     put_stamps(lost, pool.head[0][target.slot[losers]])
     lost["expected_token"] = batch.input_ids[new.token[losers]].astype(np.int64).astype(np.int32)
-    placed = np.flatnonzero(target.raw >= 0)
+    placed = np.flatnonzero((target.raw >= 0) & ~is_spared(pool, rows, new, target))
     row, position = new.row[placed], new.position[placed]
     home = table_slots(pool, batch, row, position)
     no_slot = home.status != OK
@@ -516,6 +544,14 @@ def judge_new_tokens(
         put_stamps(v, stamps[missing])
         out.append(v)
     return out
+
+
+def is_spared(pool: PoolArrays, rows: Array, new: NewTokens, target: Slots) -> Array:
+    """New tokens that the engine writes to a reserved block, and that no later query will see: bool[n]."""
+    length = rows["prefix"][new.row].astype(np.int64) + rows["n_new"][new.row]
+    is_past = (new.position <= length - pool.window) & (new.position >= pool.sink) & bool(pool.window)
+    spared: Array = is_past & (target.status == EMPTY)
+    return spared
 
 
 # ---- prefix stamps ---------------------------------------------------------------------------------------------------
@@ -598,9 +634,10 @@ def judge_stamps(
     prev_step = np.where(np.where(relative, follows, ~is_relative(prev)), prev_step, 0)
     salts = batch.salts[row].astype(np.uint64) if batch.salts is not None else np.zeros(len(row), np.uint64)
     starts = known & (position == 0) & ~is_relative(stamp)
-    # Before a window, only a predecessor that is surely older; a moved stamp may have left its own behind.
+    # Before a window, only the very predecessor that it continued, and if that is surely older: the table may name
+    # anything there, and a moved stamp may have left its own behind.
     is_later = is_older(pool, before.slot, prev_step, stamp["step"])
-    is_later &= (prev_step != 0) & (prev_step < forward) & (stamp["prev_slot"] != abi.PREV_NONE)
+    is_later &= (prev_step != 0) & (prev_step < forward) & (continued_slots(stamp) == before.slot)
     may_link = (position > rows["verify_start"][row]) | (position < pool.sink) | is_later
     may_link &= is_kept(pool, rows, row, position - 1)
     links = known & (position > 0) & may_link & (prev_step != 0)
@@ -711,23 +748,35 @@ def was_moved(pool: PoolArrays, slots: Array) -> Array:
     return moved
 
 
+def arrivals(pool: PoolArrays, slots: Array, steps: Array) -> Array:
+    """When stamps came to their slots: the forward that wrote them or, of moved ones, the forward before the move.
+
+    What a forward that never ended has stamped keeps that number when it is moved. Anything where a slot is no slot.
+    """
+    numbers = pool.claims[np.clip(slots, 0, pool.n_slots - 1)] >> np.uint64(32)
+    came: Array = np.where(was_moved(pool, slots), np.maximum(numbers, steps.astype(np.uint64)), steps)
+    return came
+
+
 def is_older(pool: PoolArrays, before: Array, before_steps: Array, steps: Array) -> Array:
     """Whether the stamps in ``before`` are surely older than those of ``steps``, wherever these came from: bool[n].
 
     Of two moves of one number nobody knows.
     """
-    older: Array = (before_steps < steps) | ((before_steps == steps) & ~was_moved(pool, before))
+    came = arrivals(pool, before, before_steps)
+    older: Array = (came < steps) | ((came == steps) & ~was_moved(pool, before))
     return older
 
 
 def is_rewritten(pool: PoolArrays, before: Array, before_steps: Array, slots: Array, steps: Array) -> Array:
     """Whether the stamps in ``before`` are younger than those in ``slots``: bool[n]; anything where a slot is negative.
 
-    A move has the number of the forward before it, so that of two equal steps the moved one is the younger, unless both
-    were moved.
+    A move has the number of the forward before it, so that of two equal numbers the moved one is the younger, unless
+    both were moved.
     """
+    came_before, came = arrivals(pool, before, before_steps), arrivals(pool, slots, steps)
     later = was_moved(pool, before) & ~was_moved(pool, slots)
-    younger: Array = (before_steps > steps) | ((before_steps == steps) & later)
+    younger: Array = (came_before > came) | ((came_before == came) & later)
     return younger
 
 
@@ -765,7 +814,9 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     links &= ~is_outlived(pool, np.where(has_before, before, 0), prev)
     broken = links & (stamp["chain"] != chain)
     reasons |= np.where(broken, Reason.CHAIN, 0)
-    unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"])
+    # A forward that failed in this very step is not among the failed ones before the next one begins.
+    is_open = (stamp["step"] == pool.state["head_forward"]) & (pool.state["head_forward"] != pool.state["tail_forward"])
+    unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"]) & ~is_open
     reasons |= np.where(unfinished, Reason.UNWRITTEN, 0)
     if pool.blocks is not None:
         reasons |= np.where(written, ownership.epoch_reasons(pool.block_states(slots), stamp), 0)

@@ -10,6 +10,7 @@ SHAPES, RESERVED, OWNERSHIP, SCRUB = (
 )
 MOVES = "tests/test_moves.py tests/test_moves_museum.py tests/test_kernels_limits.py"
 MODEL, OVERFLOW = "tests/test_interleavings.py", "tests/test_overflow.py"
+HONEST = "tests/test_kernels_honest.py"
 LIMITS, RENUMBER = "tests/test_kernels_limits.py", "tests/test_renumber.py"
 
 
@@ -57,8 +58,8 @@ BEGIN = _in(
     ("padding test skipped", "    if (q1 - q0 > e.length) return e;  // padding\n", ""),
     ("window off by one", "e.prefix - pool.window + 1 : 0", "e.prefix - pool.window : 0"),
     ("order of rows not tested", "descends |= query[r + 1] < query[r]", "descends |= false"),
-    ("register trusted too long", "prefix <= reg.length && prefix >= reg.first_length && prefix >= oldest) {\n            row.anchor",
-     "prefix <= reg.length && prefix >= reg.first_length && prefix >= oldest - 1) {\n            row.anchor"),
+    ("register trusted too long", "prefix <= reg.length && prefix >= reg.first_length && prefix >= oldest) {\n            const bool",
+     "prefix <= reg.length && prefix >= reg.first_length && prefix >= oldest - 1) {\n            const bool"),
     ("claim off by one", "(uint64_t)forward << 32 | (uint64_t)(t + 1);\n        if (any_fresh)",
      "(uint64_t)forward << 32 | (uint64_t)t;\n        if (any_fresh)"),
     ("taint not cleared", "i += n) taint[i] = 0;", "i += n) taint[i] |= 0;"),
@@ -142,6 +143,19 @@ BLOCKS = [
         SCRUB,
         ("patrol judges moved bytes", "if (any_fresh && kvc_is_fresh(", "if (false && kvc_is_fresh("),
         ("patrol judges freed blocks", "if (!(kvc_block_state(pool, slot).flags & KVC_BLOCK_LIVE)) {", "if (false) {"),
+    ),
+    *_in(
+        "judge.cuh",
+        HONEST,
+        ("a link to any slot before a window", "kvc_continued_slot(seen.stamp) == before.slot)) &&", "seen.stamp.prev_slot >= 0)) &&"),
+    ),
+    *_in("slots.cuh", HONEST, ("a move is as old as what it moved", "moved > step ? moved : step", "moved > step ? step : step")),
+    *_in("begin.cu", HONEST, ("drafts are trusted", "stamp.step && stamp.token == token && stamp.position", "false && stamp.position")),
+    *_in(
+        "verify.cu",
+        HONEST,
+        ("a failed forward is swept", "return forward == s.head_forward &&", "return false &&"),
+        ("tokens behind the window must have a slot", "position >= pool.sink;", "false;"),
     ),
     *_in(
         "digests.cu",
