@@ -63,7 +63,8 @@ class RankAgreement:
 
     - "callable": ``allreduce_max(words, stream)`` of the engine. With ``device``: i64[3] on that GPU (CuPy), to be
       replaced by its maximum on ``stream`` (ours, of cuda.core), without waiting. Without: a NumPy i64[3]; it returns
-      what says, when called, whether the maximum is there.
+      what says, when called, whether the maximum is there. What it returns else is refused when this object is made;
+      when it does so or raises later on, the agreement has failed on this rank: `RankStalledError` when it is due.
     - "nccl4py": NCCL through its own Python package; needs ``unique_id``, or ``comm`` to send it round.
     - "cupy": NCCL through ``cupy.cuda.nccl``; likewise.
     - "mpi4py": ``MPI_Iallreduce`` on a duplicate of ``comm``, in host memory.

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvcanary import abi
 from kvcanary.arrays import ArrayView, view_of
 from kvcanary.errors import BatchError
+from kvcanary.keywords import refuse_unknown_keywords
 from kvcanary.layout import KvPool
 
 _MAX_I32 = (1 << 31) - 1
@@ -72,7 +73,8 @@ class StepBatch:
         request_ids: u32[rows], never reused; 0 = unknown, the row is unanchored.
         salts: u64[rows].
         prefix_chain: u64[rows], `CanaryManager.chain` of the prefix; read on a request's first forward.
-        token_history: i32[max_requests, max_len] by request slot; negative = not judged.
+        token_history: i32[max_requests, max_len] by request slot; negative = not judged, nor is what lies
+            behind max_len.
         expected_tokens: [tokens], of the element type of ``input_ids``.
         pending: u8[rows], 1 = KV of this row is still being loaded.
         verify_all: u8[rows], 1 = digest the whole prefix; set it for a row whose KV came from elsewhere since its last
@@ -134,6 +136,9 @@ class StepBatch:
             _check_table(views, pool, rows, self.table_entries)
             bound.append(BoundBatch(i, rows, n_tokens, views, _record(views, pool, rows, n_tokens, self.table_entries)))
         return bound
+
+
+refuse_unknown_keywords(StepBatch, BatchError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,6 +265,11 @@ def _check_shapes(views: Mapping[str, ArrayView], max_requests: int, max_new_tok
     if expected is not None and expected.itemsize != ids.itemsize:
         raise BatchError(
             f"expected_tokens has {expected.itemsize} bytes an entry, input_ids {ids.itemsize}: give both the same type"
+        )
+    if history is not None and not history.shape[1]:
+        raise BatchError(
+            f"token_history has shape {history.shape}, no room for a token: give i32[max_requests, tokens of the "
+            "longest request], or None"
         )
     if history is not None and history.shape[0] < max_requests:
         raise BatchError(f"token_history has {history.shape[0]} rows: give one per request slot, {max_requests}")

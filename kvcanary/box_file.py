@@ -143,18 +143,18 @@ def _within(room: int, lines: Sequence[dict[str, Any]], file: BoxFile) -> bytes:
 
 
 def _check_kind(fd: int) -> None:
-    """OSError for what keeps nothing that could be read later, or is not to be written to (a disk)."""
+    """OSError for what keeps nothing that could be read later (/dev/null), or is not to be written to (a disk)."""
     mode = os.fstat(fd).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):  # a device such as /dev/null is somebody's wish
-        kind = "a pipe" if stat.S_ISFIFO(mode) else "a block device" if stat.S_ISBLK(mode) else "of another kind"
-        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFBLK: "a block device", stat.S_IFCHR: "a character device"}
+        raise OSError(errno.EINVAL, f"it is {kinds.get(stat.S_IFMT(mode), 'of another kind')}, not a regular file")
 
 
 def _is_cut(fd: int) -> bool:
     try:
         size = os.fstat(fd).st_size
         return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-    except OSError:  # not a regular file
+    except OSError:  # what was written may still be read
         return False
 
 
@@ -162,7 +162,7 @@ def _sync(fd: int) -> None:
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a pipe or a device has nothing to sync
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a file system that has no sync
             raise
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvcanary import abi
-from kvcanary.errors import BatchError
+from kvcanary.errors import BatchError, ConfigError
 
 MAX_FORWARDS = abi.LAST_FORWARD - abi.RENUMBER_AT  # between two end_step(): there their numbers are moved down
 MAX_SALT = (1 << 64) - 1
@@ -35,6 +35,20 @@ def check_salt(call: str, salt: Any) -> int:
     if not _is_integer(salt) or not 0 <= salt <= MAX_SALT:
         raise BatchError(f"{call}: salt={salt!r}: give an integer from 0 to 2^64 - 1")
     return int(salt)
+
+
+def check_observer(observer: Any) -> None:
+    """Of `CanaryManager.add_observer`.
+
+    Raises:
+        ConfigError: what cannot be asked at the end of a step; a class instead of one of its objects.
+    """
+    methods = ("is_due", "step")
+    if isinstance(observer, type) or not all(callable(getattr(observer, name, None)) for name in methods):
+        raise ConfigError(
+            f"add_observer({observer!r}): give an object with is_due(step) and step(facts), see "
+            "kvcanary.observers.Observer"
+        )
 
 
 def _is_integer(value: Any) -> bool:

@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from kvcanary.errors import ConfigError
+from kvcanary.keywords import refuse_unknown_keywords
 from kvcanary.perturb_spec import parse_faults
 
 ENV_PREFIX = "KVCANARY_"
@@ -60,7 +62,7 @@ class CanaryConfig:
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         log_format: "json" logs violations, stalls and stats lines as one JSON object each.
         black_box_path: file to which violations and stalls are appended as they are seen, see `kvcanary.black_box`;
-            None = none.
+            ``~`` is the home; None = none.
         nvtx: mark the host phases with NVTX ranges, for Nsight Systems (extra ``nvtx``).
         perturb: faults that the guard itself puts into the running engine, see `kvcanary.perturb`; None = none.
         perturb_armed: the second switch, without which ``perturb`` is refused.
@@ -102,10 +104,8 @@ class CanaryConfig:
         for name in ("lifecycle", "check_write_position", "log_tokens", "nvtx", "perturb_armed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
-        if self.black_box_path is not None and not isinstance(self.black_box_path, str):
-            raise ConfigError(f"black_box_path={self.black_box_path!r}: give a path as a string, or None")
-        if self.black_box_path is not None and (not self.black_box_path or "\0" in self.black_box_path):
-            raise ConfigError(f"black_box_path={self.black_box_path!r}: give the path of a file, or None for none")
+        if self.black_box_path is not None:
+            object.__setattr__(self, "black_box_path", _checked_path(self.black_box_path))
         if self.scrub_bytes_per_step and not self.lifecycle:
             raise ConfigError(
                 f"scrub_bytes_per_step={self.scrub_bytes_per_step} with lifecycle=False: the patrol must know which "
@@ -146,6 +146,9 @@ class CanaryConfig:
         return self.health_policy == "raise" or (self.health_policy == "as-mode" and self.mode == "raise")
 
 
+refuse_unknown_keywords(CanaryConfig, ConfigError)
+
+
 def choices_of(name: str) -> tuple[str, ...]:
     """The words that a setting takes; empty if it takes no fixed ones."""
     return _CHOICES.get(name, ())
@@ -174,6 +177,20 @@ def _check_perturb(config: CanaryConfig) -> None:
             "perturb_armed=True as well (KVCANARY_PERTURB_ARMED=1 with from_env) for a drill, or take perturb "
             "(KVCANARY_PERTURB) away"
         )
+
+
+def _checked_path(path: Any) -> str:
+    """A path with the home instead of ``~``; any other stays as it was given."""
+    if not isinstance(path, str):
+        raise ConfigError(f"black_box_path={path!r}: give a path as a string, or None")
+    if not path or "\0" in path:
+        raise ConfigError(f"black_box_path={path!r}: give the path of a file, or None for none")
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise ConfigError(f"black_box_path={path!r}: {error}; give the path without ~") from error
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:

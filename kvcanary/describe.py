@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from kvcanary import abi
 from kvcanary.config import CanaryConfig
+from kvcanary.history import NarrowHistory
 from kvcanary.layout import KvPool
 from kvcanary.patrol import Patrol, plan_patrol
 from kvcanary.perturb_spec import parse_faults
@@ -63,11 +64,13 @@ def describe_pools(
     max_requests: int,
     inputs: Collection[str] | None,
     blocks: Sequence[tuple[int, int, int]] = (),
+    narrow: NarrowHistory | None = None,
 ) -> str:
     """What is guarded, at which cost, and what is off for lack of which input (None: no batch yet).
 
     Args:
         blocks: with lifecycle, (live, shared, free) of each pool.
+        narrow: a token history that ends before the table.
     """
     if config.mode == "off":
         return "kvcanary is off (mode='off'): nothing is allocated, launched or checked"
@@ -87,25 +90,35 @@ def describe_pools(
         lines += [] if has_ids else [f"off: {_NO_READER}"]
     else:
         lines.append(f"off: {_OWNERSHIP}")
-    if inputs is None:
-        lines.append("no batch was seen yet: run a forward to see which inputs are given")
-    for reason, (needs, loss) in _NEEDS.items() if inputs is not None else ():
-        missing = [n for n in needs if n not in (inputs or ())]
-        if missing:
-            lines.append(f"off: {reason} (no {', no '.join(missing)}): {loss}")
-        else:
-            on.append(reason)
-    if inputs is not None and not {"token_history", "prefix_chain"} & set(inputs):
-        lines.append(
-            "weaker: CHAIN after a same-forward hit or an adopted prefix (no token_history, no prefix_chain): "
-            "judged only between slots of which one was written as the continuation of the other"
-        )
+    of_inputs, on_by_inputs = _by_inputs(inputs, narrow)
+    lines, on = lines + of_inputs, on + on_by_inputs
     if any(checked_planes(config, pool) for pool in pools):
         on.append("NONFINITE_RESERVED")
     else:
         why = "no reserved block in a plane of floats" if config.check_reserved_every else "check_reserved_every=0"
         lines.append(f"off: {_UNCHECKED.format(why)}")
     return "\n".join([*_drill_lines(config), *lines, f"on: {', '.join(on)}"])
+
+
+def _by_inputs(inputs: Collection[str] | None, narrow: NarrowHistory | None) -> tuple[list[str], list[str]]:
+    """Lines on what is off or weaker for lack of which input, and the reasons that the given ones turn on."""
+    if inputs is None:
+        return ["no batch was seen yet: run a forward to see which inputs are given"], []
+    lines, on = [], []
+    for reason, (needs, loss) in _NEEDS.items():
+        missing = [n for n in needs if n not in inputs]
+        if missing:
+            lines.append(f"off: {reason} (no {', no '.join(missing)}): {loss}")
+        else:
+            on.append(f"TOKEN below position {narrow.end}" if narrow and reason == "TOKEN" else reason)
+    if narrow is not None:
+        lines.append(f"weaker: {narrow}")
+    if not {"token_history", "prefix_chain"} & set(inputs):
+        lines.append(
+            "weaker: CHAIN after a same-forward hit or an adopted prefix (no token_history, no prefix_chain): "
+            "judged only between slots of which one was written as the continuation of the other"
+        )
+    return lines, on
 
 
 def _patrol_lines(patrol: Patrol) -> list[str]:

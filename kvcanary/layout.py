@@ -288,7 +288,7 @@ class KvPool:
             kinds_given = ", ".join(sorted({type(p).__name__ for p in planes}))
             raise self._error(f"planes is a list of {kinds_given}: give a tuple of Planes")
         if not kinds:
-            raise self._error(f"kind={self.kind!r}: choose one of {', '.join(map(str, PoolKind))}")
+            raise self._error(f"kind={self.kind!r}: choose one of {', '.join(f'PoolKind.{k.name}' for k in PoolKind)}")
         for name in ("expected_every_step", "may_alias"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(f"{name}={getattr(self, name)!r}: give True or False")

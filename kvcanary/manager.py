@@ -19,7 +19,7 @@ from kvcanary.backends import Backend, BoundCall
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.black_box import BlackBox, open_black_box
 from kvcanary.captured import CaptureWatch
-from kvcanary.checks import check_salt, is_first_forward
+from kvcanary.checks import check_observer, check_salt, is_first_forward
 from kvcanary.config import CanaryConfig
 from kvcanary.construct import check_arguments, check_capacities, choose_backend, make_backend, pool_names, zeros_beside
 from kvcanary.contexts import ForwardContext, StepContext
@@ -27,6 +27,7 @@ from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.embedding import EmbedCalls
 from kvcanary.errors import BackendError, BatchError, CaptureError, ConfigError, KvCanaryError, PhaseError
+from kvcanary.history import HistoryWatch
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle, OwnershipCalls
 from kvcanary.log_lines import ErrorLog
@@ -96,6 +97,7 @@ class CanaryManager(OwnershipCalls, MoveCalls, EmbedCalls, OfThisProcess):
         self._n_counted_steps = 0
         self._is_idle = False
         self._inputs_seen: set[str] = set()
+        self._histories = HistoryWatch()
         self._errors = ErrorLog()
         self._is_out_of_numbers = False
         self._is_paused = False
@@ -534,12 +536,12 @@ class CanaryManager(OwnershipCalls, MoveCalls, EmbedCalls, OfThisProcess):
         if not is_known:
             self._phases.need_open("head()")
             chosen = range(len(self.pools)) if pools is None else self._choose_pools(pools)
-            bound = batch.validate(
-                [self.pools[i] for i in chosen], self.max_requests, self.max_new_tokens, self._device_kind
-            )
+            of = [self.pools[i] for i in chosen]
+            bound = batch.validate(of, self.max_requests, self.max_new_tokens, self._device_kind)
             calls = [self.backend.bind(i, b, is_first) for i, b in zip(chosen, bound, strict=True)]
             known[key] = _Bound(calls, bound)
             self._inputs_seen |= {n for n in StepBatch.__dataclass_fields__ if getattr(batch, n) is not None}
+            self._histories.note(of, bound)
         return known[key]
 
     def _choose_pools(self, pools: Sequence[str | int]) -> list[int]:
@@ -674,7 +676,11 @@ class CanaryManager(OwnershipCalls, MoveCalls, EmbedCalls, OfThisProcess):
         """Have an observer asked at the end of each step, behind the guard's own; what it raises is logged and counted.
 
         It runs on the thread that ends the step: it must neither wait for the device nor take long.
+
+        Raises:
+            ConfigError: it has no `is_due` or no `step`.
         """
+        check_observer(observer)
         self._phases.need_open("add_observer()")
         self._more_observers += (observer,)
 
@@ -734,9 +740,8 @@ class CanaryManager(OwnershipCalls, MoveCalls, EmbedCalls, OfThisProcess):
 
     def describe(self) -> str:
         """Per pool: bytes per slot, memory, expected cost, and which reasons are on, or off for lack of which input."""
-        return describe_pools(
-            self.config, self.pools, self.max_requests, set(self._inputs_seen) or None, self._block_counts()
-        )
+        inputs, narrow = set(self._inputs_seen) or None, self._histories.narrowest
+        return describe_pools(self.config, self.pools, self.max_requests, inputs, self._block_counts(), narrow)
 
     @staticmethod
     def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:

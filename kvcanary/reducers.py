@@ -13,11 +13,12 @@ from kvcanary.errors import BackendError, ConfigError
 from kvcanary.verdict import MAX_RANK, N_WORDS
 
 Words: TypeAlias = npt.NDArray[np.int64]
-AllreduceMax: TypeAlias = Callable[[Any, Any], Callable[[], bool] | None]
+AllreduceMax: TypeAlias = Callable[[Any, Any], Callable[[], bool] | None]  # None with ``device`` alone
 
 BACKENDS = ("auto", "callable", "nccl4py", "cupy", "mpi4py")
 INSTALL_MPI = 'pip install "kvcanary[mpi]", or mpi4py beside the MPI that the machine has'
 POLL_S = 0.0005  # between two looks while `close` waits
+NO_ANSWER = "which does not say, when called, whether the maximum is there"
 LEFT_BEHIND: list[object] = []  # of reductions that never ended: whoever carries them out may still write there
 
 
@@ -69,7 +70,8 @@ class HostCallReducer:
     """A function of the engine over words in host memory: ``allreduce_max(words, None)``.
 
     It replaces ``words`` (i64[3]) by their maximum over all ranks, in place. It must not wait for other ranks: it
-    returns what says, when called, whether the maximum is there; None means that it is there already.
+    returns what says, when called, whether the maximum is there. None is refused: a function that forgot its ``return``
+    would pass for a maximum that is there.
     """
 
     name = "callable"
@@ -79,14 +81,20 @@ class HostCallReducer:
         self.rank, self.n_ranks = rank, n_ranks
         self._call = allreduce_max
         self._words = np.zeros(N_WORDS, np.int64)
-        self._is_done: Callable[[], bool] | None = None
+        self._is_done: Callable[[], bool] = lambda: True  # nothing is under way
 
     def start(self, words: Words) -> None:
         np.copyto(self._words, words)
-        self._is_done = self._call(self._words, None)
+        is_done = self._call(self._words, None)
+        if not callable(is_done):
+            raise ConfigError(
+                f"allreduce_max returned {is_done!r}, {NO_ANSWER}: return a function without arguments, such as "
+                "is_completed of torch.distributed's work; where the maximum is there already, lambda: True"
+            )
+        self._is_done = is_done
 
     def is_done(self) -> bool:
-        return self._is_done is None or bool(self._is_done())
+        return bool(self._is_done())
 
     def result(self) -> Words:
         return self._words

@@ -308,7 +308,7 @@ def test_it_is_attached_once_and_closed_by_its_manager() -> None:
 
 
 def test_steps_leave_nothing_behind_in_memory() -> None:
-    agreement = RankAgreement(lambda words, stream: None, rank=0, n_ranks=1, every=4, within=2)
+    agreement = RankAgreement(lambda words, stream: lambda: True, rank=0, n_ranks=1, every=4, within=2)
     manager = Rank(agreement).manager
     facts = manager._facts(manager.backend)
 
@@ -390,6 +390,27 @@ def test_what_is_no_function_is_refused() -> None:
         RankAgreement(5, rank=0, n_ranks=1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("returned", [None, True, 0, np.True_])
+def test_a_function_that_does_not_say_whether_the_maximum_is_there_is_refused(returned: Any) -> None:
+    with pytest.raises(ConfigError, match=r"allreduce_max returned .*: return a function without arguments"):
+        RankAgreement(lambda _words, _stream: returned, rank=0, n_ranks=2)
+
+
+@pytest.mark.parametrize("mode", ["raise", "log"])
+def test_one_that_stops_saying_it_later_has_failed_when_it_is_due_and_no_step_before(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[Any] = [lambda: True, None]  # of the settings, then of the first agreement
+    agreement = RankAgreement(lambda _words, _stream: answers.pop(0), rank=0, n_ranks=2, every=EVERY, within=WITHIN)
+    rank = Rank(agreement, mode=mode)
+    run([rank], 3 * EVERY)
+    assert not answers and agreement.is_broken and agreement.n_agreements == 0
+    said = {step: str(error) for step, error in rank.raised.items()}
+    assert list(said) == ([EVERY + WITHIN] if mode == "raise" else [])
+    (text,) = said.values() or [r.message for r in caplog.records if r.levelno == logging.ERROR]
+    assert f"step {EVERY + WITHIN}" in text and "failed on this rank (ConfigError: allreduce_max returned None" in text
+
+
 def test_a_rank_that_waits_for_the_others_says_so(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,8 +422,9 @@ def test_a_rank_that_waits_for_the_others_says_so(
 
 
 def test_words_that_are_no_maximum_are_told_and_the_rank_reports_for_itself(caplog: pytest.LogCaptureFixture) -> None:
-    def wrong(words: np.ndarray[Any, Any], stream: Any) -> None:
+    def wrong(words: np.ndarray[Any, Any], stream: Any) -> Callable[[], bool]:
         words[:] = 1 << 62 if wrong.is_wrong else words  # type: ignore[attr-defined]
+        return lambda: True
 
     wrong.is_wrong = True  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="no maximum of what the ranks gave"):

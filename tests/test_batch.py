@@ -176,6 +176,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"request_slots": np.zeros(2, I32), "token_history": np.zeros((5, 40), I32)},
         "token_history has 5 rows: give one per request slot, 6",
     ),
+    "a history of nothing": (
+        {"request_slots": np.zeros(2, I32), "token_history": np.zeros((6, 0), I32)},
+        r"token_history has shape \(6, 0\), no room for a token: give i32\[max_requests, tokens of",
+    ),
     "starts without an end": (
         {"query_start_loc": np.zeros(2, I32)},
         r"query_start_loc has 2 entries, 2 rows .* need 3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -176,12 +177,15 @@ class TestContents:
 
 
 class TestNeverInTheWay:
-    @pytest.mark.parametrize("where", ["no/such/folder/box", ".", "/dev/full"])
+    @pytest.mark.parametrize("where", ["no/such/folder/box", ".", "on a full disk"])
     def test_what_cannot_be_written_is_warned_of_once_and_counted(
-        self, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        if where == "/dev/full" and not Path(where).exists():
-            pytest.skip("no /dev/full")
+        def write(_fd: int, _data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        if where == "on a full disk":
+            monkeypatch.setattr(os, "write", write)
         engine = damaged(tmp_path / where)
         assert [v.slot for v in engine.manager.violations()] == [5]
         assert engine.manager.stats().black_box_errors == 2
@@ -305,7 +309,29 @@ class TestNeverInTheWay:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(tmp_path / "s"))
             assert damaged(tmp_path / "s").manager.stats().black_box_errors == 2
-        assert damaged(Path("/dev/null")).manager.stats().black_box_errors == 0, "somebody's wish"
+
+    @pytest.mark.parametrize("device", ["/dev/null", "/dev/full", "/dev/zero"])
+    def test_nothing_is_written_to_a_device(
+        self, device: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not Path(device).exists():
+            pytest.skip(f"no {device}")
+        written: list[Any] = []
+        monkeypatch.setattr(os, "write", lambda *what: written.append(what) or len(what[1]))
+        engine = damaged(Path(device))
+        assert not written
+        assert engine.manager.stats().black_box_errors == 2
+        (line,) = [r.getMessage() for r in caplog.records if "black box" in r.getMessage()]
+        assert "it is a character device, not a regular file" in line
+
+    def test_the_home_of_the_user_is_where_the_tilde_says(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        engine = damaged(Path("~/box"))
+        assert engine.config.black_box_path == str(tmp_path / "box")
+        engine.manager.close()
+        assert lines_of(tmp_path / "box")[-1]["kind"] == "end"
 
     def test_sizes_of_numpys_own_types_are_written_as_numbers(self, tmp_path: Path) -> None:
         pool = layouts.nhd(k=[np.zeros((4, 4, 2, 8), np.uint8)])

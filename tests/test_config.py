@@ -94,6 +94,7 @@ BAD_KEYWORDS: list[tuple[dict[str, Any], str]] = [
     ({"black_box_path": 3}, "black_box_path=3: give a path as a string"),
     ({"black_box_path": ""}, "black_box_path='': give the path of a file, or None for none"),
     ({"black_box_path": "box\0"}, r"black_box_path='box\\x00': give the path of a file"),
+    ({"black_box_path": "~nobody-of-this-name/box"}, "black_box_path='~nobody-of-this-name/box': .* without ~"),
     ({"verify_data_every": np.int64(0)}, "give an integer from 1 to"),
     ({"verify_data_every": np.float64(5)}, "give an integer from 1 to"),
     ({"verify_data_every": np.bool_(True)}, "give an integer from 1 to"),
@@ -127,6 +128,14 @@ def test_integers_of_numpy_are_integers(name: str, kind: Any) -> None:
     settings = {name: kind(range_of(name)[0] + 1), "lifecycle": True}  # type: ignore[index]
     value = getattr(CanaryConfig(**settings), name)
     assert type(value) is int and value == range_of(name)[0] + 1  # type: ignore[index]
+
+
+def test_a_tilde_in_front_is_the_home_and_any_other_path_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/engine")
+    assert CanaryConfig(black_box_path="~/kv.jsonl").black_box_path == "/home/engine/kv.jsonl"
+    assert CanaryConfig.from_env({"KVCANARY_BLACK_BOX_PATH": "~/kv.jsonl"}).black_box_path == "/home/engine/kv.jsonl"
+    for path in ("./kv.jsonl", "a/~/kv", "/var//log/kv"):
+        assert CanaryConfig(black_box_path=path).black_box_path == path
 
 
 def test_an_unknown_keyword_is_named() -> None:

@@ -172,6 +172,34 @@ def test_lines_are_not_too_long() -> None:
             assert is_table or line.startswith("|") or len(line) <= LINE_LENGTH, f"{page}:{n}: {len(line)} characters"
 
 
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as they are made of their words."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_hold_in_the_tree_as_it_is(page: Path) -> None:
+    """The site is built with pages that lie elsewhere; whoever reads in a checkout follows the same links."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        if "://" in path:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file() and target.is_relative_to(ROOT), f"{page}: {link}: there is no such file"
+        assert not anchor or anchor in anchors_of(target), f"{page}: {link}: there is no such heading"
+
+
+@pytest.mark.parametrize("name", ["kvcanary.StepBatch", "kvcanary.layouts.vllm"])
+def test_pydoc_shows_what_the_pages_made_of_docstrings_name(name: str) -> None:
+    for page in (ROOT / "README.md", DOCS / ("layouts.md" if "layouts" in name else "reference.md")):
+        assert f"`python -m pydoc {name}`" in page.read_text(encoding="utf-8")
+    shown = subprocess.run([sys.executable, "-m", "pydoc", name], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "no Python documentation found" not in shown.stdout.lower()
+    assert {"kvcanary.StepBatch": "block_table: i32[rows", "kvcanary.layouts.vllm": "packed("}[name] in shown.stdout
+
+
 @pytest.mark.skipif(bool(missing(["mkdocs", "material", "mkdocstrings"])), reason='pip install "kvcanary[docs]"')
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
@@ -180,3 +208,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert not re.search("^WARNING", ended.stderr, re.MULTILINE), ended.stderr
     for page in ("index", "on-call/index", "reference/index", "changelog/index", "results/index", "overview/index"):
         assert (tmp_path / "site" / f"{page}.html").stat().st_size > 5000, page
+    text = (tmp_path / "site" / "embedding" / "index.html").read_text(encoding="utf-8")
+    assert 'href="../overview/#moves"' in text, "links to the README lead to where the site shows it"

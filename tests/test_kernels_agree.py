@@ -217,11 +217,10 @@ def test_a_batch_that_is_bound_once(library: SimtLibrary) -> None:
     [
         {"seq_lens": np.zeros(0, np.int32), "query_start_loc": np.zeros(1, np.int32)},
         {"block_table": np.zeros((1, 0), np.int32)},
-        {"token_history": np.zeros((8, 0), np.int32)},
         {"block_table": None, "kv_indptr": np.array([0, 0], np.int32), "kv_indices": np.zeros(0, np.int32)},
         {"input_ids": np.zeros(0, np.int32), "slot_mapping": np.zeros(0, np.int64)},
     ],
-    ids=["no rows", "no table columns", "no history columns", "no table entries", "no tokens"],
+    ids=["no rows", "no table columns", "no table entries", "no tokens"],
 )
 def test_empty_arrays(library: SimtLibrary, changes: Arrays) -> None:
     arrays = {**batch_of([Row(1, A, 3, 5, [1, 2])], leave_out=["salts"]), **changes}

@@ -177,6 +177,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (pool_of, "no plane to derive it from: give n_blocks"),
     "2^31 slots": (lambda: pool_of(n_blocks=1 << 29), "2147483648 slots; 1 to 2147483647 fit"),
     "window of a full pool": (lambda: pool_of(plane(), window=5), "kind FULL with window=5"),
+    "a kind by name": (
+        lambda: pool_of(plane(), kind="swa", window=4),
+        r"kind='swa': choose one of PoolKind\.FULL, PoolKind\.SWA",
+    ),
     "SWA without a window": (lambda: pool_of(plane(), kind=PoolKind.SWA), "needs a window of 1 to 2147483647"),
     "window beyond 32 bits": (lambda: pool_of(plane(), kind=PoolKind.SWA, window=1 << 31), "window=2147483648"),
     "ring of a full pool": (lambda: pool_of(plane(), ring_length=8), "ring_length=8 with window=None: a ring holds at"),

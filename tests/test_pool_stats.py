@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,18 @@ import pytest
 from base import make_state
 from engine import ToyEngine
 
-from kvcanary import CanaryConfig, CanaryManager, KvCanaryViolation, KvPool, Plane, PoolKind, Reason, Stage, layouts
+from kvcanary import (
+    CanaryConfig,
+    CanaryManager,
+    ConfigError,
+    KvCanaryViolation,
+    KvPool,
+    Plane,
+    PoolKind,
+    Reason,
+    Stage,
+    layouts,
+)
 from kvcanary.observers import StepFacts
 from kvcanary.pool_stats import digest_bytes, leading_reason, pool_stats
 from kvcanary.state import StateSnapshot
@@ -102,6 +114,14 @@ class TestObservers:
         with pytest.raises(KvCanaryViolation):
             engine.step((0, 6, 1))
         assert observer.steps == [(2, 1)]
+
+    @pytest.mark.parametrize("observer", [5, None, print, Recorder, SimpleNamespace(step=print, is_due=True)], ids=str)
+    def test_what_cannot_be_asked_is_refused(self, observer: Any) -> None:
+        engine = ToyEngine()
+        with pytest.raises(ConfigError, match=r"add_observer\(.*\): give an object with is_due\(step\)"):
+            engine.manager.add_observer(observer)
+        engine.step((0, 0, 1))
+        assert engine.manager.stats().observer_errors == 0
 
     @pytest.mark.parametrize("fails", ["is_due", "step"])
     def test_one_that_raises_is_counted_and_the_step_goes_on(

@@ -1,4 +1,7 @@
-"""A hook of MkDocs: pages that live elsewhere in the tree are shown from there, and never copied."""
+"""A hook of MkDocs: pages that live elsewhere in the tree are shown from there, and never copied.
+
+Pages link to where they live, so that the links hold in the tree; on the site they lead to where they are shown.
+"""
 
 from __future__ import annotations
 
@@ -21,3 +24,11 @@ def on_files(files: Files, config: Any) -> Files:
         text = (ROOT / path).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, page, content=f"---\ntitle: {title}\n---\n\n{text}"))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Turn links out of docs/, such as ``../README.md#moves`` on its first level, to the pages of the site."""
+    to_docs = "../" * page.file.src_uri.count("/")
+    for name, (path, _title) in PAGES.items():
+        markdown = markdown.replace(f"](../{to_docs}{path}", f"]({to_docs}{name}")
+    return markdown

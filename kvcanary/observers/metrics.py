@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from kvcanary.errors import ConfigError
+from kvcanary.errors import ConfigError, PhaseError
 from kvcanary.observers.facts import StepFacts
 from kvcanary.observers.metric_families import FAMILIES, Family, Reading, read_manager
 
@@ -31,7 +31,7 @@ _instruments: dict[tuple[str, ...], dict[str, Any]] = {}
 def register(
     manager: Any, registry: Any = None, *, every_n_steps: int = 100, **labels: str
 ) -> CanaryCollector | ProcessMetrics:
-    """Show a manager's metrics.
+    """Show a manager's metrics, as long as somebody holds it; a closed one goes when its labels are given anew.
 
     Args:
         registry: of prometheus_client; None = its default one. Not used where several processes share an exposition.
@@ -40,9 +40,10 @@ def register(
             have the same label names. Values from a small set: never an id of a slot or request.
 
     Raises:
-        ConfigError: prometheus_client is missing, or labels that cannot be.
+        ConfigError: prometheus_client is missing, this is no manager, or labels that cannot be.
     """
     client = _client()
+    _check_manager(manager)
     _check_labels(labels)
     if client.values.ValueClass is not client.values.MutexValue:
         metrics = ProcessMetrics(manager, labels, every_n_steps)
@@ -68,18 +69,21 @@ class CanaryCollector:
         self._names: tuple[str, ...] = ()
 
     def add(self, manager: Any, labels: Mapping[str, str]) -> None:
-        """One more manager; one with the labels of a manager that was dropped takes its place."""
+        """One more manager; one with the labels of a manager that was dropped or closed takes its place."""
         names, values = tuple(sorted(labels)), tuple(str(labels[name]) for name in sorted(labels))
-        living = {key: ref for key, ref in self._managers.items() if ref() is not None}
+        held = {key: ref for key, ref in self._managers.items() if ref() is not None}
+        living = {key: ref for key, ref in held.items() if not _is_over(ref())}
         if living and names != self._names:
             raise ConfigError(
                 f"labels {list(names)}: the managers before it have {list(self._names)}; give all the same names"
             )
         if values in living and living[values]() is not manager:
             raise ConfigError(
-                f"labels {dict(labels)}: another manager has them; give each its own (rank='0', say), or drop the other"
+                f"labels {dict(labels)}: another manager has them; give each its own (rank='0', say), or close the "
+                "other"
             )
-        self._names, self._managers = names, {**living, values: weakref.ref(manager)}
+        kept = held if names == self._names else living  # closed ones are shown, as far as the names allow
+        self._names, self._managers = names, {**kept, values: weakref.ref(manager)}
 
     def describe(self) -> Iterator[Any]:
         """The families without samples, so that the registry knows their names."""
@@ -185,7 +189,25 @@ def _update_at_exit(ref: weakref.ref[ProcessMetrics]) -> None:
 
 
 def _read(manager: Any) -> Reading | None:
-    return None if manager is None else read_manager(manager)
+    try:
+        return None if manager is None else read_manager(manager)
+    except PhaseError:  # it is of the process that this one was forked from, which shows it
+        return None
+
+
+def _is_over(manager: Any) -> bool:
+    """Whether it was closed, or is of the process that this one was forked from."""
+    try:
+        return manager is None or (manager.is_on and not manager.stats().is_on)
+    except PhaseError:
+        return True
+
+
+def _check_manager(manager: Any) -> None:
+    from kvcanary.manager import CanaryManager
+
+    if not isinstance(manager, CanaryManager):
+        raise ConfigError(f"register({manager!r}): give the CanaryManager whose metrics are to be shown")
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:

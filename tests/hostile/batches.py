@@ -47,7 +47,7 @@ class Shape:
         self.table = rng.choice([*kinds, "static"] if is_static else kinds)
         self.width, self.apart = rng.choice((0, 1, 2, 5, 9)), rng.choice((0, 0, 1, 3))
         self.ids, self.slots = (rng.choice((np.int32, np.int64)) for _ in range(2))
-        self.history_length = rng.choice((0, 1, 20, 40))
+        self.history_length = rng.choice((2, 1, 20, 40))
         self.optional = {name for name in _OPTIONAL if rng.random() < (0.8 if name.startswith("request") else 0.5)}
         if self.optional & {"request_ids", "token_history"}:
             self.optional.add("request_slots")

@@ -248,6 +248,38 @@ class TestRegister:
         del engines[1:], engine
         assert registry.get_sample_value("kvcanary_steps_total", {"rank": "1"}) is None
 
+    def test_a_closed_manager_gives_its_labels_to_the_next_and_is_shown_until_then(self) -> None:
+        registry = client.CollectorRegistry()
+        first, other, second = ToyEngine(), ToyEngine(), ToyEngine()
+        for p, engine in enumerate((first, other, other)):
+            engine.step((0, p, 1))
+        register(first.manager, registry, rank="0")
+        register(other.manager, registry, rank="1")
+        first.manager.close()
+        steps = lambda rank: registry.get_sample_value("kvcanary_steps_total", {"rank": rank})  # noqa: E731
+        assert (steps("0"), steps("1")) == (1, 2)
+        register(second.manager, registry, rank="0")
+        assert (steps("0"), steps("1")) == (0, 2)
+        assert registry.get_sample_value("kvcanary_enabled", {"rank": "0"}) == 1
+        for engine in (other, second):
+            engine.manager.close()
+        register(ToyEngine().manager, registry, worker="a")  # nobody is left who has the other names
+        assert steps("0") is None
+
+    def test_a_forked_child_shows_its_own_managers_under_the_labels_of_the_parents(self) -> None:
+        registry = client.CollectorRegistry()
+        parents, own = ToyEngine(), ToyEngine()
+        register(parents.manager, registry, rank="0")
+        parents.manager.after_fork()
+        assert registry.get_sample_value("kvcanary_enabled", {"rank": "0"}) is None
+        register(own.manager, registry, rank="0")
+        assert registry.get_sample_value("kvcanary_enabled", {"rank": "0"}) == 1
+
+    @pytest.mark.parametrize("manager", [None, 5, ToyEngine])
+    def test_what_is_no_manager_is_refused(self, manager: Any) -> None:
+        with pytest.raises(ConfigError, match=r"register\(.*\): give the CanaryManager"):
+            register(manager, client.CollectorRegistry(), rank="0")
+
     @pytest.mark.parametrize("label", ["pool", "reason", "with space", "0th"])
     def test_labels_that_cannot_be_are_refused(self, label: str) -> None:
         with pytest.raises(ConfigError, match="label"):
