@@ -136,7 +136,7 @@ struct Register {
     int32_t length;
     int32_t first_length;
     uint32_t is_relative;
-    uint32_t unused;
+    int32_t confirmed;
     uint64_t chain[16];
 };
 static_assert(sizeof(Register) == 152, "the layout of kvcanary/abi.py");
@@ -217,8 +217,10 @@ struct PoolState {
     uint32_t aborted[58];
     uint32_t scrub_turn;
     uint32_t n_fresh;
+    uint32_t step;
+    uint32_t is_repeated;
 };
-static_assert(sizeof(PoolState) == 256, "the layout of kvcanary/abi.py");
+static_assert(sizeof(PoolState) == 264, "the layout of kvcanary/abi.py");
 
 struct Violation {
     uint64_t commit;

@@ -108,17 +108,15 @@ KVC_DEVICE void kvc_scan_work(const Pool& pool, const Batch& batch) {
     }
 }
 
-// Whether the register's last token before the prefix is neither what the engine's history has there nor what the slot's stamp has:
-// it was a draft's, and the text has gone on elsewhere. (Where the stamp has the register's, the history differs from the cache.)
-KVC_DEVICE bool kvc_is_register_outdated(const Pool& pool, const Batch& batch, int32_t index, const Row& row, uint64_t last_mix) {
-    const int64_t at = (int64_t)row.prefix - 1 + pool.token_offset;
-    if (!batch.token_history || at < 0 || at >= batch.history_length) return false;
-    const int32_t token = kvc_pointer<int32_t>(batch.token_history)[row.request_slot * batch.history_length + at];
-    if (token < 0 || kvc_token_mix(token, row.prefix - 1) == last_mix) return false;
-    const KvcSlot last = kvc_table_slot(pool, batch, index, row.prefix - 1);
+// Whether the register has another chain at the prefix than the slot before it, at a length that perhaps only drafts had: the text
+// has gone on elsewhere, and its KV came back.
+KVC_DEVICE bool kvc_is_register_outdated(const Pool& pool, const Batch& batch, int32_t index, const Register& reg, int32_t prefix) {
+    if (prefix <= reg.confirmed || reg.is_relative) return false;
+    const KvcSlot last = kvc_table_slot(pool, batch, index, prefix - 1);
     if (last.status != KVC_SLOT_OK) return false;
     const Stamp stamp = kvc_pointer<Stamp>(pool.head[0])[last.slot];
-    return stamp.step && stamp.token == token && stamp.position == row.prefix - 1;
+    const bool is_there = stamp.step && stamp.token != KVC_NO_TOKEN && !kvc_is_outlived(pool, last.slot, stamp);
+    return is_there && stamp.chain != reg.chain[prefix % KVC_N_REGISTER_LENGTHS];
 }
 
 // The chain at the row's prefix, from the best source there is: salt, register, prefix_chain, token_history, or (unanchored)
@@ -135,15 +133,14 @@ KVC_DEVICE void kvc_anchor_row(const Pool& pool, const Batch& batch, int32_t ind
         const Register& reg = kvc_pointer<Register>(pool.registers)[row.request_slot];
         const int64_t oldest = (int64_t)reg.length - (KVC_N_REGISTER_LENGTHS - 1);
         if (reg.request_id == row.request_id && prefix <= reg.length && prefix >= reg.first_length && prefix >= oldest) {
-            const bool knows_last = prefix - 1 >= reg.first_length && prefix - 1 >= oldest;
-            const uint64_t chain = reg.chain[prefix % KVC_N_REGISTER_LENGTHS];
-            const uint64_t last_mix = chain - reg.chain[(prefix - 1) % KVC_N_REGISTER_LENGTHS] * KVC_CHAIN_P;
-            if (!(knows_last && kvc_is_register_outdated(pool, batch, index, row, last_mix))) {
-                row.anchor = chain;
+            if (!kvc_is_register_outdated(pool, batch, index, reg, prefix)) {
+                row.anchor = reg.chain[prefix % KVC_N_REGISTER_LENGTHS];
                 row.share = reg.forwards;
                 row.flags |= KVC_ROW_ANCHORED | KVC_ROW_REGISTERED | (reg.is_relative ? KVC_ROW_RELATIVE : 0);
-                row.last_mix = knows_last ? last_mix : row.last_mix;
-                row.flags |= knows_last ? KVC_ROW_KNOWS_LAST : 0;
+                if (prefix - 1 >= reg.first_length && prefix - 1 >= oldest) {
+                    row.last_mix = row.anchor - reg.chain[(prefix - 1) % KVC_N_REGISTER_LENGTHS] * KVC_CHAIN_P;
+                    row.flags |= KVC_ROW_KNOWS_LAST;
+                }
                 return;
             }
         }
@@ -228,6 +225,8 @@ KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
         pool_state.n_aborted += 1;
     }
     pool_state.head_forward = forward;
+    pool_state.is_repeated = pool_state.step == (uint32_t)state[KVC_STATE_STEP];
+    pool_state.step = (uint32_t)state[KVC_STATE_STEP];
     if (p.pool.scrub_blocks && p.batch.is_first_forward && state[KVC_STATE_PAUSE] == 0) pool_state.scrub_turn += 1;
 }
 

@@ -192,7 +192,7 @@ KVC_DEVICE void kvc_register_path(Register& reg, const PathStart& start, int32_t
     if (!start.is_registered) reg.first_length = prefix + 1;
     else if (oldest > reg.first_length) reg.first_length = (int32_t)oldest;
     reg.is_relative = start.is_relative;
-    reg.length = length;
+    reg.length = reg.confirmed = length;
 }
 
 // A path by a warp: its few entries one after the other, the digests of each by the lanes.

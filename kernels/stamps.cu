@@ -95,12 +95,12 @@ KVC_NOINLINE void kvc_judge_write(const StepParams& p, int32_t index, int64_t i)
 // What the register of a row's request slot held before this forward.
 struct RegisterBefore {
     uint32_t forwards;
-    int32_t length, first_length;
+    int32_t length, first_length, confirmed;
 };
 KVC_DEVICE RegisterBefore kvc_register_before(const Pool& pool, const Row& row) {
-    if (row.request_slot < 0) return {0, 0, 0};
+    if (row.request_slot < 0) return {0, 0, 0, 0};
     const Register& reg = kvc_pointer<Register>(pool.registers)[row.request_slot];
-    return {reg.forwards, reg.length, reg.first_length};
+    return {reg.forwards, reg.length, reg.first_length, reg.confirmed};
 }
 
 // Whether the row begins the register of its request slot, which was another request's or nobody's.
@@ -133,6 +133,12 @@ KVC_DEVICE void kvc_keep_in_register(const StepParams& p, const Row& row, int64_
     reg.forwards = continues ? was.forwards + 1 : 1;
     reg.is_relative = is_relative;
     reg.length = length;
+    // All new tokens of a first forward or of a long chunk, else the first of them: the others may be drafts, and in a further
+    // forward of the step all of them may be.
+    const bool is_known = !continues || row.n_new > KVC_N_REGISTER_LENGTHS;
+    const int32_t known = continues && was.confirmed < row.prefix ? was.confirmed : row.prefix;
+    const bool is_repeated = kvc_pointer<PoolState>(p.guard.pool_states)[p.pool.index].is_repeated;
+    reg.confirmed = is_repeated ? known : row.prefix + (is_known ? row.n_new : 1);
     reg.request_id = row.request_id;
 }
 

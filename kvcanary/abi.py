@@ -142,7 +142,7 @@ REGISTER = np.dtype(
         ("length", "<i4"),
         ("first_length", "<i4"),
         ("is_relative", "<u4"),
-        ("unused", "<u4"),
+        ("confirmed", "<i4"),  # tokens that the engine knew before the forward: what lies behind may be drafts
         ("chain", "<u8", (N_REGISTER_LENGTHS,)),
     ]
 )
@@ -216,6 +216,8 @@ POOL_STATE = np.dtype(
         ("aborted", "<u4", (N_ABORTED,)),
         ("scrub_turn", "<u4"),  # turns of the patrol begun; the first is 1
         ("n_fresh", "<u4"),  # slots whose claim word says CLAIM_FRESH
+        ("step", "<u4"),  # the newest in which the pool ran
+        ("is_repeated", "<u4"),  # its newest forward was not the first of that step: one of drafts, perhaps
     ]
 )
 VIOLATION = np.dtype(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from agree import Sides
-from agree_script import A, B, Row, Script, kinds
+from agree_script import A, B, Row, Script, batch_of, kinds
 
 from kvcanary import Reason, abi
+
+RNG = np.random.default_rng(0)
 
 
 def sweep(s: Script, slots: list[int], positions: list[int], before: list[int]) -> dict[int, Reason]:
@@ -49,14 +52,39 @@ def test_new_tokens_that_no_later_query_sees_need_no_slot(sides: Sides) -> None:
 
 
 # ---- registers -------------------------------------------------------------------------------------------------------
-def test_a_text_goes_on_elsewhere_after_drafts(sides: Sides) -> None:
-    """Back in its request slot, at a length that only drafts had: the register has those, history and cache do not."""
-    s = Script(sides())
+@pytest.mark.parametrize("leave_out", [(), ("token_history",)])
+def test_a_text_goes_on_elsewhere_after_drafts(sides: Sides, leave_out: tuple[str, ...]) -> None:
+    """Back in its request slot, at a length that only drafts had: the register has those, the cache has not."""
+    s = Script(sides(), leave_out=leave_out)
     assert s.forward(Row(1, A, 0, 6, [1, 2])) == []
     assert s.forward(Row(1, [*A[:7], 7, 8, 9], 6, 10, [1, 2, 3])) == [], "none of the drafts is accepted"
     assert s.forward(Row(2, A, 0, 9, [4, 5, 6])) == []
     assert s.forward(Row(1, A, 9, 10, [4, 5, 6])) == []
     assert s.forward(Row(1, A, 10, 11, [4, 5, 6])) == []
+
+
+@pytest.mark.parametrize("leave_out", [(), ("token_history",)])
+def test_drafts_of_a_further_forward_of_the_step(sides: Sides, leave_out: tuple[str, ...]) -> None:
+    """As a draft pool has them, one token a forward."""
+    s = Script(sides(), leave_out=leave_out)
+    assert s.forward(Row(1, A, 0, 8, [1, 2])) == []
+    drafted = [*A[:8], 777, 778]
+    for n in (8, 9):
+        row = batch_of([Row(1, drafted, n, n + 1, [1, 2, 3])], leave_out)
+        assert (
+            len(s.twins.forward(row, index=n - 7, model=lambda n=n: s.twins.write_kv(0, np.array([4 + n]), RNG))) == 0
+        )
+    assert s.forward(Row(2, A, 0, 12, [4, 5, 6])) == []
+    assert s.forward(Row(1, A, 10, 11, [4, 5, 6])) == []
+
+
+def test_what_no_draft_had_is_still_held_against_the_cache(sides: Sides) -> None:
+    """A whole row of another text, and nobody who tells the tokens: after a prefill, and after a token."""
+    s = Script(sides(), leave_out=["token_history"])
+    assert s.forward(Row(1, A, 0, 8, [1, 2]), Row(2, B, 0, 8, [3, 4])) == []
+    assert kinds(s.forward(Row(1, A, 8, 9, [3, 4, 5])), "HEAD") == {19: Reason.CHAIN}
+    assert s.forward(Row(2, B, 8, 9, [3, 4, 6])) == []
+    assert kinds(s.forward(Row(2, B, 9, 10, [1, 2, 5])), "HEAD")[20] & Reason.CHAIN
 
 
 def test_drafts_that_are_kept(sides: Sides) -> None:

@@ -198,6 +198,8 @@ class HostBackend:
             pool.state["aborted"][place] = pool.state["head_forward"]
             pool.state["n_aborted"] += 1
         pool.state["head_forward"] = self._forward
+        step = np.uint32(int(words[abi.STATE_STEP]) & 0xFFFFFFFF)
+        pool.state["is_repeated"], pool.state["step"] = pool.state["step"] == step, step
         if pool.scrub_blocks and batch.is_first_forward and not words[abi.STATE_PAUSE]:
             pool.state["scrub_turn"] += 1
         self._rows[call.pool] = ref.find_rows(pool, batch, self._forward)
@@ -268,6 +270,11 @@ class HostBackend:
         reg["chain"][(prefix + last + 1) % n] = chain[last]
         # A start that came out of the cache is nothing to hold a later forward against.
         first = prefix if row["flags"] & abi.ROW_ANCHORED else prefix + 1
+        # All new tokens of a first forward or of a long chunk, else the first of them: the others may be drafts, and in
+        # a further forward of the step all of them may be.
+        is_known = not continues or len(chain) > n
+        known = min(int(reg["confirmed"]), prefix) if continues else prefix
+        reg["confirmed"] = known if pool.state["is_repeated"] else prefix + (len(chain) if is_known else 1)
         reg["first_length"] = max(oldest, int(reg["first_length"])) if continues else first
         reg["forwards"] = reg["forwards"] + 1 if continues else 1
         reg["is_relative"] = relative

@@ -312,19 +312,18 @@ def forget_elsewhere(pool: PoolArrays, request_id: int, forward: int) -> None:
     pool.registers["request_id"][~is_claimed & (pool.registers["request_id"] == request_id)] = 0
 
 
-def is_register_outdated(pool: PoolArrays, batch: BatchArrays, r: int, row: Array, last_mix: int) -> bool:
-    """Whether the register's last token before the prefix is neither the history's nor the slot's: it was a draft's.
+def is_register_outdated(pool: PoolArrays, batch: BatchArrays, r: int, reg: Array, prefix: int) -> bool:
+    """Whether a register has another chain at the prefix than the slot before it, at a length that drafts may have had.
 
-    The text has gone on elsewhere. Where the slot's stamp has the register's token, the history differs from the cache.
+    The text has gone on elsewhere, and its KV came back.
     """
-    last = np.array([int(row["prefix"]) - 1])
-    token = int(history_tokens(pool, batch, row.reshape(1), np.zeros(1, np.int64), last)[0])
-    if token < 0 or int(hashing.token_mix(np.array([token]), last)[0]) == last_mix:
+    if prefix <= reg["confirmed"] or reg["is_relative"]:
         return False
-    at = table_slots(pool, batch, np.array([r]), last)
-    stamp = pool.head[0][at.slot[0]]
-    is_there = at.status[0] == OK and stamp["step"] != 0
-    return bool(is_there and stamp["token"] == token and stamp["position"] == last[0])
+    at = table_slots(pool, batch, np.array([r]), np.array([prefix - 1]))
+    stamp = pool.head[0][at.slot]
+    is_there = (at.status == OK) & (stamp["step"] != 0) & (stamp["token"] != abi.NO_TOKEN)
+    is_there &= ~is_outlived(pool, np.maximum(at.slot, 0), stamp)
+    return bool((is_there & (stamp["chain"] != reg["chain"][prefix % abi.N_REGISTER_LENGTHS]))[0])
 
 
 def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
@@ -337,14 +336,14 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
     if row["request_id"] and slot >= 0:
         reg = pool.registers[slot]
         oldest = max(int(reg["first_length"]), int(reg["length"]) - abi.N_REGISTER_LENGTHS + 1)
-        chain, one_less = (int(reg["chain"][n % abi.N_REGISTER_LENGTHS]) for n in (prefix, prefix - 1))
-        last_mix, knows_last = (chain - one_less * abi.CHAIN_P) % (1 << 64), prefix - 1 >= oldest
         is_known = reg["request_id"] == row["request_id"] and oldest <= prefix <= int(reg["length"])
-        if is_known and not (knows_last and is_register_outdated(pool, batch, r, row, last_mix)):
-            row["anchor"], row["share"] = chain, reg["forwards"]
+        if is_known and not is_register_outdated(pool, batch, r, reg, prefix):
+            row["anchor"] = reg["chain"][prefix % abi.N_REGISTER_LENGTHS]
+            row["share"] = reg["forwards"]
             flags = abi.ROW_ANCHORED | abi.ROW_REGISTERED | (abi.ROW_RELATIVE if reg["is_relative"] else 0)
-            if knows_last:
-                row["last_mix"] = last_mix
+            if prefix - 1 >= oldest:
+                one_less = int(reg["chain"][(prefix - 1) % abi.N_REGISTER_LENGTHS])
+                row["last_mix"] = (int(row["anchor"]) - one_less * abi.CHAIN_P) % (1 << 64)
                 flags |= abi.ROW_KNOWS_LAST
             return flags
     if batch.prefix_chain is not None and batch.prefix_chain[r]:

@@ -154,7 +154,7 @@ def _commit_path(pool: PoolArrays, image: SlotImage, first: int, last: int, pref
     reg["chain"][(prefix + kept + 1) % abi.N_REGISTER_LENGTHS] = chains[kept]
     oldest = int(reg["length"]) - abi.N_REGISTER_LENGTHS + 1
     reg["first_length"] = max(oldest, int(reg["first_length"])) if registered else prefix + 1
-    reg["is_relative"], reg["length"] = relative, prefix + len(chains)
+    reg["is_relative"], reg["length"], reg["confirmed"] = relative, prefix + len(chains), prefix + len(chains)
 
 
 def _path_start(reg: Array | None, first: Array, prefix: int) -> tuple[int, bool, bool]:
