@@ -19,6 +19,12 @@ KVC_DEVICE bool kvc_is_aborted(const Guard& guard, const Pool& pool, uint32_t fo
     return false;
 }
 
+// Outside a forward: one that never reached TAIL, known as such already, or the pool's last, which the next one will make known.
+KVC_DEVICE bool kvc_was_left(const Guard& guard, const Pool& pool, uint32_t forward) {
+    const PoolState& s = kvc_pointer<PoolState>(guard.pool_states)[pool.index];
+    return kvc_is_aborted(guard, pool, forward) || (forward == s.head_forward && forward != s.tail_forward);
+}
+
 // The stamp of a slot as the stage sees it, and whether the stage may judge it.
 struct SeenStamp {
     Stamp stamp;

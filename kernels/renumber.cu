@@ -19,12 +19,6 @@ KVC_DEVICE uint64_t kvc_renumbered_claim(uint64_t claim, uint32_t old) {
     return (uint64_t)kvc_renumbered((uint32_t)(claim >> 32), old) << 32 | (uint32_t)claim;
 }
 
-// An old forward that never reached TAIL: known as such already, or the pool's last.
-KVC_DEVICE bool kvc_was_left(const Guard& guard, const Pool& pool, uint32_t forward) {
-    const PoolState& s = kvc_pointer<PoolState>(guard.pool_states)[pool.index];
-    return kvc_is_aborted(guard, pool, forward) || (forward == s.head_forward && forward != s.tail_forward);
-}
-
 KVC_DEVICE void kvc_renumber_stamp(Stamp& stamp, uint32_t number, uint32_t old) {
     if (stamp.step && stamp.step <= old) stamp.prev_slot = kvc_is_relative(stamp) ? KVC_PREV_RELATIVE : KVC_PREV_NONE;
     stamp.step = number;

@@ -399,13 +399,6 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_tail(KVC_PARAM StepParams p) {
     if (kvc_thread() == 0) kvc_count_entries(p.guard, p.pool, KVC_STAGE_TAIL, n);
 }
 
-// Whether a forward is the newest one, and has not reached TAIL. Outside a forward: it failed in the step at hand, and is among the
-// failed ones only once the next one begins.
-KVC_DEVICE bool kvc_is_open(const Guard& guard, const Pool& pool, uint32_t forward) {
-    const PoolState& s = kvc_pointer<PoolState>(guard.pool_states)[pool.index];
-    return forward == s.head_forward && s.head_forward != s.tail_forward;
-}
-
 // ---- kvc_stamps_sweep ----------------------------------------------------------------------------------------------------
 // A lane per resident slot: HEAD stamp against the provider's position, predecessor and token; TAIL against HEAD.
 KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
@@ -448,7 +441,7 @@ KVC_DEVICE void kvc_sweep_slot(const SweepParams& p, int64_t i) {
                 const bool is_there = previous.step && previous.token != KVC_NO_TOKEN && !kvc_is_outlived(pool, before, previous);
                 if (may_link && is_there && stamp.chain != v.expected_chain) v.reasons |= KVC_REASON_CHAIN;
             }
-            if (tail_step != stamp.step && !kvc_is_aborted(p.guard, pool, stamp.step) && !kvc_is_open(p.guard, pool, stamp.step)) {
+            if (tail_step != stamp.step && !kvc_was_left(p.guard, pool, stamp.step)) {
                 v.reasons |= KVC_REASON_UNWRITTEN;
                 v.detail = KVC_DETAIL_UNFINISHED;
             }

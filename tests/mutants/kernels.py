@@ -147,6 +147,7 @@ BLOCKS = [
     *_in(
         "judge.cuh",
         HONEST,
+        ("a failed forward is swept", "(forward == s.head_forward && forward", "(false && forward"),
         ("a link to any slot before a window", "kvc_continued_slot(seen.stamp) == before.slot)) &&", "seen.stamp.prev_slot >= 0)) &&"),
     ),
     *_in("slots.cuh", HONEST, ("a move is as old as what it moved", "moved > step ? moved : step", "moved > step ? step : step")),
@@ -154,7 +155,6 @@ BLOCKS = [
     *_in(
         "verify.cu",
         HONEST,
-        ("a failed forward is swept", "return forward == s.head_forward &&", "return false &&"),
         ("tokens behind the window must have a slot", "position >= pool.sink;", "false;"),
     ),
     *_in(
