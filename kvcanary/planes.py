@@ -21,9 +21,10 @@ from kvcanary.tags import Half
 ONE_WORD = "one word of printable characters, without spaces and '=': it stands in lines of key=value"
 PARTIAL_BYTES = 16  # of each chunk, with real_data="partial"
 _MAX_RUNS_COMPARED = 1 << 22  # runs whose addresses are sorted when strides alone do not show that slots are apart
+_FAR = 1 << 62  # bytes: further than any memory, and still a 64-bit number after a step or two
 # Fields of Plane and the least they can be; a flipped array has negative strides and is not addressed.
 _PLANE_NUMBERS = (
-    ("offset", -(1 << 62)),
+    ("offset", -_FAR),
     ("page_stride", 0),
     ("token_stride", 0),
     ("chunk_stride", 0),
@@ -76,6 +77,8 @@ class Plane:
             value = getattr(self, field)
             if not isinstance(value, (int, np.integer)) or value < least:
                 raise LayoutError(f"{self.label}: {field}={value!r}; give an integer >= {least} (sizes in bytes)")
+            if value > _FAR:
+                raise LayoutError(f"{self.label}: {field}={value}; no memory reaches that far, give bytes")
             object.__setattr__(self, field, int(value))
         if self.n_chunks > 1 and self.chunk_stride == self.chunk_bytes:
             object.__setattr__(self, "chunk_bytes", self.n_chunks * self.chunk_bytes)

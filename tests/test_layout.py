@@ -158,6 +158,8 @@ def test_a_large_form_that_is_not_nested_is_refused_unseen() -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "negative stride": (lambda: plane(token_stride=-8), "token_stride=-8; give an integer >= 0"),
+    "stride beyond all memory": (lambda: plane(page_stride=1 << 64), "page_stride=18446744073709551616; no memory"),
+    "offset beyond all memory": (lambda: plane(offset=(1 << 62) + 1), "no memory reaches that far, give bytes"),
     "stride of elements": (lambda: plane(token_stride=0.5), "token_stride=0.5; give an integer"),
     "empty chunk": (lambda: plane(chunk_bytes=0), "chunk_bytes=0; give an integer >= 1"),
     "strides in elements": (lambda: pool_of(plane(8, token_stride=4, page_stride=16)), "slots overlap.* not elements"),
