@@ -17,15 +17,22 @@ KVC_DEVICE uint64_t* kvc_constants() {
     return k;
 }
 KVC_DEVICE uint64_t kvc_constant_of(uint32_t i) { return kvc_mix64(KVC_DIGEST_SEED + i) | 1; }
-// Made by the block, which meanwhile asks for all that tells what the pool's digests are: later it is near. All threads take part.
-KVC_DEVICE void kvc_begin_digests(const Pool& pool) {
+// Asks for all that tells what the pool's digests are: later it is near. All threads of the block take part.
+KVC_DEVICE void kvc_ask_for_digests(const Pool& pool) {
 #pragma unroll 1
     for (uint32_t i = kvc_thread(); i < pool.n_digests; i += KVC_THREADS) {
         kvc_prefetch(kvc_pointer<Digest>(pool.digest_units) + i);
         kvc_prefetch(kvc_pointer<Plane>(pool.planes) + i);  // there are at least as many planes
     }
+}
+// Made by the block. All threads take part.
+KVC_DEVICE void kvc_make_constants() {
     for (uint32_t i = kvc_thread(); i < KVC_DIGEST_PERIOD; i += KVC_THREADS) kvc_constants()[i] = kvc_constant_of(i);
     kvc_sync_block();
+}
+KVC_DEVICE void kvc_begin_digests(const Pool& pool) {
+    kvc_ask_for_digests(pool);
+    kvc_make_constants();
 }
 
 // The slot of a lane.

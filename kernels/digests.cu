@@ -170,6 +170,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     const uint32_t forward = kvc_forward_number(p.guard);
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_TAIL);
+    kvc_ask_for_digests(pool);
     const uint32_t n_warps = (uint32_t)kvc_global_warps();
     uint32_t each = ((uint32_t)p.batch.n_tokens + n_warps - 1) / n_warps;
     if (each > 4) {  // long arrays may be mostly empty: at most a hint, but worth a look
@@ -180,7 +181,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_write(KVC_PARAM StepParams p) {
     int64_t base = kvc_global_warp() * each;
     NewSlot next = kvc_new_slot(p, base, each);
     const DigestRange range = kvc_digest_range(pool);
-    kvc_begin_digests(pool);
+    kvc_make_constants();
     while (base < p.batch.n_tokens) {
         const uint64_t claim = (uint64_t)forward << 32 | (uint64_t)(base + kvc_lane() + 1);
         if (kvc_ballot(next.at.slot >= 0)) kvc_store_digests(pool, range, next.at, next.claim, claim);

@@ -35,7 +35,11 @@ def sanitizer_environment() -> dict[str, str] | None:
         return None
     found = Path(_output_of([compiler, "-print-file-name=libasan.so"]).strip())
     # The interpreter's own allocations at exit would be reported as leaks.
-    return {"LD_PRELOAD": str(found), "ASAN_OPTIONS": "detect_leaks=0"} if found.is_absolute() else None
+    return (
+        {"LD_PRELOAD": str(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+        if found.is_absolute()
+        else None
+    )
 
 
 def build(kernels_dir: Path, out_dir: Path, sanitize: bool = False, defines: Iterable[str] = ()) -> Path:
