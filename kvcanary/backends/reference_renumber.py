@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcanary import abi
-from kvcanary.backends.reference import Array, PoolArrays, is_aborted, is_relative
+from kvcanary.backends.reference_arrays import Array, PoolArrays
+from kvcanary.backends.reference_stamps import is_aborted, is_relative
 from kvcanary.state import CanaryDeviceState
 
 
