@@ -89,3 +89,13 @@ def is_aborted(pool: PoolArrays, forwards: Array) -> Array:
     n = min(int(pool.state["n_aborted"]), abi.N_ABORTED)
     known: Array = (forwards <= pool.state["aborted_floor"]) | np.isin(forwards, pool.state["aborted"][:n])
     return known
+
+
+def was_left(pool: PoolArrays, forwards: Array) -> Array:
+    """Outside a forward: whether each never reached TAIL: bool[n].
+
+    It is known as such already, or it is the pool's last, which the next one will make known.
+    """
+    state = pool.state
+    is_open: Array = (forwards == state["head_forward"]) & (forwards != state["tail_forward"])
+    return is_aborted(pool, forwards) | is_open

@@ -10,7 +10,7 @@ from kvcanary import abi, hashing
 from kvcanary.backends import ownership
 from kvcanary.backends.reference_arrays import Array, PoolArrays
 from kvcanary.backends.reference_records import new_records, put_stamps
-from kvcanary.backends.reference_stamps import continued_slots, is_aborted, is_outlived, is_relative, is_rewritten
+from kvcanary.backends.reference_stamps import continued_slots, is_outlived, is_relative, is_rewritten, was_left
 from kvcanary.tags import Detail, Reason, Stage
 
 
@@ -38,9 +38,7 @@ def judge_resident(pool: PoolArrays, resident: Any, half: int, inside: Array) ->
     links &= ~is_outlived(pool, np.where(has_before, before, 0), prev)
     broken = links & (stamp["chain"] != chain)
     reasons |= np.where(broken, Reason.CHAIN, 0)
-    # A forward that failed in this very step is not among the failed ones before the next one begins.
-    is_open = (stamp["step"] == pool.state["head_forward"]) & (pool.state["head_forward"] != pool.state["tail_forward"])
-    unfinished = written & (tail_step != stamp["step"]) & ~is_aborted(pool, stamp["step"]) & ~is_open
+    unfinished = written & (tail_step != stamp["step"]) & ~was_left(pool, stamp["step"])
     reasons |= np.where(unfinished, Reason.UNWRITTEN, 0)
     if pool.blocks is not None:
         reasons |= np.where(written, ownership.epoch_reasons(pool.block_states(slots), stamp), 0)
