@@ -168,7 +168,7 @@ def test_a_guard_with_a_check_left_out_fails(
 @pytest.mark.parametrize("reason", [Reason.CHAIN, Reason.TOKEN, Reason.POSITION, Reason.UNWRITTEN, Reason.DATA])
 def test_a_guard_that_never_says_a_reason_fails(reason: Reason, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records lose one bit on their way to the host; a record without any is not written."""
-    from kvcanary.backends.host import Recorder
+    from kvcanary.backends.host_recorder import Recorder
 
     report = Recorder.report
 

@@ -28,8 +28,9 @@ from kvcanary.backends import reference_slots as ref_slots
 from kvcanary.backends import reference_stamps as ref_stamps
 from kvcanary.backends import reference_sweep as ref_sweep
 from kvcanary.backends import reference_writes as ref_writes
+from kvcanary.backends.host_recorder import Recorder, make_state
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
-from kvcanary.backends.reference_arrays import Array, BatchArrays, PoolArrays
+from kvcanary.backends.reference_arrays import Array, BatchArrays, PoolArrays, batch_arrays, pool_arrays
 from kvcanary.backends.reference_slots import OK
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
@@ -39,73 +40,8 @@ from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
 from kvcanary.patrol import plan_patrol
 from kvcanary.reserved import checked_planes
-from kvcanary.state import CanaryDeviceState, CounterLayout
+from kvcanary.state import CounterLayout
 from kvcanary.tags import Detail, Reason, Stage
-from kvcanary.violations import places_of
-
-
-def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> CanaryDeviceState:
-    """A fresh guard state in host memory."""
-    return CanaryDeviceState(
-        layout,
-        np.zeros(layout.n_words, np.uint64),
-        np.zeros(max_requests, np.uint32),
-        np.zeros(ring_capacity + 1, abi.VIOLATION),
-        np.zeros(abi.N_CONTROL_WORDS, np.uint64),
-    )
-
-
-class Recorder:
-    """Counts and reports into one guard state, as kernels/report.cuh does."""
-
-    def __init__(self, state: CanaryDeviceState, pools: Sequence[PoolArrays]) -> None:
-        self.state = state
-        self.words = state.words
-        self._pools = pools
-
-    def count_launch(self, pool: PoolArrays, stage: Stage) -> None:
-        for half in range(len(pool.head)):
-            self.state.kernel_run_counters[pool.index, pool.tag(stage, half)] += np.uint64(1)
-
-    def count_entries(self, pool: PoolArrays, stage: Stage, n: int) -> None:
-        for half in range(len(pool.head)):
-            self.state.slot_run_counters[pool.index, pool.tag(stage, half)] += np.uint64(n)
-
-    def count_data_launch(self, pool: PoolArrays, stage: Stage) -> None:
-        self.state.data_run_counters[pool.index, stage] += np.uint64(1)
-
-    def add(self, word: int, n: int) -> None:
-        self.words[word] += np.uint64(n)
-
-    def report(self, records: Array) -> None:
-        """Put records into the ring as far as there is room; the rest is counted as dropped."""
-        if not len(records):
-            return
-        words, ring, control = self.words, self.state.violation_log, self.state.control
-        records["step"], records["forward"] = words[abi.STATE_STEP], words[abi.STATE_FORWARD]
-        self._put_blocks(records)
-        in_batch = (records["row"] >= 0) & (records["row"] < len(self.state.taint))
-        np.bitwise_or.at(self.state.taint, records["row"][in_batch], records["reasons"][in_batch])
-        capacity, claimed = len(ring) - 1, int(words[abi.STATE_CLAIMED])
-        n = min(len(records), capacity - (claimed - int(control[abi.CONTROL_READ])))
-        records["commit"][:n] = np.arange(n, dtype=np.uint64) + np.uint64(claimed + 1)
-        ring[places_of(claimed, n, capacity)] = records[:n]
-        words[abi.STATE_CLAIMED] = claimed + n
-        self.add(abi.STATE_OBSERVATIONS, len(records))
-        self.add(abi.STATE_DROPPED, len(records) - n)
-        if n:
-            control[abi.CONTROL_ALARM] = claimed + n
-
-    def _put_blocks(self, records: Array) -> None:
-        """Whose the slots' blocks are, in records of one pool that are about slots of it."""
-        pool = self._pools[int(records["pool"][0])]
-        if pool.blocks is None:
-            return
-        is_slot = np.isin(records["detail"], [d for d in Detail if d.is_slot])
-        is_slot &= (records["slot"] >= 0) & (records["slot"] < pool.n_slots)
-        states = pool.block_states(np.where(is_slot, records["slot"], 0))
-        for name in ("owner", "epoch", "since", "flags"):
-            records[f"block_{name}"] = np.where(is_slot, states[name], 0)
 
 
 class HostBackend:
@@ -117,7 +53,7 @@ class HostBackend:
         self._config = config
         self._kv_pools = tuple(pools)
         plans = plan_patrol(config, pools)
-        self._pools = [_pool_arrays(i, p, config, max_requests, plans[i].n_blocks) for i, p in enumerate(pools)]
+        self._pools = [pool_arrays(i, p, config, max_requests, plans[i].n_blocks) for i, p in enumerate(pools)]
         self._units = [p.digest_units(config.real_data) for p in pools]
         self._checked = [checked_planes(config, p) for p in pools]
         self.state = make_state(CounterLayout(len(pools)), max_requests, config.ring_capacity)
@@ -126,7 +62,7 @@ class HostBackend:
 
     # ---- a forward ---------------------------------------------------------------------------------------------------
     def bind(self, pool: int, bound: BoundBatch, is_first_forward: bool) -> BoundCall:
-        return BoundCall(pool, _batch_arrays(bound, self._config, is_first_forward))
+        return BoundCall(pool, batch_arrays(bound, self._config, is_first_forward))
 
     def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for i, call in enumerate(calls):
@@ -228,7 +164,7 @@ class HostBackend:
         for r in np.flatnonzero(rows["flags"] & abi.ROW_LIVE):
             mine = slice(*np.searchsorted(new.row, [r, r + 1]))
             chain[mine] = hashing.chain_scan(int(rows["anchor"][r]), token[mine], int(rows["prefix"][r]))
-            self._keep_in_register(pool, rows[r], int(r), chain[mine], bool(starts.relative[r]))
+            ref_rows.keep_in_register(pool, rows[r], int(r), chain[mine], bool(starts.relative[r]), self._forward)
         if self._is_judging:
             self._recorder.report(ref_writes.judge_writes(pool, batch, rows, new, target, self._forward))
             self._recorder.report(ref_records.bad_rows(pool, rows))
@@ -236,7 +172,7 @@ class HostBackend:
             self._recorder.add(abi.STATE_UNANCHORED_ROWS, int(unanchored.sum()))
         stamps = np.zeros(len(token), abi.STAMP)
         stamps["chain"], stamps["token"], stamps["position"] = chain, token, new.position
-        stamps["prev_slot"] = self._previous_slots(pool, batch, rows, starts, new)
+        stamps["prev_slot"] = ref_writes.previous_slots(pool, batch, rows, starts, new)
         stamps["step"], stamps["owner"] = self._forward, rows["request_id"][new.row]
         if pool.blocks is not None:
             block = pool.block_states(target.slot)
@@ -250,45 +186,6 @@ class HostBackend:
         self._recorder.count_launch(pool, Stage.HEAD)
         words = self.state.words
         words[abi.STATE_FORWARD_DONE], words[abi.STATE_STEP_DONE] = words[abi.STATE_FORWARD], words[abi.STATE_STEP]
-
-    @staticmethod
-    def _previous_slots(
-        pool: PoolArrays, batch: BatchArrays, rows: Array, starts: ref_rows.Starts, new: ref_writes.NewTokens
-    ) -> Array:
-        before = ref_slots.table_slots(pool, batch, new.row, new.position - 1)
-        # Where the predecessor has no place, the table may still name a block that is another's by now.
-        named_before = batch.slot_mapping[np.maximum(new.token - 1, 0)]
-        is_slot = (before.status == OK) & (named_before >= 0)
-        is_slot &= ref_slots.is_kept(pool, rows, new.row, new.position - 1)
-        absolute = np.where(is_slot, before.slot, abi.PREV_NONE)
-        relative = np.where(is_slot, abi.PREV_RELATIVE_BASE - before.slot, abi.PREV_RELATIVE)
-        previous = np.where(starts.relative[new.row], relative, absolute)
-        return np.where(new.nth == 0, starts.prev_slot[new.row], previous)
-
-    def _keep_in_register(self, pool: PoolArrays, row: Array, r: int, chain: Array, relative: bool) -> None:
-        slot = int(row["request_slot"])
-        if not row["request_id"] or slot < 0 or pool.register_claims[slot] != np.uint64(self._forward << 32 | r + 1):
-            return
-        reg, n, prefix = pool.registers[slot], abi.N_REGISTER_LENGTHS, int(row["prefix"])
-        continues = bool(row["flags"] & abi.ROW_REGISTERED)
-        if not continues and reg["request_id"] != row["request_id"]:
-            ref_rows.forget_elsewhere(pool, int(row["request_id"]), self._forward)
-        oldest = int(reg["length"]) - n + 1
-        if len(chain) < n:
-            reg["chain"][prefix % n] = row["anchor"]
-        last = np.arange(max(0, len(chain) - n), len(chain))
-        reg["chain"][(prefix + last + 1) % n] = chain[last]
-        # A start that came out of the cache is nothing to hold a later forward against.
-        first = prefix if row["flags"] & abi.ROW_ANCHORED else prefix + 1
-        # All new tokens of a first forward or of a long chunk, else the first of them: the others may be drafts, and in
-        # a further forward of the step all of them may be.
-        is_known = not continues or len(chain) > n
-        known = min(int(reg["confirmed"]), prefix) if continues else prefix
-        reg["confirmed"] = known if pool.state["is_repeated"] else prefix + (len(chain) if is_known else 1)
-        reg["first_length"] = max(oldest, int(reg["first_length"])) if continues else first
-        reg["forwards"] = reg["forwards"] + 1 if continues else 1
-        reg["is_relative"] = relative
-        reg["length"], reg["request_id"] = prefix + len(chain), row["request_id"]
 
     # ---- verification ------------------------------------------------------------------------------------------------
     def _verify(self, pool: PoolArrays, batch: BatchArrays, entries: ref_prefix.Entries, stage: Stage) -> None:
@@ -550,56 +447,3 @@ class HostBackend:
         ok = entries.at.status == OK
         self._compare_digests(recorder, pool, entries.at.slot[ok], about[ok], forward=0)
         return state.violation_log[: int(state.words[abi.STATE_CLAIMED])]
-
-
-def _pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: int, scrub_blocks: int) -> PoolArrays:
-    n, halves = pool.n_slots, len(pool.halves)
-    lut = pool.lut_view
-    return PoolArrays(
-        index=index,
-        kind=int(pool.kind),
-        n_slots=n,
-        page_size=pool.page_size,
-        window=pool.window or 0,
-        token_offset=pool.token_offset,
-        ring_length=pool.ring_length,
-        ring_bubble=pool.ring_bubble,
-        sink=pool.sink,
-        reserved=np.array(pool.reserved_blocks, np.int64),
-        slot_lut=None if lut is None else lut.host,
-        head=[np.zeros(n, abi.STAMP) for _ in range(halves)],
-        tail=[np.zeros(n, abi.STAMP) for _ in range(halves)],
-        claims=np.zeros(n, np.uint64),
-        digests=np.zeros((len(pool.digest_units(config.real_data)), n), np.uint64),
-        registers=np.zeros(max_requests, abi.REGISTER),
-        register_claims=np.zeros(max_requests, np.uint64),
-        state=abi.zeros_of(abi.POOL_STATE),
-        max_requests=max_requests,
-        blocks=np.zeros(pool.n_blocks, abi.BLOCK_STATE) if config.lifecycle else None,
-        scrub_blocks=scrub_blocks,
-    )
-
-
-def _batch_arrays(bound: BoundBatch, config: CanaryConfig, is_first_forward: bool) -> BatchArrays:
-    record, table = bound.record, bound.host("block_table")
-    query_start_loc, input_ids, slot_mapping = (bound.host(n) for n in ("query_start_loc", "input_ids", "slot_mapping"))
-    assert query_start_loc is not None and input_ids is not None and slot_mapping is not None
-    names = ["kv_indptr", "kv_last_page_len", "seq_lens", "request_slots", "request_ids", "salts", "prefix_chain"]
-    names += ["token_history", "expected_tokens", "pending", "verify_all"]
-    return BatchArrays(
-        rows=bound.rows,
-        n_tokens=bound.n_tokens,
-        table_kind=int(record["table_kind"]),
-        table_page=int(record["table_page"]),
-        table_width=int(record["table_width"]),
-        block_table=bound.host("kv_indices") if table is None else table,
-        query_start_loc=query_start_loc,
-        input_ids=input_ids,
-        slot_mapping=slot_mapping,
-        check_write_position=config.check_write_position,
-        adopt=config.on_unwritten == "adopt",
-        verify_data_every=config.verify_data_every,
-        full_verify_min_tokens=config.full_verify_min_tokens,
-        is_first_forward=is_first_forward,
-        **{name: bound.host(name) for name in names},
-    )

@@ -1,4 +1,4 @@
-"""Facts of the rows of a batch, in NumPy: their tokens, claims, anchors, and where their chains come from."""
+"""Facts of the rows of a batch, in NumPy: their tokens, claims, registers, and where their chains come from."""
 
 from __future__ import annotations
 
@@ -177,6 +177,33 @@ def anchor_row(pool: PoolArrays, batch: BatchArrays, r: int, row: Array) -> int:
         if stamp["token"][0] != abi.NO_TOKEN and not is_relative(stamp)[0]:
             return 0
     return abi.ROW_RELATIVE
+
+
+def keep_in_register(pool: PoolArrays, row: Array, r: int, chain: Array, relative: bool, forward: int) -> None:
+    """The chains after row ``r``'s new tokens, u64[n_new], into its request slot's register, if that is its own."""
+    slot = int(row["request_slot"])
+    if not row["request_id"] or slot < 0 or pool.register_claims[slot] != np.uint64(forward << 32 | r + 1):
+        return
+    reg, n, prefix = pool.registers[slot], abi.N_REGISTER_LENGTHS, int(row["prefix"])
+    continues = bool(row["flags"] & abi.ROW_REGISTERED)
+    if not continues and reg["request_id"] != row["request_id"]:
+        forget_elsewhere(pool, int(row["request_id"]), forward)
+    oldest = int(reg["length"]) - n + 1
+    if len(chain) < n:
+        reg["chain"][prefix % n] = row["anchor"]
+    last = np.arange(max(0, len(chain) - n), len(chain))
+    reg["chain"][(prefix + last + 1) % n] = chain[last]
+    # A start that came out of the cache is nothing to hold a later forward against.
+    first = prefix if row["flags"] & abi.ROW_ANCHORED else prefix + 1
+    # All new tokens of a first forward or of a long chunk, else the first of them: the others may be drafts, and in
+    # a further forward of the step all of them may be.
+    is_known = not continues or len(chain) > n
+    known = min(int(reg["confirmed"]), prefix) if continues else prefix
+    reg["confirmed"] = known if pool.state["is_repeated"] else prefix + (len(chain) if is_known else 1)
+    reg["first_length"] = max(oldest, int(reg["first_length"])) if continues else first
+    reg["forwards"] = reg["forwards"] + 1 if continues else 1
+    reg["is_relative"] = relative
+    reg["length"], reg["request_id"] = prefix + len(chain), row["request_id"]
 
 
 # ---- starts of chains ------------------------------------------------------------------------------------------------

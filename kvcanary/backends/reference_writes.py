@@ -10,7 +10,7 @@ from kvcanary import abi
 from kvcanary.backends import ownership
 from kvcanary.backends.reference_arrays import Array, BatchArrays, PoolArrays
 from kvcanary.backends.reference_records import put_stamps, row_records, table_entry_records
-from kvcanary.backends.reference_rows import expand
+from kvcanary.backends.reference_rows import Starts, expand
 from kvcanary.backends.reference_slots import EMPTY, OK, OUT, Slots, is_kept, table_slots
 from kvcanary.tags import Detail, Reason, Stage
 
@@ -28,6 +28,19 @@ def new_tokens(rows: Array) -> NewTokens:
     """Enumerate the new tokens of the live rows."""
     row, index = expand(np.where(rows["flags"] & abi.ROW_LIVE, rows["n_new"], 0))
     return NewTokens(row, index, rows["first_token"][row] + index, rows["prefix"][row].astype(np.int64) + index)
+
+
+def previous_slots(pool: PoolArrays, batch: BatchArrays, rows: Array, starts: Starts, new: NewTokens) -> Array:
+    """What the stamps of new tokens say of the slots that they continue: i32[n]."""
+    before = table_slots(pool, batch, new.row, new.position - 1)
+    # Where the predecessor has no place, the table may still name a block that is another's by now.
+    named_before = batch.slot_mapping[np.maximum(new.token - 1, 0)]
+    is_slot = (before.status == OK) & (named_before >= 0)
+    is_slot &= is_kept(pool, rows, new.row, new.position - 1)
+    absolute = np.where(is_slot, before.slot, abi.PREV_NONE)
+    relative = np.where(is_slot, abi.PREV_RELATIVE_BASE - before.slot, abi.PREV_RELATIVE)
+    previous = np.where(starts.relative[new.row], relative, absolute)
+    return np.where(new.nth == 0, starts.prev_slot[new.row], previous)
 
 
 def judge_writes(
