@@ -44,6 +44,7 @@ from kvcanary.queries import QueryCalls
 from kvcanary.ranges import add_ranges
 from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.sweep import SweepOrchestrator
+from kvcanary.tags import CanaryLaunchTag, Stage
 from kvcanary.turns import OfThisProcess, Turns, one_at_a_time, watch_forks
 from kvcanary.violations import RingReader, new_secret
 
@@ -208,6 +209,19 @@ class CanaryManager(
     def step_number(self) -> int:
         """Steps ended so far."""
         return self._step
+
+    @property
+    def active_tags(self) -> dict[int, frozenset[CanaryLaunchTag]]:
+        """Pool index -> tags launched for it: HEAD and TAIL of its halves, SWEEP where a resident set is attached."""
+        if self._backend is None:
+            return {}
+        tags = {}
+        for i, pool in enumerate(self.pools):
+            stages = [Stage.HEAD, Stage.TAIL] if pool.expected_every_step else []
+            if self._sweep.is_sweeping and i in self._sweep.pools:
+                stages.append(Stage.SWEEP)
+            tags[i] = frozenset(CanaryLaunchTag.of(s, h, pool.kind) for s in stages for h in pool.halves)
+        return tags
 
     # ---- phases ------------------------------------------------------------------------------------------------------
     @one_at_a_time

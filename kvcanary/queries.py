@@ -28,7 +28,6 @@ from kvcanary.pool_stats import pool_stats
 from kvcanary.state import StateSnapshot
 from kvcanary.stats import CanaryStats
 from kvcanary.sweep import SweepOrchestrator
-from kvcanary.tags import CanaryLaunchTag, Stage
 from kvcanary.violations import Violation
 
 
@@ -116,19 +115,6 @@ class QueryCalls:
         if self._backend is None:
             return 0
         return self._errors.n + self._violations.n_errors + self._sweep.errors.n
-
-    @property
-    def active_tags(self) -> dict[int, frozenset[CanaryLaunchTag]]:
-        """Pool index -> tags launched for it: HEAD and TAIL of its halves, SWEEP where a resident set is attached."""
-        if self._backend is None:
-            return {}
-        tags = {}
-        for i, pool in enumerate(self.pools):
-            stages = [Stage.HEAD, Stage.TAIL] if pool.expected_every_step else []
-            if self._sweep.is_sweeping and i in self._sweep.pools:
-                stages.append(Stage.SWEEP)
-            tags[i] = frozenset(CanaryLaunchTag.of(s, h, pool.kind) for s in stages for h in pool.halves)
-        return tags
 
     @staticmethod
     def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:

@@ -39,6 +39,11 @@ def test_what_a_part_needs_is_there(part: type) -> None:
         assert [name for name in needed if not hasattr(manager, name)] == []
 
 
+def test_public_names_that_parts_need_are_the_managers_own_so_that_their_docstrings_are_found() -> None:
+    needed = {name for part in PARTS for name in needed_methods(part) if not name.startswith("_")}
+    assert needed and needed <= set(vars(CanaryManager))
+
+
 def test_no_two_parts_define_the_same_so_that_their_order_does_not_matter() -> None:
     defined = Counter(
         name for part in [CanaryManager, *PARTS] for name, value in vars(part).items() if _is_method(value)
