@@ -301,7 +301,7 @@ POOL = np.dtype(
         ("max_requests", "<u4"),
         ("due_capacity", "<u4"),
         ("scrub_blocks", "<u4"),  # of a turn of the patrol; 0 = none
-        ("ring_length", "<i4"),  # 0 = none, see `place_of` in backends/reference.py
+        ("ring_length", "<i4"),  # 0 = none, see `place_of` in backends/reference_slots.py
         ("ring_bubble", "<i4"),
         ("sink", "<i4"),
         ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block

@@ -34,7 +34,8 @@ import numpy as np
 
 from kvcanary.arrays import ArrayView
 from kvcanary.backends import Backend
-from kvcanary.backends.reference import Array, place_of
+from kvcanary.backends.reference_arrays import Array
+from kvcanary.backends.reference_slots import place_of
 from kvcanary.batch import BoundBatch, StepBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import ConfigError

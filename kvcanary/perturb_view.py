@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kvcanary.backends import Backend
-from kvcanary.backends import reference as ref
-from kvcanary.backends.reference import OK, Array
+from kvcanary.backends.reference_arrays import Array, BatchArrays, PoolArrays
+from kvcanary.backends.reference_rows import row_length
+from kvcanary.backends.reference_slots import EMPTY, OK, table_entries, table_slots, write_slots
 from kvcanary.batch import BoundBatch
 from kvcanary.layout import KvPool
 from kvcanary.prove import host_copy, pool_facts
@@ -45,8 +46,8 @@ class BatchView:
     index: int
     pool: KvPool
     bound: BoundBatch
-    arrays: ref.BatchArrays
-    facts: ref.PoolArrays
+    arrays: BatchArrays
+    facts: PoolArrays
     rows: Array
     prefix: Array
     length: Array
@@ -62,9 +63,9 @@ class BatchView:
         )
         facts = pool_facts(backend, pool, index)
         start, end = (arrays.query_start_loc[s].astype(np.int64) for s in (slice(None, -1), slice(1, None)))
-        length = np.array([ref.row_length(arrays, r) for r in range(bound.rows)], np.int64)
+        length = np.array([row_length(arrays, r) for r in range(bound.rows)], np.int64)
         live = (start >= 0) & (end > start) & (end <= bound.n_tokens) & (end - start <= length)
-        real = ref.write_slots(facts, arrays, np.arange(bound.n_tokens)).status != ref.EMPTY
+        real = write_slots(facts, arrays, np.arange(bound.n_tokens)).status != EMPTY
         before = np.concatenate([[0], np.cumsum(real)])
         at_end, at_start = (before[np.clip(edge, 0, bound.n_tokens)] for edge in (end, start))
         live &= at_end > at_start
@@ -83,7 +84,7 @@ class BatchView:
     def touched(self) -> Array:
         """bool[n_slots]: what any row holds, windows or not, and what this forward writes."""
         rows = np.arange(self.bound.rows)
-        lengths = np.array([ref.row_length(self.arrays, r) for r in range(self.bound.rows)], np.int64)
+        lengths = np.array([row_length(self.arrays, r) for r in range(self.bound.rows)], np.int64)
         touched = self.written_now()
         touched[self._slots(rows, np.zeros_like(lengths), np.maximum(lengths, 0)).slot] = True
         return touched
@@ -97,19 +98,19 @@ class BatchView:
 
     def targets(self, tokens: Array) -> Array:
         """The slots that new tokens are written to: i64[n], -1 where that is no slot of the pool."""
-        return ref.write_slots(self.facts, self.arrays, tokens).slot
+        return write_slots(self.facts, self.arrays, tokens).slot
 
     def request_id(self, row: int) -> int:
         """The request of a row, 0 unknown."""
         return 0 if self.arrays.request_ids is None else int(self.arrays.request_ids[row])
 
     def _slots(self, rows: Array, starts: Array, ends: Array) -> Used:
-        capacity = ref.table_entries(self.arrays, rows) * self.arrays.table_page
+        capacity = table_entries(self.arrays, rows) * self.arrays.table_page
         ends = ends if self.pool.ring_length else np.minimum(ends, capacity)
         counts = np.maximum(0, ends - starts)
         row = np.repeat(rows, counts)
         position = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts - starts, counts)
-        at = ref.table_slots(self.facts, self.arrays, row, position)
+        at = table_slots(self.facts, self.arrays, row, position)
         ok = at.status == OK
         return Used(row[ok], position[ok], at.slot[ok], at.raw[ok])
 

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary.backends import Backend, BoundCall, ProbeTarget
-from kvcanary.backends import reference as ref
+from kvcanary.backends.reference_arrays import BatchArrays, PoolArrays
+from kvcanary.backends.reference_rows import row_length
+from kvcanary.backends.reference_slots import OK, table_entries, table_slots
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import BatchError
@@ -111,10 +113,10 @@ def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatc
     """The latest position of the first row that has one whose HEAD and TAIL stamps are of one forward."""
     batch, facts = host_copy(backend, bound), pool_facts(backend, pool, call.pool)
     for r in range(batch.rows):
-        length, capacity = ref.row_length(batch, r), int(ref.table_entries(batch, np.array([r]))[0]) * batch.table_page
+        length, capacity = row_length(batch, r), int(table_entries(batch, np.array([r]))[0]) * batch.table_page
         positions = np.arange(max(0, length if pool.ring_length else min(length, capacity)))
-        at = ref.table_slots(facts, batch, np.full(len(positions), r), positions)
-        inside = np.flatnonzero(at.status == ref.OK)
+        at = table_slots(facts, batch, np.full(len(positions), r), positions)
+        inside = np.flatnonzero(at.status == OK)
         stamps = backend.read_stamps(call.pool, at.slot[inside])
         good = np.ones(len(inside), bool)
         for head, tail in stamps:
@@ -130,9 +132,9 @@ def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatc
     )
 
 
-def pool_facts(backend: Backend, pool: KvPool, index: int) -> ref.PoolArrays:
-    """What `ref.table_slots` asks of a pool, without the guard's arrays."""
-    return ref.PoolArrays(
+def pool_facts(backend: Backend, pool: KvPool, index: int) -> PoolArrays:
+    """What `table_slots` asks of a pool, without the guard's arrays."""
+    return PoolArrays(
         index=index, kind=int(pool.kind), n_slots=pool.n_slots, page_size=pool.page_size, window=pool.window or 0,
         ring_length=pool.ring_length, ring_bubble=pool.ring_bubble, sink=pool.sink,
         token_offset=pool.token_offset, reserved=np.array(pool.reserved_blocks, np.int64),
@@ -142,7 +144,7 @@ def pool_facts(backend: Backend, pool: KvPool, index: int) -> ref.PoolArrays:
     )  # fmt: skip
 
 
-def host_copy(backend: Backend, bound: BoundBatch) -> ref.BatchArrays:
+def host_copy(backend: Backend, bound: BoundBatch) -> BatchArrays:
     """The arrays of a batch that locate its slots, copied to the host; waits for the device."""
 
     def read(name: str) -> npt.NDArray[Any] | None:
@@ -152,7 +154,7 @@ def host_copy(backend: Backend, bound: BoundBatch) -> ref.BatchArrays:
     table = read("block_table")
     ids = read("request_ids")
     empty = np.zeros(0, np.int32)
-    return ref.BatchArrays(
+    return BatchArrays(
         rows=bound.rows, n_tokens=bound.n_tokens, table_kind=int(bound.record["table_kind"]),
         table_page=int(bound.record["table_page"]), table_width=int(bound.record["table_width"]),
         block_table=read("kv_indices") if table is None else table, kv_indptr=read("kv_indptr"),

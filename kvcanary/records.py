@@ -60,6 +60,9 @@ def from_dict(found: Mapping[str, Any]) -> Violation:
 
 def _number(name: str, value: Any) -> int:
     try:
-        return int(value, 16) if name in _WIDE else int(value)
+        number = int(value, 16) if name in _WIDE else value
     except (TypeError, ValueError) as error:
         raise BlackBoxError(f"a violation with {name}={value!r}: not a number") from error
+    if type(number) is not int or number.bit_length() > 64:
+        raise BlackBoxError(f"a violation with {name}={value!r}: not an integer of 64 bits")
+    return number

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -30,6 +31,8 @@ ON_A_GPU: dict[str, tuple[str, ...]] = {
     "tinygrad_llm": ("tinygrad",),
     "numba_engine": ("numba.cuda",),
 }
+# A module that a package imports only once it compiles, and that a version of NumPy it does not know breaks.
+AT_USE = {"numba.cuda": "numba.cuda.np.arrayobj"}
 HELPERS = {"device_toy"}  # of other examples
 ELSEWHERE = {"two_ranks"}  # with tests of their own
 HOST_ONLY = {
@@ -39,11 +42,23 @@ HOST_ONLY = {
 }
 
 
+def skip_if_broken(package: str) -> None:
+    """Skips where an installed package does not work by itself, with its own words for it."""
+    if package not in AT_USE:
+        return
+    alone = [sys.executable, "-W", "ignore", "-c", f"import {AT_USE[package]}"]
+    done = subprocess.run(alone, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        pytest.skip(f"{package} is installed, but does not work with NumPy {np.__version__} here: {why[0]}")
+
+
 def run(name: str, packages: tuple[str, ...], *arguments: str, **environment: str) -> list[str]:
     """What an example prints (or another script, beside the directory of the examples); it must end with 0."""
     for package in packages:
         if importlib.util.find_spec(package.split(".")[0]) is None or importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install {package.split('.')[0]}")
+        skip_if_broken(package)
     path = os.pathsep.join(p for p in (str(EXAMPLES.parent), os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(EXAMPLES / f"{name}.py"), *arguments],

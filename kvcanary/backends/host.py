@@ -1,6 +1,8 @@
 """The host backend: the reference, the fallback without a GPU, and the guard of KV caches in host memory.
 
 It runs everything at the call, in the order in which `backends/device.py` launches the kernels; streams are ignored.
+The semantics, with which the kernels must agree bit for bit, are in ``reference_*.py``: pure functions from the arrays
+of engine and guard to facts and violation records, with names as in ``kernels/``.
 """
 
 from __future__ import annotations
@@ -14,13 +16,21 @@ import numpy as np
 
 from kvcanary import abi, hashing
 from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident, ownership
-from kvcanary.backends import reference as ref
+from kvcanary.backends import reference_data as ref_data
 from kvcanary.backends import reference_moves as ref_moves
 from kvcanary.backends import reference_patrol as patrol
+from kvcanary.backends import reference_prefix as ref_prefix
+from kvcanary.backends import reference_records as ref_records
 from kvcanary.backends import reference_renumber as ref_renumber
 from kvcanary.backends import reference_reserved as ref_reserved
+from kvcanary.backends import reference_rows as ref_rows
+from kvcanary.backends import reference_slots as ref_slots
+from kvcanary.backends import reference_stamps as ref_stamps
+from kvcanary.backends import reference_sweep as ref_sweep
+from kvcanary.backends import reference_writes as ref_writes
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
-from kvcanary.backends.reference import OK, Array, BatchArrays, PoolArrays
+from kvcanary.backends.reference_arrays import Array, BatchArrays, PoolArrays
+from kvcanary.backends.reference_slots import OK
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
@@ -126,11 +136,11 @@ class HostBackend:
             self._write_head(pool, batch, self._rows[call.pool])
             if self._is_judging:
                 self._recorder.count_launch(pool, Stage.HEAD)
-                entries = ref.entries_of(pool, batch, self._rows[call.pool])
+                entries = ref_prefix.entries_of(pool, batch, self._rows[call.pool])
                 self._verify(pool, batch, entries, Stage.HEAD)
                 self._verify_data(pool, batch, entries)
             if batch.adopt:
-                self._adopt(pool, batch, ref.entries_of(pool, batch, self._rows[call.pool]))
+                self._adopt(pool, batch, ref_prefix.entries_of(pool, batch, self._rows[call.pool]))
             if batch.is_first_forward and pool.scrub_blocks and self._is_judging:
                 self._scrub(pool)
             if batch.is_first_forward and self._is_judging:
@@ -141,16 +151,16 @@ class HostBackend:
             pool, batch, rows = self._pools[call.pool], call.batch, self._rows[call.pool]
             self._recorder.count_launch(pool, Stage.TAIL)
             pool.state["tail_forward"] = self._forward
-            new = ref.new_tokens(rows)
-            target = ref.write_slots(pool, batch, new.token)
+            new = ref_writes.new_tokens(rows)
+            target = ref_slots.write_slots(pool, batch, new.token)
             won = self._won(pool, new, target)
             if self._is_judging:
                 # Stamps written in this forward are not judged at TAIL, so the order of the two halves does not matter.
-                self._verify(pool, batch, ref.entries_of(pool, batch, rows), Stage.TAIL)
-                for records in ref.judge_new_tokens(pool, batch, rows, new, target, won, self._forward):
+                self._verify(pool, batch, ref_prefix.entries_of(pool, batch, rows), Stage.TAIL)
+                for records in ref_writes.judge_new_tokens(pool, batch, rows, new, target, won, self._forward):
                     self._recorder.report(records)
                 if pool.state["n_fresh"]:
-                    ref.settle_fresh(pool, rows, ref.entries_of(pool, batch, rows))
+                    ref_data.settle_fresh(pool, rows, ref_prefix.entries_of(pool, batch, rows))
             for half in range(len(pool.head)):
                 pool.tail[half][target.slot[won]] = pool.head[half][target.slot[won]]
             self._recorder.count_entries(pool, Stage.TAIL, int(won.sum()))
@@ -165,9 +175,9 @@ class HostBackend:
             if not digests:
                 continue
             self._recorder.count_data_launch(pool, Stage.HEAD)
-            entries = ref.entries_of(pool, call.batch, rows)
+            entries = ref_prefix.entries_of(pool, call.batch, rows)
             chosen = (rows["flags"][entries.row] & abi.ROW_PENDING != 0) & (entries.at.status == OK)
-            about = ref.row_records(int(chosen.sum()), pool, pool.tag(Stage.HEAD), rows, entries.row[chosen])
+            about = ref_records.row_records(int(chosen.sum()), pool, pool.tag(Stage.HEAD), rows, entries.row[chosen])
             about["position"] = entries.position[chosen]
             self._compare_digests(self._recorder, pool, entries.at.slot[chosen], about, self._forward, digests)
 
@@ -202,26 +212,26 @@ class HostBackend:
         pool.state["is_repeated"], pool.state["step"] = pool.state["step"] == step, step
         if pool.scrub_blocks and batch.is_first_forward and not words[abi.STATE_PAUSE]:
             pool.state["scrub_turn"] += 1
-        self._rows[call.pool] = ref.find_rows(pool, batch, self._forward)
+        self._rows[call.pool] = ref_rows.find_rows(pool, batch, self._forward)
 
-    def _won(self, pool: PoolArrays, new: ref.NewTokens, target: ref.Slots) -> Array:
+    def _won(self, pool: PoolArrays, new: ref_writes.NewTokens, target: ref_slots.Slots) -> Array:
         claim = np.uint64(self._forward << 32) | (new.token + 1).astype(np.uint64)
         won: Array = (target.status == OK) & (pool.claims[np.maximum(target.slot, 0)] == claim)
         return won
 
     def _write_head(self, pool: PoolArrays, batch: BatchArrays, rows: Array) -> None:
-        new = ref.new_tokens(rows)
-        target = ref.write_slots(pool, batch, new.token)
+        new = ref_writes.new_tokens(rows)
+        target = ref_slots.write_slots(pool, batch, new.token)
         token = batch.input_ids[new.token].astype(np.int64).astype(np.int32)
         chain = np.zeros(len(token), np.uint64)
-        starts = ref.starts_of(pool, batch, rows, self._forward)
+        starts = ref_rows.starts_of(pool, batch, rows, self._forward)
         for r in np.flatnonzero(rows["flags"] & abi.ROW_LIVE):
             mine = slice(*np.searchsorted(new.row, [r, r + 1]))
             chain[mine] = hashing.chain_scan(int(rows["anchor"][r]), token[mine], int(rows["prefix"][r]))
             self._keep_in_register(pool, rows[r], int(r), chain[mine], bool(starts.relative[r]))
         if self._is_judging:
-            self._recorder.report(ref.judge_writes(pool, batch, rows, new, target, self._forward))
-            self._recorder.report(ref.bad_rows(pool, rows))
+            self._recorder.report(ref_writes.judge_writes(pool, batch, rows, new, target, self._forward))
+            self._recorder.report(ref_records.bad_rows(pool, rows))
             unanchored = rows["flags"] & (abi.ROW_LIVE | abi.ROW_ANCHORED) == abi.ROW_LIVE
             self._recorder.add(abi.STATE_UNANCHORED_ROWS, int(unanchored.sum()))
         stamps = np.zeros(len(token), abi.STAMP)
@@ -243,13 +253,13 @@ class HostBackend:
 
     @staticmethod
     def _previous_slots(
-        pool: PoolArrays, batch: BatchArrays, rows: Array, starts: ref.Starts, new: ref.NewTokens
+        pool: PoolArrays, batch: BatchArrays, rows: Array, starts: ref_rows.Starts, new: ref_writes.NewTokens
     ) -> Array:
-        before = ref.table_slots(pool, batch, new.row, new.position - 1)
+        before = ref_slots.table_slots(pool, batch, new.row, new.position - 1)
         # Where the predecessor has no place, the table may still name a block that is another's by now.
         named_before = batch.slot_mapping[np.maximum(new.token - 1, 0)]
         is_slot = (before.status == OK) & (named_before >= 0)
-        is_slot &= ref.is_kept(pool, rows, new.row, new.position - 1)
+        is_slot &= ref_slots.is_kept(pool, rows, new.row, new.position - 1)
         absolute = np.where(is_slot, before.slot, abi.PREV_NONE)
         relative = np.where(is_slot, abi.PREV_RELATIVE_BASE - before.slot, abi.PREV_RELATIVE)
         previous = np.where(starts.relative[new.row], relative, absolute)
@@ -262,7 +272,7 @@ class HostBackend:
         reg, n, prefix = pool.registers[slot], abi.N_REGISTER_LENGTHS, int(row["prefix"])
         continues = bool(row["flags"] & abi.ROW_REGISTERED)
         if not continues and reg["request_id"] != row["request_id"]:
-            ref.forget_elsewhere(pool, int(row["request_id"]), self._forward)
+            ref_rows.forget_elsewhere(pool, int(row["request_id"]), self._forward)
         oldest = int(reg["length"]) - n + 1
         if len(chain) < n:
             reg["chain"][prefix % n] = row["anchor"]
@@ -281,26 +291,26 @@ class HostBackend:
         reg["length"], reg["request_id"] = prefix + len(chain), row["request_id"]
 
     # ---- verification ------------------------------------------------------------------------------------------------
-    def _verify(self, pool: PoolArrays, batch: BatchArrays, entries: ref.Entries, stage: Stage) -> None:
+    def _verify(self, pool: PoolArrays, batch: BatchArrays, entries: ref_prefix.Entries, stage: Stage) -> None:
         rows, recorder = self._rows[pool.index], self._recorder
         none = entries.at.status != OK
-        at = ref.Slots(*(a[none] for a in entries.at))
+        at = ref_slots.Slots(*(a[none] for a in entries.at))
         tag = pool.tag(stage)
-        recorder.report(ref.table_entry_records(pool, tag, rows, entries.row[none], entries.position[none], at))
+        recorder.report(ref_records.table_entry_records(pool, tag, rows, entries.row[none], entries.position[none], at))
         for half in range(len(pool.head)):
-            recorder.report(ref.judge_stamps(pool, batch, rows, entries, stage, half, self._forward))
-        left = ref.see_stamps(pool, stage, 0, entries.at, self._forward).left
-        left &= ~ref.adoptable(pool, batch, rows, entries.row, entries.at)
+            recorder.report(ref_prefix.judge_stamps(pool, batch, rows, entries, stage, half, self._forward))
+        left = ref_prefix.see_stamps(pool, stage, 0, entries.at, self._forward).left
+        left &= ~ref_prefix.adoptable(pool, batch, rows, entries.row, entries.at)
         recorder.add(abi.STATE_UNJUDGED_SLOTS, int(left.sum()))
         recorder.count_entries(pool, stage, len(entries.row))
 
-    def _verify_data(self, pool: PoolArrays, batch: BatchArrays, entries: ref.Entries) -> None:
+    def _verify_data(self, pool: PoolArrays, batch: BatchArrays, entries: ref_prefix.Entries) -> None:
         rows = self._rows[pool.index]
         if not self._units[pool.index]:
             return
         self._recorder.count_data_launch(pool, Stage.HEAD)
-        due = ref.due_slots(pool, batch, rows, entries)
-        about = ref.row_records(int(due.sum()), pool, pool.tag(Stage.HEAD), rows, entries.row[due])
+        due = ref_data.due_slots(pool, batch, rows, entries)
+        about = ref_records.row_records(int(due.sum()), pool, pool.tag(Stage.HEAD), rows, entries.row[due])
         about["position"] = entries.position[due]
         self._compare_digests(self._recorder, pool, entries.at.slot[due], about, self._forward)
 
@@ -321,14 +331,14 @@ class HostBackend:
             recorder.add(abi.STATE_DATA_SLOTS, len(known))
             differs = self._digest(pool.index, d, slots[known], about["position"][known]) != stored[known]
             odd = known[differs]  # judged in full: by what the stamps say
-            judged = odd[ref.judgeable(pool, unit.half, slots[odd], forward)]
+            judged = odd[ref_data.judgeable(pool, unit.half, slots[odd], forward)]
             stamps = pool.head[unit.half][slots[judged]]
             found = self._digest(pool.index, d, slots[judged], stamps["position"])
             bad = np.flatnonzero(found != stored[judged])
             v = about[judged[bad]]
             v["reasons"], v["slot"], v["plane"] = Reason.DATA, slots[judged[bad]], d
             v["tag"] += np.uint32(unit.half)
-            ref.put_stamps(v, stamps[bad])
+            ref_records.put_stamps(v, stamps[bad])
             v["stored_digest"], v["found_digest"] = stored[judged[bad]], found[bad]
             recorder.report(v)
 
@@ -342,14 +352,14 @@ class HostBackend:
         for d in range(len(self._units[pool.index])):
             pool.digests[d, slots] = self._digest(pool.index, d, slots, positions)
 
-    def _adopt(self, pool: PoolArrays, batch: BatchArrays, entries: ref.Entries) -> None:
+    def _adopt(self, pool: PoolArrays, batch: BatchArrays, entries: ref_prefix.Entries) -> None:
         rows = self._rows[pool.index]
         pending = rows["flags"][entries.row] & abi.ROW_PENDING != 0
-        unknown = ref.adoptable(pool, batch, rows, entries.row, entries.at) & ~pending
-        slots, claims = entries.at.slot[unknown], ref.adoption_claims(self._forward, entries.position[unknown])
+        unknown = ref_prefix.adoptable(pool, batch, rows, entries.row, entries.at) & ~pending
+        slots, claims = entries.at.slot[unknown], ref_prefix.adoption_claims(self._forward, entries.position[unknown])
         is_new = pool.claims[slots] >> np.uint64(32) != self._forward
         if pool.state["n_fresh"]:
-            pool.state["n_fresh"] -= np.uint32(ref.is_fresh(pool, np.unique(slots)).sum())
+            pool.state["n_fresh"] -= np.uint32(ref_stamps.is_fresh(pool, np.unique(slots)).sum())
         np.maximum.at(pool.claims, slots, claims)
         mine = pool.claims[slots] == claims
         slots, first = np.unique(slots[mine], return_index=True)
@@ -358,7 +368,7 @@ class HostBackend:
         stamps = np.zeros(len(slots), abi.STAMP)
         stamps["token"], stamps["position"], stamps["prev_slot"] = abi.NO_TOKEN, positions, abi.PREV_NONE
         stamps["step"] = self._forward
-        stamps["epoch"] = ref.block_epochs(pool, slots)
+        stamps["epoch"] = ref_stamps.block_epochs(pool, slots)
         for plane in (*pool.head, *pool.tail):
             plane[slots] = stamps
         self._recorder.add(abi.STATE_ADOPTED_SLOTS, int(is_new[mine][first].sum()))
@@ -370,7 +380,7 @@ class HostBackend:
         slots, n_orphans = patrol.patrolled_slots(pool, self._forward)
         recorder.add(abi.STATE_SCRUB_SLOTS, len(slots))
         recorder.add(abi.STATE_SCRUB_ORPHANS, n_orphans)
-        about = ref.new_records(len(slots), pool, pool.tag(Stage.HEAD))
+        about = ref_records.new_records(len(slots), pool, pool.tag(Stage.HEAD))
         about["detail"], about["position"] = Detail.SCRUB, pool.head[0]["position"][slots]
         self._compare_digests(recorder, pool, slots, about, self._forward)
         for half in range(len(pool.head)):
@@ -398,17 +408,17 @@ class HostBackend:
         recorder.count_entries(pool, Stage.SWEEP, len(resident.slots))
         slots = np.asarray(resident.slots, np.int64)
         inside = (slots >= 0) & (slots < pool.n_slots) & ~np.isin(slots // pool.page_size, pool.reserved)
-        outside = ref.new_records(int((~inside).sum()), pool, pool.tag(Stage.SWEEP))
+        outside = ref_records.new_records(int((~inside).sum()), pool, pool.tag(Stage.SWEEP))
         outside["slot"], outside["position"] = slots[~inside], np.asarray(resident.positions)[~inside]
         outside["reasons"] = np.where(slots[~inside] >= pool.n_slots, Reason.OUT_OF_RANGE, Reason.UNWRITTEN)
         outside["detail"] = Detail.TABLE_ENTRY
         recorder.report(outside)
         for half in range(len(pool.head)):
-            recorder.report(ref.judge_resident(pool, resident, half, inside))
+            recorder.report(ref_sweep.judge_resident(pool, resident, half, inside))
         if self._units[pool_index]:
             recorder.count_data_launch(pool, Stage.SWEEP)
-            inside &= ~ref.is_fresh(pool, np.where(inside, slots, 0))  # their bytes may be on their way
-            about = ref.new_records(int(inside.sum()), pool, pool.tag(Stage.SWEEP))
+            inside &= ~ref_stamps.is_fresh(pool, np.where(inside, slots, 0))  # their bytes may be on their way
+            about = ref_records.new_records(int(inside.sum()), pool, pool.tag(Stage.SWEEP))
             about["position"] = np.asarray(resident.positions)[inside]
             self._compare_digests(recorder, pool, slots[inside], about, forward=0)
         return True
@@ -448,7 +458,7 @@ class HostBackend:
 
     def _adopt_listed(self, pool: PoolArrays, move: Move, slots: Array) -> int:
         positions = np.asarray(move.positions).astype(np.int64)
-        good = (slots >= 0) & (positions >= 0) & (positions <= ref.MAX_POSITIONS)
+        good = (slots >= 0) & (positions >= 0) & (positions <= ref_rows.MAX_POSITIONS)
         tokens = np.full(move.n, -1) if move.tokens is None else np.asarray(move.tokens).astype(np.int64)
         chains = np.zeros(move.n, np.uint64) if move.chains is None else move.chains
         ref_moves.adopt(pool, slots[good], positions[good], tokens[good], chains[good], self._move_step())
@@ -534,8 +544,8 @@ class HostBackend:
         recorder = Recorder(state, self._pools)
         rows = np.zeros(batch.rows, abi.ROW)
         rows[target.row] = target.as_row()
-        entries = ref.entries_of(replace(pool, sink=0), batch, rows)  # this position alone
-        about = ref.row_records(len(entries.row), pool, pool.tag(Stage.HEAD), rows, entries.row)
+        entries = ref_prefix.entries_of(replace(pool, sink=0), batch, rows)  # this position alone
+        about = ref_records.row_records(len(entries.row), pool, pool.tag(Stage.HEAD), rows, entries.row)
         about["position"] = entries.position
         ok = entries.at.status == OK
         self._compare_digests(recorder, pool, entries.at.slot[ok], about[ok], forward=0)

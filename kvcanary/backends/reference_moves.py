@@ -9,16 +9,9 @@ import numpy as np
 
 from kvcanary import abi, hashing
 from kvcanary.backends.moves import SlotImage
-from kvcanary.backends.reference import (
-    MAX_POSITIONS,
-    Array,
-    PoolArrays,
-    block_epochs,
-    continued_slots,
-    is_relative,
-    is_rewritten,
-)
-from kvcanary.backends.reference import is_fresh as is_fresh_of
+from kvcanary.backends.reference_arrays import Array, PoolArrays
+from kvcanary.backends.reference_rows import MAX_POSITIONS
+from kvcanary.backends.reference_stamps import block_epochs, continued_slots, is_fresh, is_relative, is_rewritten
 
 _U32 = (1 << 32) - 1
 
@@ -49,7 +42,7 @@ def is_whole(pool: PoolArrays, slots: Array) -> Array:
 def mark_fresh(pool: PoolArrays, slots: Array, step: int, fresh: Array) -> None:
     """Have the bytes of ``slots`` (each once) verified by the next forward that reads them, or not."""
     fresh = fresh & bool(len(pool.digests))
-    n_before = int(is_fresh_of(pool, slots).sum())
+    n_before = int(is_fresh(pool, slots).sum())
     pool.claims[slots] = np.uint64(step << 32) | np.where(fresh, abi.CLAIM_FRESH, 0).astype(np.uint64)
     pool.state["n_fresh"] = (int(pool.state["n_fresh"]) + int(fresh.sum()) - n_before) & _U32
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from kvcanary import abi, hashing
-from kvcanary.backends import reference as ref
-from kvcanary.backends.reference import Array, PoolArrays
+from kvcanary.backends.reference_arrays import Array, PoolArrays
+from kvcanary.backends.reference_data import judgeable
+from kvcanary.backends.reference_records import new_records, put_stamps
+from kvcanary.backends.reference_stamps import continued_slots, is_fresh, is_older, is_relative
 from kvcanary.tags import Detail, Reason, Stage
 
 
@@ -25,7 +27,7 @@ def patrolled_slots(pool: PoolArrays, forward: int) -> tuple[Array, int]:
     head, tail_step = pool.head[0][slots], pool.tail[0]["step"][slots]
     whole = (head["step"] != 0) & (head["step"] != forward) & (head["step"] == tail_step)
     held = pool.block_states(slots)["flags"] & abi.BLOCK_LIVE != 0
-    checked = whole & held & ref.judgeable(pool, 0, slots, forward) & ~ref.is_fresh(pool, slots)
+    checked = whole & held & judgeable(pool, 0, slots, forward) & ~is_fresh(pool, slots)
     return slots[checked], int((whole & ~held).sum())
 
 
@@ -33,21 +35,21 @@ def judge_links(pool: PoolArrays, half: int, slots: Array) -> Array:
     """CHAIN of slots whose stamp does not continue the one that it says it continued: VIOLATION[n]."""
     assert pool.blocks is not None
     stamp = pool.head[half][slots]
-    before = ref.continued_slots(stamp)
+    before = continued_slots(stamp)
     inside = (before >= 0) & (before < pool.n_slots)
     previous = pool.head[half][np.where(inside, before, 0)]
     block = pool.block_states(np.where(inside, before, 0))
     links = inside & (stamp["token"] != abi.NO_TOKEN) & (previous["token"] != abi.NO_TOKEN)
-    links &= (previous["step"] != 0) & ref.is_older(pool, before, previous["step"], stamp["step"])
-    links &= ref.is_relative(stamp) | ~ref.is_relative(previous)
+    links &= (previous["step"] != 0) & is_older(pool, before, previous["step"], stamp["step"])
+    links &= is_relative(stamp) | ~is_relative(previous)
     # Not in a block that was given away since; one that its owner has left to those who share it cannot be written.
     links &= (block["flags"] & abi.BLOCK_LIVE != 0) & (previous["epoch"] == block["epoch"])
     links &= (block["owner"] == 0) | (block["since"] < stamp["step"])
     chain = hashing.link(previous["chain"], stamp["token"], stamp["position"])
     broken = np.flatnonzero(links & (stamp["chain"] != chain))
-    v = ref.new_records(len(broken), pool, pool.tag(Stage.HEAD, half))
+    v = new_records(len(broken), pool, pool.tag(Stage.HEAD, half))
     v["detail"], v["reasons"] = Detail.SCRUB, Reason.CHAIN
     v["slot"], v["position"] = slots[broken], stamp["position"][broken]
-    ref.put_stamps(v, stamp[broken])
+    put_stamps(v, stamp[broken])
     v["expected_chain"] = chain[broken]
     return v

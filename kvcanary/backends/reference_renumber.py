@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvcanary import abi
-from kvcanary.backends.reference import Array, PoolArrays, is_aborted, is_relative
+from kvcanary.backends.reference_arrays import Array, PoolArrays
+from kvcanary.backends.reference_stamps import is_relative, was_left
 from kvcanary.state import CanaryDeviceState
 
 
@@ -41,8 +42,7 @@ def _renumber_pool(pool: PoolArrays, old: int) -> None:
         heads, tails = head["step"].astype(np.int64), tail["step"].astype(np.int64)
         of_head, of_tail = _renumbered(heads, old), _renumbered(tails, old)
         differs = heads != tails
-        pending = (heads == int(pool.state["head_forward"])) & (heads != int(pool.state["tail_forward"]))
-        of_head[differs & (of_head == 2) & (is_aborted(pool, head["step"]) | pending)] = 1
+        of_head[differs & (of_head == 2) & was_left(pool, head["step"])] = 1
         of_tail = np.where(differs, np.where(of_tail == of_head, 3 - of_head, of_tail), of_head)
         for stamps, numbers in ((head, of_head), (tail, of_tail)):
             is_old = (stamps["step"] != 0) & (stamps["step"] <= old)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcanary.backends import reference as ref
-from kvcanary.backends.reference import Array, PoolArrays
+from kvcanary.backends.reference_arrays import Array, PoolArrays
+from kvcanary.backends.reference_records import new_records
 from kvcanary.elements import Element
 from kvcanary.layout import KvPool, Plane
 from kvcanary.tags import Detail, Reason, Stage
@@ -32,7 +32,7 @@ def judge_reserved(pool: PoolArrays, kv: KvPool, index: int, plane: Plane) -> Ar
         if len(bad):
             slot, offset = divmod(int(bad[0]) * element.n_bytes, plane.n_bytes)
             found.append((block * pool.page_size + slot, offset, int(data[bad[0]])))
-    v = ref.new_records(len(found), pool, pool.tag(Stage.HEAD, plane.half))
+    v = new_records(len(found), pool, pool.tag(Stage.HEAD, plane.half))
     v["detail"], v["reasons"], v["plane"], v["position"] = Detail.RESERVED, Reason.NONFINITE_RESERVED, index, -1
     for record, (slot, offset, bits) in zip(v, found, strict=True):
         record["slot"], record["found_digest"], record["stored_digest"] = slot, offset, bits

@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-NAMES = ("environment", "configuration", "batch", "bundle", "pool", "calls")
+NAMES = ("environment", "configuration", "batch", "bundle", "pool", "calls", "black_box")
 MAX_BYTES = 400
 HAS_ATHERIS = importlib.util.find_spec("atheris") is not None
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from kvcanary import CanaryConfig, CanaryManager, KvCanaryError, KvPool, Plane, SlotBundle, StepBatch, layouts
 
+from .boxes import black_box
 from .source import Source
 from .values import array, odd
 
@@ -219,7 +220,7 @@ def calls(source: Source) -> None:
 
 
 TARGETS: dict[str, Callable[[Source], None]] = {
-    f.__name__: f for f in (environment, configuration, batch, bundle, pool, calls)
+    f.__name__: f for f in (environment, configuration, batch, bundle, pool, calls, black_box)
 }
 
 

@@ -107,10 +107,14 @@ REFERENCE = [
         ("stale step", "words[abi.STATE_STEP_DONE] + np.uint64(batch.is_first_forward)", "words[abi.STATE_STEP_DONE]"),
     ),
     *_in(
-        "backends/reference.py",
+        "backends/reference_rows.py",
         CATCH,
         ("padding test skipped", "    if q1 - q0 > length:\n        return row  # padding\n", ""),
         ("window off by one", "prefix - pool.window + 1 if", "prefix - pool.window if"),
+    ),
+    *_in(
+        "backends/reference_data.py",
+        CATCH,
         ("wrong stage", "(pool.tail[half][\"step\"][slots] == step)", "(pool.head[half][\"step\"][slots] == step)"),
     ),
     *_in("backends/ownership.py", OWNERSHIP, ("owner stays", "        words[\"owner\"] = 0\n", "        pass\n")),

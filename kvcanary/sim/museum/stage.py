@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvcanary import hashing
-from kvcanary.backends.reference import place_of
+from kvcanary.backends.reference_slots import place_of
 from kvcanary.batch import StepBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import ConfigError, KvCanaryViolation, LifecycleError
