@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvcanary.aliasing import check_overlaps
 from kvcanary.backends import Backend, CapturedGraph
@@ -56,11 +56,11 @@ class EmbedCalls:
     _perturber: Perturber | None
     _stream: Any
 
-    def _pool_index(self, pool: str | int) -> int:
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> Any:
-        raise NotImplementedError
+        def _pool_index(self, pool: str | int) -> int: ...
+
+        def _bind(self, batch: StepBatch, is_first: bool, pools: Sequence[str | int] | None) -> Any: ...
 
     def graphs(
         self, batch: StepBatch, *, index: int = 0, pools: Sequence[str | int] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +49,11 @@ class MoveCalls:
     _stream: Any
     _turns: Turns
 
-    def _host_driven(self, call: str) -> Backend:
-        raise NotImplementedError
+    if TYPE_CHECKING:
 
-    def _pool_index(self, pool: str | int) -> int:
-        raise NotImplementedError
+        def _host_driven(self, call: str, stream: Any = None) -> Backend: ...
+
+        def _pool_index(self, pool: str | int) -> int: ...
 
     # ---- within a pool -----------------------------------------------------------------------------------------------
     @one_at_a_time

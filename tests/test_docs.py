@@ -148,6 +148,14 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert set(kvcanary.__all__) <= listed | in_errors
 
 
+def test_the_reference_has_every_call_of_the_manager_once() -> None:
+    text = (DOCS / "reference.md").read_text()
+    (members,) = re.findall(
+        r"^::: kvcanary\.CanaryManager\n    options:\n      members: \[(.*?)\]", text, re.DOTALL | re.MULTILINE
+    )
+    assert sorted(re.findall(r"\w+", members)) == [n for n in dir(kvcanary.CanaryManager) if not n.startswith("_")]
+
+
 def test_every_layout_of_an_engine_is_in_the_docs() -> None:
     text = (DOCS / "layouts.md").read_text()
     modules = {name for name in layouts.__all__ if isinstance(getattr(layouts, name), ModuleType)}

@@ -71,11 +71,9 @@ class _Calls:
         """Whether the context is still there: the driver takes no question about one that was destroyed."""
         return self._sentinel.is_alive
 
-    def at_end_of(self, owner: object, name: str, *arguments: Any) -> weakref.finalize[..., Any]:
+    def at_end_of(self, owner: object, name: str, *arguments: Any) -> None:
         """Make a call when nobody holds ``owner`` any more, if the context is there then; else all in it is gone."""
-        finalizer = weakref.finalize(owner, self.last, name, *arguments)
-        finalizer.atexit = False
-        return finalizer
+        weakref.finalize(owner, self.last, name, *arguments).atexit = False
 
     def last(self, name: str, *arguments: Any) -> None:
         """A call that gives something back."""

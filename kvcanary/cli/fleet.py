@@ -76,14 +76,14 @@ def _current_device() -> int:
 
 def play(job: Job, backend: str, place: str) -> Report:
     """One seed; whatever goes wrong is told in the report."""
-    start = time.perf_counter()
+    start, result, problem = time.perf_counter(), None, ""
     try:
         result = soak.soak(job.seed, job.steps, None, backend)
     except soak.FalseAlarmError as error:
-        return Report(job, place, time.perf_counter() - start, None, f"FALSE ALARM: {error}")
+        problem = f"FALSE ALARM: {error}"
     except Exception as error:  # noqa: BLE001  a broken machine of the fleet is a line of the table
-        return Report(job, place, time.perf_counter() - start, None, f"{type(error).__name__}: {error}")
-    return Report(job, place, time.perf_counter() - start, result)
+        problem = f"{type(error).__name__}: {error}"
+    return Report(job, place, time.perf_counter() - start, result, problem)
 
 
 # ---- the client ------------------------------------------------------------------------------------------------------

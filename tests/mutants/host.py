@@ -70,9 +70,13 @@ MANAGER_LOGIC = [
         is_quick=True,
     ),
     *_in(
-        "manager.py",
+        "host_phase.py",
         MANAGER,
         ("idle steps counted", "self._n_counted_steps += counted", "self._n_counted_steps += 1"),
+    ),
+    *_in(
+        "ending.py",
+        MANAGER,
         ("dropped not told", "        self._violations.note_dropped(int(words[abi.STATE_DROPPED]))\n", ""),
     ),
     *_in("contexts.py", MANAGER, ("engine's error masked", "self._manager.abandon_step()", "self._manager.end_step()")),
@@ -123,7 +127,12 @@ REFERENCE = [
 
 ABUSE_TESTS = "tests/test_abuse.py tests/test_abuse_cuda.py"
 ABUSE = [
-    *_in("manager.py", ABUSE_TESTS, ("first error lost", "            raise errors[0]\n\n    def _note", "            raise errors[-1]\n\n    def _note")),
+    *_in(
+        "host_phase.py",
+        ABUSE_TESTS,
+        ("first error lost", "            raise errors[0]\n\n    def _note", "            raise errors[-1]\n\n    def _note"),
+        ("sweep on a dead stream", "            self._quietly(self._sweep_now)\n", "            self._sweep_now()\n"),
+    ),
     *_in(
         "turns.py",
         ABUSE_TESTS,
@@ -134,12 +143,11 @@ ABUSE = [
     *_in(
         "manager.py",
         ABUSE_TESTS,
-        ("lock of a thread that is not there", "        self._turns.renew()\n", ""),
         ("engine's error behind ours", "        self._quietly(self._violations.poll)  # first: it asks nothing of a device that may have died\n        self._quietly(self._restore_perturbed)\n\n    def step", "        self._violations.poll()\n        self._quietly(self._restore_perturbed)\n\n    def step"),
-        ("driver's error comes through", "        except Exception as error:  # of the driver", "        except ZeroDivisionError as error:  # of the driver"),
         ("half a manager left behind", "            backend_of_this.close()\n", ""),
-        ("sweep on a dead stream", "            self._quietly(self._sweep_now)\n", "            self._sweep_now()\n"),
     ),
+    *_in("controls.py", ABUSE_TESTS, ("driver's error comes through", "        except Exception as error:  # of the driver", "        except ZeroDivisionError as error:  # of the driver")),
+    *_in("ending.py", ABUSE_TESTS, ("lock of a thread that is not there", "        self._turns.renew()\n", "")),
     *_in(
         "observers/violations.py",
         ABUSE_TESTS,
