@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import (
@@ -24,14 +25,23 @@ from kvcanary.observers.facts import StepFacts
 from kvcanary.observers.violations import ViolationObserver
 from kvcanary.reducers import AllreduceMax, make_reducer, wait_for
 from kvcanary.tags import Reason
-from kvcanary.verdict import N_WORDS, RankVerdict, Severity, StepCount, fill_words, read_words
+from kvcanary.verdict import (
+    N_WORDS,
+    RankVerdict,
+    Severity,
+    StepCount,
+    fill_test_words,
+    fill_words,
+    is_maximum,
+    is_test_maximum,
+    read_words,
+)
 from kvcanary.violations import Violation
 
 logger = logging.getLogger("kvcanary")
 
 MAKE_TIMEOUT_S = 300.0
 TELL_AFTER_S = 5.0  # that a rank waits for the others
-NO_MAXIMUM = "which is no maximum of what the ranks gave: it replaces i64[3] by the maximum of each word over all ranks"
 _MEANING = {
     Severity.RESERVED: "a reserved block is not finite",
     Severity.WRITE: "a write went where it should not",
@@ -63,8 +73,10 @@ class RankAgreement:
 
     - "callable": ``allreduce_max(words, stream)`` of the engine. With ``device``: i64[3] on that GPU (CuPy), to be
       replaced by its maximum on ``stream`` (ours, of cuda.core), without waiting. Without: a NumPy i64[3]; it returns
-      what says, when called, whether the maximum is there. What it returns else is refused when this object is made;
-      when it does so or raises later on, the agreement has failed on this rank: `RankStalledError` when it is due.
+      what says, when called, whether the maximum is there. What it returns else is refused when this object is made,
+      and so is another operation than the maximum (MIN, SUM, a broadcast), on every rank. When it does so or raises
+      later on, or gives back what can be no maximum, the agreement has failed on this rank: `RankStalledError` when it
+      is due, and this rank reports what it sees itself.
     - "nccl4py": NCCL through its own Python package; needs ``unique_id``, or ``comm`` to send it round.
     - "cupy": NCCL through ``cupy.cuda.nccl``; likewise.
     - "mpi4py": ``MPI_Iallreduce`` on a duplicate of ``comm``, in host memory.
@@ -229,7 +241,7 @@ class RankAgreement:
     def _check_settings(self) -> None:
         """Compare what must be the same on all ranks, by the maximum that all else will go through."""
         ours = StepCount(self.every << 16 | self.within, self.rank)
-        fill_words(self._words, 0, ours)
+        fill_test_words(self._words, ours)
         self._reducer.start(self._words)
         is_there = wait_for(self._reducer, min(TELL_AFTER_S, MAKE_TIMEOUT_S))
         if not is_there:
@@ -247,13 +259,21 @@ class RankAgreement:
                 f"rank {self.rank}: not all of the {self.n_ranks} ranks made a RankAgreement within "
                 f"{MAKE_TIMEOUT_S:.0f} s; make it on all ranks, at the same point of the program"
             )
-        try:
-            _verdict, most, fewest = read_words(self._reducer.result())
-        except ValueError as error:
-            raise ConfigError(f"allreduce_max gave back {self._reducer.result()!r}, {NO_MAXIMUM}") from error
+        given = self._reducer.result()
+        if not is_test_maximum(given, self._words, self.rank, self.n_ranks):
+            raise ConfigError(f"rank {self.rank}: {self._no_maximum(given)}")
+        _verdict, most, fewest = read_words(np.array([0, *given[1:]], np.int64))
         if most.n != fewest.n:
             told = [f"rank {rank} has every={n >> 16}, within={n & 0xFFFF}" for n, rank in (most, fewest)]
             raise ConfigError(f"{' and '.join(told)}: give all ranks the same")
+
+    def _no_maximum(self, given: npt.NDArray[np.int64]) -> str:
+        what = "allreduce_max" if self._reducer.name == "callable" else self._reducer.name
+        return (
+            f"what {what} does is no maximum over the ranks: it gave back {given.tolist()} for {self._words.tolist()} "
+            f"of rank {self.rank} of {self.n_ranks}; it replaces i64[{N_WORDS}] by the maximum of each word over all "
+            "ranks, on every rank (MAX: not MIN, SUM or a broadcast)"
+        )
 
     # ---- one agreement -----------------------------------------------------------------------------------------------
     @property
@@ -290,11 +310,11 @@ class RankAgreement:
     def _deliver(self, step: int) -> KvCanaryError | None:
         assert self._violations is not None
         self._begun_at = None
-        try:
-            verdict, most, fewest = read_words(self._reducer.result())
-        except ValueError:
-            self._failure = f"what came back, {self._reducer.result()!r}, {NO_MAXIMUM}"
+        given = self._reducer.result()
+        if not is_maximum(given, self._words, self.rank, self.n_ranks):
+            self._failure = self._no_maximum(given)
             return self._stalled(step)
+        verdict, most, fewest = read_words(given)
         self.latest = verdict
         self.n_agreements += 1
         self._compare(most, fewest)
@@ -332,12 +352,13 @@ class RankAgreement:
         begun = f"the agreement that was begun {self.within} steps before, number {self.n_agreements + 1}"
         if self._failure:
             text = f"{begun}, failed on this rank ({self._failure})"
+            advice = "Mend that. The others miss this rank: end this process"
         else:
             text = f"{who} did not come to {begun}: it died, hangs or is behind"
+            advice = "Look at the logs of the others; raise within= if one is only slow, else end this process"
         error = RankStalledError(
             f"[canary] rank {self.rank}, step {step}: {text}. There are no more agreements, each rank reports for "
-            "itself. Look at the logs of the others; end this process without waiting for them (comm.Abort() under "
-            "MPI), or raise within= if one is only slow",
+            f"itself. {advice} without waiting for them (comm.Abort() under MPI)",
             step=step,
         )
         with suppress(Exception):

@@ -13,6 +13,7 @@ from kvcanary.tags import Reason
 _STEP_BITS, _RANK_BITS, _REASON_BITS, _COUNT_BITS = 32, 16, 12, 47
 _MAX_STEP, _MAX_REASONS, _MAX_COUNT = (1 << _STEP_BITS) - 1, (1 << _REASON_BITS) - 1, (1 << _COUNT_BITS) - 1
 MAX_RANK = (1 << _RANK_BITS) - 1
+TEST_FACTOR = 0x3A5C_96E1_B2D7  # odd, 46 bits: no sum, bitwise operation or cut to 32 bits hits a multiple by chance
 VERDICT, MOST, FEWEST, N_WORDS = 0, 1, 2, 3  # places in the reduced array
 _OF_WRITES = Reason.WRITE_TOKEN | Reason.WRITE_POSITION | Reason.FOREIGN_WRITE | Reason.DUPLICATE_WRITE
 
@@ -107,3 +108,52 @@ def read_words(words: npt.NDArray[np.int64]) -> tuple[RankVerdict, StepCount, St
         StepCount(most >> _RANK_BITS, MAX_RANK - (most & MAX_RANK)),
         StepCount(_MAX_COUNT - (fewest >> _RANK_BITS), MAX_RANK - (fewest & MAX_RANK)),
     )
+
+
+def fill_test_words(words: npt.NDArray[np.int64], count: StepCount) -> None:
+    """What one rank brings to the first maximum, of which each rank knows the verdict word beforehand.
+
+    Args:
+        words: i64[N_WORDS], overwritten.
+    """
+    fill_words(words, (count.rank + 1) * TEST_FACTOR, count)
+
+
+def is_test_maximum(given: npt.NDArray[np.int64], brought: npt.NDArray[np.int64], rank: int, n_ranks: int) -> bool:
+    """Whether ``given`` can be the maximum of all ranks' test words; wrong ones are seen by every rank."""
+    if int(given[VERDICT]) != n_ranks * TEST_FACTOR or not _are_counts(given, brought, rank, n_ranks):
+        return False
+    _verdict, most, fewest = read_words(np.array([0, given[MOST], given[FEWEST]], np.int64))
+    return most.n > fewest.n or most.rank == fewest.rank == 0
+
+
+def is_maximum(given: npt.NDArray[np.int64], brought: npt.NDArray[np.int64], rank: int, n_ranks: int) -> bool:
+    """Whether ``given`` can be a maximum of words of `n_ranks` ranks to which `rank` has brought ``brought``.
+
+    No word is below this rank's own, each is one that a rank can have brought, and one that names this rank is its own.
+    A wrong one may pass on a rank that has brought the least.
+
+    Args:
+        given: i64[N_WORDS]; brought: likewise.
+    """
+    word = int(given[VERDICT])
+    if word < int(brought[VERDICT]) or not _are_counts(given, brought, rank, n_ranks):
+        return False
+    if not word:
+        return True
+    if word >> (_STEP_BITS + _RANK_BITS + _REASON_BITS) > max(Severity):
+        return False
+    verdict = RankVerdict.of_word(word)
+    if verdict.severity is not Severity.of(verdict.reasons) or not verdict.severity:
+        return False
+    return verdict.rank < n_ranks and (verdict.rank != rank or word == int(brought[VERDICT]))
+
+
+def _are_counts(given: npt.NDArray[np.int64], brought: npt.NDArray[np.int64], rank: int, n_ranks: int) -> bool:
+    """Whether the two words of the step counts can be."""
+    for place in (MOST, FEWEST):
+        word, own = int(given[place]), int(brought[place])
+        whose = MAX_RANK - (word & MAX_RANK)
+        if word < own or whose >= n_ranks or (whose == rank and word != own):
+            return False
+    return True

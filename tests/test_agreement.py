@@ -42,6 +42,7 @@ class Group:
         self.brought: list[dict[int, np.ndarray[Any, Any]]] = []
         self.n_begun = [0] * n_ranks
         self.failing: set[int] = set()
+        self.operation: Callable[..., Any] = np.max
 
     def of(self, rank: int) -> Callable[[Any, Any], Callable[[], bool]]:
         def allreduce_max(words: Any, stream: Any) -> Callable[[], bool]:
@@ -53,10 +54,11 @@ class Group:
                 self.brought.append({})
             here = self.brought[number]
             here[rank] = words.copy()
+            operation = self.operation
 
             def is_done() -> bool:
                 if len(here) == self.n_ranks:
-                    words[:] = np.max(list(here.values()), axis=0)
+                    words[:] = operation(np.array([here[r] for r in range(self.n_ranks)]), axis=0)
                 return len(here) == self.n_ranks
 
             return is_done
@@ -401,7 +403,7 @@ def test_one_that_stops_saying_it_later_has_failed_when_it_is_due_and_no_step_be
     mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers: list[Any] = [lambda: True, None]  # of the settings, then of the first agreement
-    agreement = RankAgreement(lambda _words, _stream: answers.pop(0), rank=0, n_ranks=2, every=EVERY, within=WITHIN)
+    agreement = RankAgreement(lambda _words, _stream: answers.pop(0), rank=0, n_ranks=1, every=EVERY, within=WITHIN)
     rank = Rank(agreement, mode=mode)
     run([rank], 3 * EVERY)
     assert not answers and agreement.is_broken and agreement.n_agreements == 0
@@ -421,21 +423,78 @@ def test_a_rank_that_waits_for_the_others_says_so(
     assert "rank 0: waiting for all of the 2 ranks to make their RankAgreement" in caplog.text
 
 
-def test_words_that_are_no_maximum_are_told_and_the_rank_reports_for_itself(caplog: pytest.LogCaptureFixture) -> None:
+NO_MAXIMUM = {
+    "min": np.min,
+    "sum": np.sum,
+    "rank 1's": lambda brought, axis: brought[1],
+    "rank 0's": lambda brought, axis: brought[0],
+    "mean": lambda brought, axis: np.mean(brought, axis=axis).astype(np.int64),
+    "or": lambda brought, axis: np.bitwise_or.reduce(brought, axis=axis),
+    "zeros": lambda brought, axis: brought[0] * 0,
+    "largest": lambda brought, axis: np.full_like(brought[0], np.iinfo(np.int64).max),
+    "32 bits": lambda brought, axis: np.max(brought & 0xFFFF_FFFF, axis=axis),
+    "random": lambda brought, axis: np.random.default_rng(brought).integers(0, 1 << 62, brought.shape[1]),
+}
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+@pytest.mark.parametrize("name", NO_MAXIMUM)
+def test_what_is_no_maximum_is_refused_on_every_rank_when_it_is_made(name: str, n_ranks: int) -> None:
+    group = Group(n_ranks)
+    group.operation = NO_MAXIMUM[name]
+    refused = []
+
+    def one(rank: int) -> None:
+        with pytest.raises(ConfigError, match=rf"rank {rank}: what allreduce_max does is no maximum .* gave back \["):
+            RankAgreement(group.of(rank), rank=rank, n_ranks=n_ranks, every=EVERY, within=WITHIN)
+        refused.append(rank)
+
+    with ThreadPoolExecutor(n_ranks) as pool:
+        list(pool.map(one, range(n_ranks)))
+    assert sorted(refused) == list(range(n_ranks))
+
+
+@pytest.mark.parametrize("mode", ["raise", "log"])
+@pytest.mark.parametrize("name", [name for name in NO_MAXIMUM if name not in ("rank 0's", "or")])
+def test_what_becomes_no_maximum_is_told_and_the_rank_that_saw_something_reports_it(
+    name: str, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = Group()
+    faulty, _healthy = ranks = [Rank(agreement, mode=mode) for agreement in group.make()]
+    run(ranks, EVERY - 2)
+    group.operation = NO_MAXIMUM[name]
+    faulty.flip()
+    run(ranks, WITHIN + 3)
+    assert faulty.agreement.is_broken and len(faulty.manager.violations()) == 1
+    assert "ranks count other steps" not in caplog.text and "worst and first" not in caplog.text
+    if mode == "log":
+        (text,) = {r.message for r in caplog.records if r.levelno == logging.ERROR and "rank 0" in r.message[:20]}
+        assert "reasons=DATA" in caplog.text
+    else:
+        stalled, own = faulty.raised[EVERY + WITHIN], faulty.raised[EVERY + WITHIN + 1]
+        assert isinstance(stalled, RankStalledError) and isinstance(own, KvCanaryViolation)
+        text = str(stalled)
+        assert own.violations == faulty.manager.violations()
+    assert "no maximum over the ranks: it gave back [" in text and f"step {EVERY + WITHIN}" in text
+
+
+def test_a_broadcast_of_another_rank_swallows_nothing() -> None:
+    group = Group()
+    healthy, faulty = ranks = [Rank(agreement) for agreement in group.make()]
+    group.operation = NO_MAXIMUM["rank 0's"]
+    run(ranks, 2)
+    faulty.flip()
+    run(ranks, EVERY + WITHIN - 1)
+    assert [type(e) for e in faulty.raised.values()] == [RankStalledError, KvCanaryViolation]
+    assert not healthy.raised  # it cannot tell: what it got is what it brought
+    run([healthy], EVERY)
+    assert [type(e) for e in healthy.raised.values()] == [RankStalledError]
+
+
+def test_words_that_are_no_maximum_of_a_single_rank() -> None:
     def wrong(words: np.ndarray[Any, Any], stream: Any) -> Callable[[], bool]:
-        words[:] = 1 << 62 if wrong.is_wrong else words  # type: ignore[attr-defined]
+        words[:] = 1 << 62
         return lambda: True
 
-    wrong.is_wrong = True  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="no maximum of what the ranks gave"):
+    with pytest.raises(ConfigError, match="is no maximum over the ranks"):
         RankAgreement(wrong, rank=0, n_ranks=1)
-    wrong.is_wrong = False  # type: ignore[attr-defined]
-    engine = ToyEngine(mode="raise", verify_data_every=1, health_policy="log")
-    engine.manager.attach_agreement(RankAgreement(wrong, rank=0, n_ranks=1, every=2, within=1))
-    wrong.is_wrong = True  # type: ignore[attr-defined]
-    for p in range(6):
-        engine.step((0, p, 1))
-    assert "failed on this rank" in caplog.text and "no maximum" in caplog.text
-    engine.k[0][1, 1, 0, 0] ^= 1
-    with pytest.raises(KvCanaryViolation):
-        engine.step((0, 6, 1))

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcanary import RankVerdict, Reason, Severity
-from kvcanary.verdict import FEWEST, MAX_RANK, MOST, N_WORDS, StepCount, fill_words, read_words
+from kvcanary.verdict import (
+    FEWEST,
+    MAX_RANK,
+    MOST,
+    N_WORDS,
+    VERDICT,
+    StepCount,
+    fill_test_words,
+    fill_words,
+    is_maximum,
+    is_test_maximum,
+    read_words,
+)
 
 ALL_REASONS = sum(Reason)
 REASONS = st.integers(1, ALL_REASONS).map(Reason)
@@ -69,3 +81,46 @@ def test_a_maximum_tells_who_has_the_most_steps_and_who_the_fewest(
     assert verdict == RankVerdict()
     assert [tuple(t) for t in told] == [most, fewest]
     assert (words[:, [MOST, FEWEST]] > 0).all()
+
+
+COUNTS = st.integers(0, (1 << 47) - 1)
+
+
+@given(st.lists(st.tuples(st.none() | VERDICTS, COUNTS), min_size=1, max_size=5))
+def test_every_rank_takes_the_maximum_of_what_all_brought_for_one(seen: list[tuple[RankVerdict | None, int]]) -> None:
+    n_ranks = len(seen)
+    brought, tests = np.zeros((n_ranks, N_WORDS), np.int64), np.zeros((n_ranks, N_WORDS), np.int64)
+    for rank, (verdict, n) in enumerate(seen):
+        word = verdict._replace(rank=rank).as_word() if verdict else 0
+        fill_words(brought[rank], word, StepCount(n, rank))
+        fill_test_words(tests[rank], StepCount(n, rank))
+    for rank in range(n_ranks):
+        assert is_maximum(brought.max(axis=0), brought[rank], rank, n_ranks)
+        assert is_test_maximum(tests.max(axis=0), tests[rank], rank, n_ranks)
+        for place in range(N_WORDS):  # below this rank's own
+            less = brought.max(axis=0)
+            less[place] = brought[rank, place] - 1
+            assert not is_maximum(less, brought[rank], rank, n_ranks)
+
+
+@pytest.mark.parametrize(
+    ("place", "word"),
+    [
+        (VERDICT, RankVerdict(Severity.READ, 5, 2, Reason.DATA).as_word()),  # there is no rank 2
+        (VERDICT, RankVerdict(Severity.READ, 5, 0, Reason.DATA).as_word()),  # this rank did not bring it
+        (VERDICT, RankVerdict(Severity.WRITE, 5, 1, Reason.DATA).as_word()),  # reasons of another severity
+        (VERDICT, RankVerdict(Severity.READ, 5, 1, Reason(0)).as_word()),
+        (VERDICT, 0b111 << 60 | 0xFFFE << 12 | 1),
+        (VERDICT, 1),
+        (MOST, 9 << 16 | 0xFFFD),
+        (MOST, 9 << 16 | 0xFFFF),
+        (FEWEST, ((1 << 47) - 1) << 16 | 0xFFFD),
+    ],
+)
+def test_a_word_that_no_rank_can_have_brought_is_no_maximum(place: int, word: int) -> None:
+    brought = np.zeros(N_WORDS, np.int64)
+    fill_words(brought, 0, StepCount(7, 0))
+    given = brought.copy()
+    assert is_maximum(given, brought, 0, 2)
+    given[place] = word
+    assert not is_maximum(given, brought, 0, 2)
