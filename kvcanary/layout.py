@@ -62,7 +62,8 @@ class KvPool:
         token_offset: token that position p holds is the request's token p + token_offset (EAGLE draft pools).
         slot_lut: i64[n_full] from the slot in the batch's tables to the slot here; negative or reserved = evicted.
         may_alias: whether its bytes may also be another pool's, at other times; needs ``lifecycle``.
-        expected_every_step: whether a step without a launch for this pool counts as a stalled guard.
+        expected_every_step: whether steps without a launch for this pool count as a stalled guard, unless the engine's
+            forwards leave it out by ``pools=``.
 
     Raises:
         LayoutError: some byte of some slot lies outside its array, or two slots share one.

@@ -250,7 +250,9 @@ class CanaryManager(
             batch: the arrays of this forward; a captured graph reads their contents anew at every replay.
             stream: the stream of the forward, or of the capture (a graph builder is one).
             index: number of this forward within its step; 0 clears the taint.
-            pools: names or indices of the pools that this forward writes; None = all.
+            pools: names or indices of the pools that this forward writes; None = all. A pool that some first forward of
+                a step (``index=0``) leaves out may rest as long as the engine likes: the health check does not take
+                that for a stall, so long as all pools of one such forward run.
 
         Raises:
             BatchError: arrays that do not fit. PhaseError: HEAD of the forward before has no TAIL yet.
@@ -388,6 +390,7 @@ class CanaryManager(
             known[key] = _Bound(calls, bound)
             self._inputs_seen |= {n for n in StepBatch.__dataclass_fields__ if getattr(batch, n) is not None}
             self._histories.note(of, bound)
+            self._health.choices.note(chosen, is_first=is_first)
         return known[key]
 
     def _choose_pools(self, pools: Sequence[str | int]) -> list[int]:

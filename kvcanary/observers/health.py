@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -16,6 +16,7 @@ from kvcanary.config import CanaryConfig
 from kvcanary.deferred import DelayedDeviceHostHandler, Words
 from kvcanary.errors import CanaryCounterError, CanaryStalledError
 from kvcanary.log_lines import line
+from kvcanary.observers.choices import PoolChoices
 from kvcanary.observers.facts import StepFacts
 from kvcanary.state import StateSnapshot
 from kvcanary.tags import CanaryLaunchTag, Stage
@@ -26,7 +27,9 @@ logger = logging.getLogger("kvcanary")
 ActiveTags: TypeAlias = Mapping[int, frozenset[CanaryLaunchTag]]
 
 
+_NO_TAGS: frozenset[CanaryLaunchTag] = frozenset()
 _SWEEP_TAGS = frozenset(tag for tag in CanaryLaunchTag if tag.stage == Stage.SWEEP)
+_FORWARD_TAGS = frozenset(CanaryLaunchTag) - _SWEEP_TAGS
 
 
 class Health(Enum):
@@ -81,7 +84,8 @@ class KernelRunCounterHealthChecker:
 
     Every ``health_check_every_n_steps`` steps from ``health_check_warmup_steps`` on it takes a snapshot and, when that
     arrives, compares it with the one that arrived before (the first with zero). Both carry the facts of their own step,
-    so a late delivery confuses nothing. A stall is reported at every check while it lasts.
+    so a late delivery confuses nothing. A stall is reported at every check while it lasts. A pool that the engine's
+    forwards may leave out (`choices`) need not run by itself; when it runs, all its launches must.
 
     Args:
         config: whether, when and how loudly.
@@ -101,6 +105,7 @@ class KernelRunCounterHealthChecker:
         on_report: Callable[[CanaryStalledError], None] | None = None,
     ) -> None:
         self.active_tags = active_tags
+        self.choices = PoolChoices()  #: told which pools forwards are bound with
         self.latest: StateSnapshot | None = None  #: the last snapshot that was delivered
         self.health = Health.WAITING if config.health_check_every_n_steps else Health.OFF
         self.n_reports = 0  #: checks that found something
@@ -148,10 +153,11 @@ class KernelRunCounterHealthChecker:
         """Judge the snapshot ``words`` (u64[n_words], taken at ``facts.step``) against the one before."""
         if n_resets != self._n_resets:
             return
-        expected = self._expected_active_tags_for_health_check(facts)
         before, now = self.latest, StateSnapshot(facts.step, facts.state.layout, words.copy())
         counters = now.kernel_run_counters
         baseline = np.zeros_like(counters) if before is None else before.kernel_run_counters
+        left_out = self.choices.left_out(baseline, counters)
+        expected = self._expected_active_tags_for_health_check(facts, left_out)
         verdict = counter_deltas(baseline, counters, expected)
         since = f"since step {before.step}" if before else "since the start"
         n_steps = facts.n_counted_steps - self._baseline_steps
@@ -164,12 +170,16 @@ class KernelRunCounterHealthChecker:
         elif any(expected.values()):  # else nothing was looked at, and what was known stays
             self.health = Health.RUNNING
 
-    def _expected_active_tags_for_health_check(self, facts: StepFacts) -> ActiveTags:
+    def _expected_active_tags_for_health_check(self, facts: StepFacts, left_out: Collection[int]) -> ActiveTags:
         """Tags that must have risen since the last snapshot: none without a counted step, SWEEP only after a sweep."""
         if facts.n_counted_steps <= self._baseline_steps:
             return {}
         swept = {pool for pool, n in facts.n_sweeps.items() if n > self._baseline_sweeps.get(pool, 0)}
-        return {pool: tags if pool in swept else tags - _SWEEP_TAGS for pool, tags in self.active_tags.items()}
+        excused = [
+            (_NO_TAGS if pool in swept else _SWEEP_TAGS) | (_FORWARD_TAGS if pool in left_out else _NO_TAGS)
+            for pool in self.active_tags
+        ]
+        return {pool: tags - e for (pool, tags), e in zip(self.active_tags.items(), excused, strict=True)}
 
     def _report(self, verdict: CounterVerdict, step: int, since: str, n_steps: int) -> None:
         changes = verdict.fallen or verdict.stalled

@@ -44,6 +44,12 @@ OBSERVERS = [
         is_quick=True,
     ),
     *_in(
+        "observers/choices.py",
+        HEALTH,
+        ("one pool of a forward is enough", "pools <= running", "pools & running"),
+        ("later forwards say who must run", "self._first or self._others", "self._first | self._others"),
+    ),
+    *_in(
         "deferred.py",
         DEFERRED,
         ("not asked whether it arrived", "and self._staging.is_done(self._in_flight[0][0]):", "and True:"),
