@@ -322,10 +322,10 @@ class RankAgreement:
             return None
         text = (
             f"{self.n_ranks} ranks agree at step {step}: {_MEANING[verdict.severity]}; worst and first is rank "
-            f"{verdict.rank}: {', '.join(verdict.reasons.names())} at step {verdict.step}"
+            f"{verdict.rank}: {', '.join(verdict.reasons.names())} at step {verdict.step} of those with a forward"
         )
         if self._raises:
-            return self._violations.take_agreed(text)
+            return self._violations.take_agreed(text, step)
         fields = {"step": step, "severity": verdict.severity.name, "rank": verdict.rank, "first_step": verdict.step}
         fields |= {"reasons": verdict.reasons.names(), "n_ranks": self.n_ranks}
         logger.warning("%s", line(self._log_format, logging.WARNING, "agreement", f"[canary] {text}", fields))

@@ -32,6 +32,8 @@ MAX_RECORDS = 4096  # records of any kind, likewise
 STOP = "Stop serving the requests named here and keep .violations; mode='log' reports without raising"
 STOP_ELSEWHERE = "Stop serving the requests that the log of that rank names; mode='log' reports without raising"
 
+OF_FINDINGS = "step= of a finding counts those with a forward, as the device does"
+
 
 class ViolationObserver:
     """Reads new records, reports each finding once, keeps the counts of all.
@@ -105,12 +107,14 @@ class ViolationObserver:
         if self._reader.has_new:
             self._report_some()
         if self._raises and self._unraised and not self.raises_when_agreed:
-            raise self._error(f"{len(self._unraised)} new violations of the KV cache at step {facts.step}", STOP)
+            text = f"{len(self._unraised)} new violations of the KV cache at step {facts.step}"
+            raise self._error(text, STOP, facts.step)
 
-    def take_agreed(self, text: str) -> KvCanaryViolation:
-        """What to raise when the ranks have agreed on ``text``: with this rank's own findings, if any."""
+    def take_agreed(self, text: str, step: int) -> KvCanaryViolation:
+        """What to raise at ``step`` when the ranks have agreed on ``text``: with this rank's own findings, if any."""
         n = len(self._unraised)
-        return self._error(f"{text}; {n or 'no'} new violations on this rank until here", STOP if n else STOP_ELSEWHERE)
+        text = f"{text}; {n or 'no'} new violations on this rank until here"
+        return self._error(text, STOP if n else STOP_ELSEWHERE, step)
 
     def poll(self) -> tuple[Violation, ...]:
         """Report all that is new without raising (the next `step` will): the first sightings, oldest first."""
@@ -225,7 +229,7 @@ class ViolationObserver:
         n = self._n_lines[violation.reasons]
         return f" ({n} findings of this kind so far; most are no longer written)" if n > MAX_LINES_OF_A_KIND else ""
 
-    def _error(self, text: str, what_to_do: str) -> KvCanaryViolation:
+    def _error(self, text: str, what_to_do: str, step: int) -> KvCanaryViolation:
         with self._lock:
             new = tuple(self._unraised)
             self._unraised.clear()
@@ -234,6 +238,8 @@ class ViolationObserver:
         lines.extend(f"  {line_of(first, last)}" for first, last in runs[:MAX_LINES])
         if len(runs) > MAX_LINES:
             lines.append(f"  and {len(runs) - MAX_LINES} more")
+        if any(violation.step != step for violation in new):
+            lines.append(f"(step {step} counts all that end_step() ended, idle ones too; {OF_FINDINGS})")
         lines.append(what_to_do)
         return KvCanaryViolation("\n".join(lines), new)
 

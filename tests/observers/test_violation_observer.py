@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from base import POOL_NAMES, SECRET, RingWriter, full_config, make_facts, make_state
+from engine import ToyEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -239,6 +240,25 @@ class TestRaiseMode:
         with pytest.raises(KvCanaryViolation, match="1 new violations"):
             rig.step()
 
+    def test_where_two_step_numbers_differ_both_are_explained(self) -> None:
+        engine = ToyEngine(mode="raise", verify_data_every=1)
+        engine.step((0, 0, 6))
+        engine.k[1][1, 1, 0, 0] ^= 1
+        with pytest.raises(KvCanaryViolation) as caught:
+            engine.step((0, 6, 1))
+        assert "at step 2, 1 so far" in str(caught.value) and "step=2" in str(caught.value)
+        assert "idle" not in str(caught.value)
+        for _ in range(3):
+            with engine.manager.step(idle=True):
+                pass
+        engine.k[0][1, 1, 0, 0] ^= 1
+        with pytest.raises(KvCanaryViolation, match=r"(?s)at step 6, 2 so far.* step=3 ") as caught:
+            engine.step((0, 7, 1))
+        assert (
+            "(step 6 counts all that end_step() ended, idle ones too; step= of a finding counts those with a "
+            in str(caught.value)
+        )
+
     def test_callbacks_and_log_come_first(self, caplog: pytest.LogCaptureFixture) -> None:
         rig = Rig(mode="raise")
         seen: list[Violation] = []
@@ -260,7 +280,7 @@ class TestRaiseMode:
     def test_text_is_limited_but_the_violations_are_not(self) -> None:
         rig = Rig(mode="raise")
         for slot in range(50):
-            rig.put(slot=slot)
+            rig.put(slot=slot, step=1)
         with pytest.raises(KvCanaryViolation, match="and 30 more") as caught:
             rig.step()
         assert len(caught.value.violations) == 50
