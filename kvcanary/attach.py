@@ -40,6 +40,7 @@ class AttachCalls:
     _agreement: RankAgreement | None
     _observers: tuple[Any, ...]
     _more_observers: tuple[Observer, ...]
+    _at_close: tuple[Callable[[], None], ...]
     _box: BlackBox | None
     _n_counted_steps: int
     _turns: Turns
@@ -62,6 +63,10 @@ class AttachCalls:
         check_observer(observer)
         self._phases.need_open("add_observer()")
         self._more_observers += (observer,)
+
+    def _call_at_close(self, call: Callable[[], None]) -> None:
+        """Call once when the manager is closed, after the last numbers were read; what it raises is counted."""
+        self._at_close += (call,)
 
     def on_violation(self, callback: Callable[[Violation], None]) -> None:
         """Call back for every first sighting of a violation, on the thread that ends the step (or polls)."""

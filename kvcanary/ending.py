@@ -28,6 +28,7 @@ class EndCalls:
     _agreement: RankAgreement | None
     _captures: CaptureWatch
     _box: BlackBox | None
+    _at_close: tuple[Callable[[], None], ...]
     _open_forward: Any
     _synced: StateSnapshot | None
     _step: int
@@ -69,6 +70,8 @@ class EndCalls:
         self._captures.end()
         if self._box is not None:
             self._box.end("close")
+        for call in self._at_close:  # what shows the last numbers, which were just read
+            self._quietly(call)
         for handler in self._handlers:
             handler.close()
         self._backend.close()

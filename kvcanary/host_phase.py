@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from kvcanary import abi
@@ -61,9 +62,11 @@ class HostPhase:
         # An observer with a snapshot to take looks at the stream itself.
         if all(observer in (self._violations, self._agreement) for observer in due) and self._has_odd_stream():
             due = list(self._observers)
-        if self._more_observers:
-            due += [observer for observer in self._more_observers if self._is_due(observer, step)]
+        # They are asked behind the guard's own, so that they see what these found in this step.
+        more = (observer for observer in self._more_observers if self._is_due(observer, step))
         if due:
+            self._observe(chain(due, more), self._backend)
+        elif self._more_observers and (due := list(more)):
             self._observe(due, self._backend)
 
     def _renumber(self) -> None:
@@ -109,7 +112,7 @@ class HostPhase:
         except Exception:  # noqa: BLE001  the observers meet it again and report it, after the violations were read
             return True
 
-    def _observe(self, due: Sequence[Observer], backend: Backend) -> None:
+    def _observe(self, due: Iterable[Observer], backend: Backend) -> None:
         errors: list[KvCanaryError] = []
         # The order is violations, health, stats; the totals in the facts are those after the first.
         facts: StepFacts | None = None

@@ -115,6 +115,7 @@ class CanaryManager(
         self._synced: StateSnapshot | None = None  # taken by the last `synchronize`
         self._box: BlackBox | None = None
         self._more_observers: tuple[Observer, ...] = ()
+        self._at_close: tuple[Callable[[], None], ...] = ()
         if config.mode == "off":
             self._lifecycle = Lifecycle()
             return

@@ -21,7 +21,7 @@ from kvcanary.history import HistoryWatch
 from kvcanary.layout import KvPool
 from kvcanary.lifecycle import BlockCounts, Lifecycle
 from kvcanary.log_lines import ErrorLog
-from kvcanary.observers import KernelRunCounterHealthChecker, PeriodicCanaryStatsLogger, ViolationObserver
+from kvcanary.observers import Health, KernelRunCounterHealthChecker, PeriodicCanaryStatsLogger, ViolationObserver
 from kvcanary.patrol import Patrol
 from kvcanary.phases import Phase, PhaseChecker
 from kvcanary.pool_stats import pool_stats
@@ -83,13 +83,14 @@ class QueryCalls:
             blocks,
             turns,
         )
+        is_closed = self._phases.phase is Phase.CLOSED
         intervals = (self.config.stats_print_every_n_steps, self.config.health_check_every_n_steps)
         return replace(
             stats,
             digested_bytes=round(stats.data_slots * self._digest_bytes),
-            is_on=self._phases.phase is not Phase.CLOSED,
+            is_on=not is_closed,
             is_paused=self._is_paused,
-            health=self._health.health.value,
+            health=(Health.CLOSED if is_closed else self._health.health).value,
             stalls_total=self._health.n_reports,
             observer_errors=self.n_observer_errors,
             snapshots_not_taken=sum(handler.n_not_taken for handler in self._handlers),

@@ -99,7 +99,7 @@ def check_query(query: str) -> Any:
 
 def check_values(query: str) -> None:
     """What a query compares a label with is a value that the label can have."""
-    states = {"off", "waiting", "running", "stalled", "fallen"}
+    states = {"off", "waiting", "running", "stalled", "fallen", "closed"}
     for selector, _ in selectors(parsed(query)):
         for matcher in selector.matchers.matchers:
             if matcher.name == "state" and selector.name == "kvcanary_health":

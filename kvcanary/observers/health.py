@@ -40,6 +40,7 @@ class Health(Enum):
     RUNNING = "running"  #: every launch that was expected ran
     STALLED = "stalled"  #: a launch that was expected did not run
     FALLEN = "fallen"  #: a counter fell: the guard's device memory was overwritten
+    CLOSED = "closed"  #: the manager was closed: nothing is checked any more
 
 
 class CounterChange(NamedTuple):

@@ -99,8 +99,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("kvcanary_paused", "1 while the guard is paused and judges nothing.", (), _number("is_paused")),
     Family(
         "kvcanary_health",
-        "1 for what the health check last said: off, waiting (for its first snapshot), running, stalled or fallen (a "
-        "counter fell: the guard's memory was overwritten). With several processes: how many of them say so.",
+        "1 for what the health check last said: off, waiting (for its first snapshot), running, stalled, fallen (a "
+        "counter fell: the guard's memory was overwritten), or closed, as the manager was. With several processes: how "
+        "many of them say so.",
         ("state",),
         _health,
     ),

@@ -6,7 +6,7 @@ at 0.
 
 Where several processes share one exposition (PROMETHEUS_MULTIPROC_DIR), prometheus_client serves files that each
 process writes, and asks no collector. There `register` makes real counters and gauges, and an observer brings them up
-to date now and then, at the end of a step.
+to date at the end of a step: now and then, and of one in which something was found, or the health changed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from kvcanary.errors import ConfigError, PhaseError
 from kvcanary.observers.facts import StepFacts
+from kvcanary.observers.health import Health, KernelRunCounterHealthChecker
 from kvcanary.observers.metric_families import FAMILIES, Family, Reading, read_manager
 
 _OWN_LABELS = {label for family in FAMILIES for label in family.labels}
@@ -35,7 +36,8 @@ def register(
 
     Args:
         registry: of prometheus_client; None = its default one. Not used where several processes share an exposition.
-        every_n_steps: there, steps between two updates; a violation brings the next one forward.
+        every_n_steps: there, steps between two updates; the step that reports a violation or another health makes one
+            too, and so do `CanaryManager.close` and the end of the process.
         labels: the same for all its metrics, to tell several managers apart: ``rank="0"``. All managers of a registry
             have the same label names. Values from a small set: never an id of a slot or request.
 
@@ -122,26 +124,34 @@ class ProcessMetrics:
         self._values = tuple(str(labels[name]) for name in names)
         self._every = every_n_steps
         self._has_news = False
+        self._checker: KernelRunCounterHealthChecker | None = manager._health if manager.is_on else None
+        self._health, self._n_reports = Health.OFF, 0  # as shown
+        self._is_over = False
         self._counted: dict[tuple[str, tuple[str, ...]], float] = {}
         self._series: dict[tuple[str, tuple[str, ...]], Any] = {}
         if names not in _instruments:
             _instruments[names] = _make_instruments(names)
         self._instruments = _instruments[names]
         manager.on_violation(self._note)
+        manager._call_at_close(self._end)
         self.update()
         atexit.register(_update_at_exit, weakref.ref(self))
 
     def is_due(self, step: int) -> bool:
         """Whether `step` has anything to do."""
-        return self._has_news or step % self._every == 0
+        return self._has_news or step % self._every == 0 or self._has_other_health()
 
     def step(self, facts: StepFacts) -> None:
         """Bring the metrics up to date."""
         self.update()
 
     def update(self) -> None:
-        """Bring the metrics up to date now."""
+        """Bring the metrics up to date now; after the manager was closed, they stay as they are."""
+        if self._is_over:  # the manager after it may have its labels
+            return
         self._has_news = False
+        if self._checker is not None:
+            self._health, self._n_reports = self._checker.health, self._checker.n_reports
         reading = _read(self._manager())
         if reading is None:
             return
@@ -151,6 +161,14 @@ class ProcessMetrics:
 
     def _note(self, _violation: Any) -> None:
         self._has_news = True
+
+    def _has_other_health(self) -> bool:
+        checker = self._checker
+        return checker is not None and (checker.health is not self._health or checker.n_reports != self._n_reports)
+
+    def _end(self) -> None:
+        self.update()
+        self._is_over = True
 
     def _set(self, family: Family, own: tuple[str, ...], value: float) -> None:
         key = (family.name, own)

@@ -141,7 +141,8 @@ def expected(manager: CanaryManager) -> Samples:
         at("observer_errors_total"): 0,
         at("black_box_errors_total"): 0,
     }
-    found |= {at("health", state=s): s == "running" for s in ("off", "waiting", "running", "stalled", "fallen")}
+    states = ("off", "waiting", "running", "stalled", "fallen", "closed")
+    found |= {at("health", state=s): s == "running" for s in states}
     turns, per_pass = int(layout.scrub_runs(words)[0]), manager.stats().scrub_steps_per_pass
     found[at("scrub_passes_total", pool="full")] = turns // per_pass
     found[at("scrub_pass_ratio", pool="full")] = turns % per_pass / per_pass
@@ -298,6 +299,7 @@ class TestRegister:
             assert registry.get_sample_value("kvcanary_enabled", {"rank": rank}) == 0
             assert registry.get_sample_value("kvcanary_memory_bytes", {"rank": rank}) == 0
         assert registry.get_sample_value("kvcanary_steps_total", {"rank": "closed"}) == 1
+        assert registry.get_sample_value("kvcanary_health", {"rank": "closed", "state": "closed"}) == 1
 
     def test_names_follow_the_conventions(self) -> None:
         for family in CanaryCollector().describe():

@@ -89,6 +89,60 @@ def test_a_violation_brings_the_update_forward(tmp_path: Path) -> None:
     environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     environ["PYTHONPATH"] = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
     subprocess.run([sys.executable, "-c", worker, "4", "1000"], env=environ, check=True, timeout=120)
-    # Found at step 2, told at the end of step 3.
     assert shown(tmp_path).get_sample_value("kvcanary_violations_total", {"pool": "full", "reason": "DATA"}) == 1
-    assert shown(tmp_path).get_sample_value("kvcanary_steps_total") == 3
+    assert shown(tmp_path).get_sample_value("kvcanary_steps_total") == 2  # the step that found it
+
+
+HEALTH_WORKER = """
+import logging, os, sys
+from engine import ToyEngine
+from kvcanary.observers.metrics import register
+
+logging.disable()
+engine = ToyEngine(health_check_every_n_steps=4, health_check_warmup_steps=4, health_policy="log")
+register(engine.manager, every_n_steps=1000)
+for p in range(int(sys.argv[1])):
+    engine.step((0, p, 1))
+for _ in range(int(sys.argv[2])):
+    with engine.manager.step():
+        pass
+if sys.argv[3] != "open":
+    engine.manager.close()
+if sys.argv[3] == "next":
+    engine = ToyEngine(health_check_every_n_steps=4, health_check_warmup_steps=4)
+    register(engine.manager, every_n_steps=1000)
+    engine.step((0, 0, 1))
+else:
+    os._exit(0)  # no update at the end
+"""
+
+
+def state_after(folder: Path, *arguments: object) -> tuple[list[str], Any]:
+    """States of kvcanary_health that are 1, and what reads a metric, after HEALTH_WORKER."""
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    environ["PYTHONPATH"] = os.pathsep.join((str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")))
+    subprocess.run([sys.executable, "-c", HEALTH_WORKER, *map(str, arguments)], env=environ, check=True, timeout=120)
+    registry = shown(folder)
+    samples = [s for f in registry.collect() for s in f.samples if s.name == "kvcanary_health"]
+    return [s.labels["state"] for s in samples if s.value], registry.get_sample_value
+
+
+def test_a_stall_is_shown_in_the_step_that_reports_it(tmp_path: Path) -> None:
+    states, value = state_after(tmp_path, 4, 5, "open")  # the snapshot of step 8 is judged in step 9
+    assert states == ["stalled"] and value("kvcanary_stalls_total") == 1 and value("kvcanary_steps_total") == 9
+
+
+def test_a_guard_that_runs_again_is_shown_at_once(tmp_path: Path) -> None:
+    states, value = state_after(tmp_path, 5, 0, "open")
+    assert states == ["running"] and value("kvcanary_steps_total") == 5
+
+
+def test_a_closed_manager_shows_its_last_numbers_and_that_it_is_closed(tmp_path: Path) -> None:
+    states, value = state_after(tmp_path, 7, 0, "closed")
+    assert states == ["closed"] and value("kvcanary_enabled") == 0 and value("kvcanary_memory_bytes") == 0
+    assert value("kvcanary_steps_total") == value("kvcanary_forwards_total") == 7
+
+
+def test_a_closed_manager_does_not_write_over_the_next_one(tmp_path: Path) -> None:
+    states, value = state_after(tmp_path, 7, 0, "next")
+    assert states == ["waiting"] and value("kvcanary_enabled") == 1 and value("kvcanary_steps_total") == 8
