@@ -34,6 +34,9 @@ def register(
 ) -> CanaryCollector | ProcessMetrics:
     """Show a manager's metrics, as long as somebody holds it; a closed one goes when its labels are given anew.
 
+    Registered anew, a manager has its new labels instead of the old ones; where several processes share an exposition,
+    register it once.
+
     Args:
         registry: of prometheus_client; None = its default one. Not used where several processes share an exposition.
         every_n_steps: there, steps between two updates; the step that reports a violation or another health makes one
@@ -71,18 +74,26 @@ class CanaryCollector:
         self._names: tuple[str, ...] = ()
 
     def add(self, manager: Any, labels: Mapping[str, str]) -> None:
-        """One more manager; one with the labels of a manager that was dropped or closed takes its place."""
+        """One more manager, or one that gets other labels; it may have those of one that was dropped or closed."""
         names, values = tuple(sorted(labels)), tuple(str(labels[name]) for name in sorted(labels))
-        held = {key: ref for key, ref in self._managers.items() if ref() is not None}
+        held = {key: ref for key, ref in self._managers.items() if ref() is not None and ref() is not manager}
         living = {key: ref for key, ref in held.items() if not _is_over(ref())}
+        if living and not self._names:  # it is one, as there are no labels to tell several apart
+            raise ConfigError(
+                f"labels {dict(labels)}: another manager is registered without labels, and all need labels of the same "
+                "names to be told apart: register that one anew with some, register(other, rank='0') say, then this "
+                "one, register(manager, rank='1'); or close the other"
+            )
         if living and names != self._names:
             raise ConfigError(
-                f"labels {list(names)}: the managers before it have {list(self._names)}; give all the same names"
+                f"labels {dict(labels)}: the managers before it have the names {list(self._names)}; give this one the "
+                "same names, with values of its own"
             )
-        if values in living and living[values]() is not manager:
+        if values in living:
+            taken = [list(of_one) for of_one in sorted(living)]
             raise ConfigError(
-                f"labels {dict(labels)}: another manager has them; give each its own (rank='0', say), or close the "
-                "other"
+                f"labels {dict(labels)}: another manager has them; give this one other values of {list(names)} than "
+                f"{taken}, or close the other"
             )
         kept = held if names == self._names else living  # closed ones are shown, as far as the names allow
         self._names, self._managers = names, {**kept, values: weakref.ref(manager)}

@@ -244,10 +244,30 @@ class TestRegister:
         assert steps == [0, 1]
         with pytest.raises(ConfigError, match="another manager has them"):
             register(engines[0].manager, registry, rank="1")
-        with pytest.raises(ConfigError, match="give all the same names"):
+        with pytest.raises(ConfigError, match=r"before it have the names \['rank'\]; give this one the same names"):
             register(engines[0].manager, registry, worker="1")
         del engines[1:], engine
         assert registry.get_sample_value("kvcanary_steps_total", {"rank": "1"}) is None
+
+    def test_what_the_message_says_about_managers_without_labels_can_be_followed(self) -> None:
+        registry = client.CollectorRegistry()
+        first, second = ToyEngine(), ToyEngine()
+        register(first.manager, registry)
+        for labels in ({}, {"rank": "0"}):
+            with pytest.raises(ConfigError, match=r"register\(other, rank='0'\) say, then .* rank='1'\)"):
+                register(second.manager, registry, **labels)
+        register(first.manager, registry, rank="0")
+        register(second.manager, registry, rank="1")
+        second.step((0, 0, 2))
+        steps = [registry.get_sample_value("kvcanary_steps_total", {"rank": r}) for r in "01"]
+        assert steps == [0, 1] and registry.get_sample_value("kvcanary_steps_total") is None
+        with pytest.raises(ConfigError, match=r"other values of \['rank'\] than \[\['0'\], \['1'\]\]"):
+            register(ToyEngine().manager, registry, rank="1")
+        register(second.manager, registry, rank="2")
+        assert registry.get_sample_value("kvcanary_steps_total", {"rank": "1"}) is None
+        first.manager.close()
+        second.manager.close()
+        register(ToyEngine().manager, registry)
 
     def test_a_closed_manager_gives_its_labels_to_the_next_and_is_shown_until_then(self) -> None:
         registry = client.CollectorRegistry()
