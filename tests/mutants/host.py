@@ -52,7 +52,7 @@ OBSERVERS = [
         ("newest first", "index, receiver = self._in_flight.popleft()", "index, receiver = self._in_flight.pop()"),
         ("not counted", "        self.n_not_taken += 1\n        n =", "        n ="),
     ),
-    *_in("sweep.py", MANAGER, ("sweeps at other steps", "if step % self.interval == 0 and", "if step % self.interval and")),
+    *_in("sweep.py", "tests/test_sweep.py", ("sweeps at other steps", "if step % self.interval == 0 and", "if step % self.interval and")),
     *_in(
         "patrol.py",
         "tests/test_kernels_scrub.py",
@@ -71,12 +71,12 @@ MANAGER_LOGIC = [
     ),
     *_in(
         "host_phase.py",
-        MANAGER,
+        "tests/test_host_phase.py",
         ("idle steps counted", "self._n_counted_steps += counted", "self._n_counted_steps += 1"),
     ),
     *_in(
         "ending.py",
-        MANAGER,
+        "tests/test_ending.py",
         ("dropped not told", "        self._violations.note_dropped(int(words[abi.STATE_DROPPED]))\n", ""),
     ),
     *_in("contexts.py", MANAGER, ("engine's error masked", "self._manager.abandon_step()", "self._manager.end_step()")),
