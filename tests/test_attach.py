@@ -7,7 +7,8 @@ import threading
 import pytest
 from engine import ToyEngine, flip
 
-from kvcanary import PhaseError
+from kvcanary import BatchError, PhaseError
+from kvcanary.observers import StepFacts
 
 
 class TestAttached:
@@ -35,6 +36,23 @@ class TestAttached:
         engine.step((0, 6, 1))
         with pytest.raises(PhaseError, match="closed"):
             engine.manager.begin_step()
+
+    def test_an_observer_of_the_engines_whose_call_is_refused_is_counted_and_ends_no_step(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Exporter:
+            def is_due(self, step: int) -> bool:
+                return True
+
+            def step(self, facts: StepFacts) -> None:
+                raise BatchError(f"slots that are none, at step {facts.step}")
+
+        engine = ToyEngine(mode="raise")
+        engine.manager.add_observer(Exporter())
+        engine.step((0, 0, 6))
+        engine.step((0, 6, 1))
+        assert engine.manager.n_observer_errors == 2
+        assert "Exporter raised; the step goes on" in caplog.text
 
     def test_a_resident_set_that_is_never_swept_is_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
         ToyEngine().manager.attach_resident_set(lambda: None)
