@@ -66,8 +66,8 @@ STALLED = (
 )
 RANK_GONE = (
     "Another rank died, hangs or is behind: look at its process and its log. If it is gone, restart the group, and end "
-    "this process without waiting for it. If all ranks live, give RankAgreement a larger within=. If the agreement failed "
-    "on this rank, as the line says then, mend what carries out the maximum."
+    "this process without waiting for it. If all ranks live, give RankAgreement a larger within=. If the agreement "
+    "failed on this rank, as the line says then, mend what carries out the maximum."
 )
 FALLEN_ON_HOST = (
     "A counter of the guard fell: something wrote into its memory, and perhaps elsewhere. Take the process out of "
