@@ -104,7 +104,7 @@ class BoxFile:
             _put_aside(self.path)
         fd = os.open(self.path, _FLAGS, _MODE)
         try:
-            _check_kind(fd)
+            check_kind(fd)
             if _is_cut(fd):  # somebody died while writing: begin a line of one's own
                 data = b"\n" + data
             view = memoryview(data)
@@ -142,8 +142,8 @@ def _within(room: int, lines: Sequence[dict[str, Any]], file: BoxFile) -> bytes:
     return bytes(data)
 
 
-def _check_kind(fd: int) -> None:
-    """OSError for what keeps nothing that could be read later (/dev/null), or is not to be written to (a disk)."""
+def check_kind(fd: int) -> None:
+    """OSError for what is not a regular file: it keeps nothing (/dev/null), is not to be written to (a disk), waits."""
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFBLK: "a block device", stat.S_IFCHR: "a character device"}
