@@ -64,7 +64,8 @@ class StepBatch:
 
     Attributes:
         block_table: i32[rows, max_blocks] by batch row, of blocks or (``table_entries="slots"``) of slots, or a
-            sequence of such arrays, one per pool; None for CSR tables and for static caches, where row r has block r.
+            sequence of such arrays, one per pool of the forward (all, or those that its ``pools=`` names); None for CSR
+            tables and for static caches, where row r has block r.
         seq_lens: i32[rows], tokens after this forward; None only with ``kv_last_page_len``.
         query_start_loc: i32[rows + 1], where each row's new tokens begin in the token arrays.
         input_ids: i32 or i64[tokens].
@@ -202,7 +203,9 @@ def _split(name: str, value: Any, n_pools: int) -> Sequence[Any]:
     if not is_sequence:
         return [value] * n_pools
     if len(value) != n_pools:
-        raise BatchError(f"{name} is a sequence of {len(value)} arrays: give {n_pools}, one per pool, or one for all")
+        raise BatchError(
+            f"{name} is a sequence of {len(value)} arrays: give {n_pools}, one per pool of this forward, or one for all"
+        )
     if name in _REQUIRED and any(v is None for v in value):
         raise BatchError(f"{name} is None for one of the pools: give an array for each, every forward has it")
     return list(value)

@@ -119,9 +119,10 @@ class HostPhase:
             try:
                 facts = facts or self._facts(backend)
                 observer.step(facts)
-            except KvCanaryError as error:  # the others still get their step; the first error is the one raised
-                errors.append(error)
-            except Exception:  # noqa: BLE001  a log handler that raises is not the engine's problem
+            except Exception as error:  # noqa: BLE001  a log handler that raises is not the engine's problem
+                if isinstance(error, KvCanaryError) and observer not in self._more_observers:
+                    errors.append(error)  # the others still get their step; the first error is the one raised
+                    continue
                 self._errors.note("[canary] %s raised; the step goes on", type(observer).__name__)
             if observer is self._violations:
                 facts = None  # its totals are older than what it has just read

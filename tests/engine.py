@@ -65,3 +65,7 @@ class ToyEngine:
         with self.manager.step(), self.manager.forward(batch):
             self.write(batch)
         return batch
+
+
+def flip(engine: ToyEngine, layer: int, slot: int) -> None:
+    engine.k[layer][slot // PAGE, slot % PAGE, 0, 0] ^= 1

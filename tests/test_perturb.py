@@ -199,7 +199,8 @@ class TestFlips:
         with toy.manager.step(batch=batch), toy.manager.forward(batch):
             toy.write(batch)
         assert the_one(toy).n_users == 2 and "and 1 more rows" in str(the_one(toy))
-        assert [v.slot for v in toy.manager.violations()] == [the_one(toy).places[0].slot]
+        found = [(v.slot, v.request_id) for v in toy.manager.violations()]
+        assert sorted(found) == [(the_one(toy).places[0].slot, request) for request in (1, 2)], "both are to be stopped"
 
 
 class TestTableSwap:

@@ -25,7 +25,8 @@ Callback: TypeAlias = Callable[[Violation], None]
 
 MAX_SEEN = 65536  # findings remembered; the least recently seen is forgotten first
 MAX_HISTORY = 1024  # violations kept for `violations()`
-MAX_LINES_OF_A_KIND = 100  # then only the 128th, 256th, ... finding with the same reasons
+MAX_LINES_OF_A_KIND = 100  # then only the 128th, 256th, ... finding with the same reasons, and one in LINE_EVERY steps
+LINE_EVERY = 100  # steps: some 40,000 lines a day at 50 steps a second
 MAX_LINES = 20  # violations of one step that are written out
 MAX_NEW = 256  # first sightings after which a step reads no further (some 4 ms); the rest waits in the ring
 MAX_RECORDS = 4096  # records of any kind, likewise
@@ -36,10 +37,11 @@ STOP_ELSEWHERE = "Stop serving the requests that the log of that rank names; mod
 class ViolationObserver:
     """Reads new records, reports each finding once, keeps the counts of all.
 
-    A finding is (pool, slot, plane, reasons) under one stamp: checks of K and V, at HEAD, TAIL and SWEEP, at every
-    forward, see the same one until the slot is rewritten. A value that is no slot of the pool has no stamp; it is one
-    finding per request. Of a reserved block each plane is one finding until another of its slots is the
-    first that is not finite.
+    A finding is (pool, slot, plane, reasons) under one stamp and digest, for each request that meets it: checks of K
+    and V, at HEAD, TAIL and SWEEP, at every forward, see the same one until the slot is rewritten or digested anew.
+    What names no request (sweep, patrol) is nothing new where a request has met it. A value that is no slot of the pool
+    has no stamp. Of a reserved block each plane is one finding until another of its slots is the first that is not
+    finite.
 
     `step` belongs to the host thread, everything else may be called from any thread: the lock is held while records are
     read and decoded, never while a callback or a log handler runs.
@@ -76,6 +78,7 @@ class ViolationObserver:
         self._callbacks: tuple[Callback, ...] = ()
         self._n_dropped = 0
         self._n_lines: dict[int, int] = {}
+        self._last_lines: dict[int, int] = {}  # the step of the last line of a kind
         self._n_lost_lines = 0  # log handlers that raised
         self._errors = ErrorLog()  # callbacks that raised
         self._counts: Counter[tuple[int, Reason]] = Counter()
@@ -142,7 +145,8 @@ class ViolationObserver:
         if n_new > 0:
             text = (
                 f"[canary] {n_new} violations more found the ring full: counted, but without a record ({n_dropped} so "
-                "far); raise ring_capacity, or look at the records before them"
+                "far); raise ring_capacity, or look at the records before them. A request that they do not name may be "
+                "damaged too: the taint of its row tells"
             )
             fields = {"dropped": n_new, "dropped_total": n_dropped}
             told = line(self._log_format, logging.WARNING, "dropped", text, fields)
@@ -163,9 +167,9 @@ class ViolationObserver:
                 self._unraised.extend(new)
         if new and self._on_new is not None:
             self._on_new(new)
-        for violation in new:
-            self._call(violation)
         self._quietly(lambda: self._log(new))
+        for violation in new:  # last: one may end the process
+            self._call(violation)
         return new
 
     def _take(self) -> tuple[Violation, ...]:
@@ -180,7 +184,12 @@ class ViolationObserver:
             new.extend(decode(records[is_new], self._pool_names, self._secret, self._log_tokens))
         return tuple(new)
 
-    def _is_new(self, key: tuple[int, ...]) -> bool:
+    def _is_new(self, finding: _Finding) -> bool:
+        place, reader = finding
+        is_new = self._note(place)
+        return self._note((*place, *reader)) if any(reader) else is_new
+
+    def _note(self, key: tuple[int, ...]) -> bool:
         if key in self._seen:
             self._seen.move_to_end(key)
             return False
@@ -217,9 +226,13 @@ class ViolationObserver:
             logger.warning("%s", line(self._log_format, logging.WARNING, "more_violations", text, fields))
 
     def _is_worth_a_line(self, violation: Violation) -> bool:
-        """The first lines of each kind, then ever fewer: a fault that goes on must not fill the disk."""
-        n = self._n_lines[violation.reasons] = self._n_lines.get(violation.reasons, 0) + 1
-        return n <= MAX_LINES_OF_A_KIND or n & (n - 1) == 0
+        """The first lines of each kind, then few: a fault that goes on neither fills the disk nor hides others."""
+        kind, step = int(violation.reasons), violation.step
+        n = self._n_lines[kind] = self._n_lines.get(kind, 0) + 1
+        is_worth = n <= MAX_LINES_OF_A_KIND or n & (n - 1) == 0 or step - self._last_lines.get(kind, step) >= LINE_EVERY
+        if is_worth:
+            self._last_lines[kind] = step
+        return is_worth
 
     def _so_far(self, violation: Violation) -> str:
         n = self._n_lines[violation.reasons]
@@ -238,12 +251,18 @@ class ViolationObserver:
         return KvCanaryViolation("\n".join(lines), new)
 
 
-def _findings(records: npt.NDArray[Any]) -> list[tuple[int, ...]]:
+_Finding: TypeAlias = tuple[tuple[int, ...], tuple[int, int]]  # what, and who met it: request id and row, or zeros
+
+
+def _findings(records: npt.NDArray[Any]) -> list[_Finding]:
     """What makes each record the same finding as another."""
-    names = ["detail", "pool", "slot", "plane", "reasons", "stamp_step", "request_id", "row"]
+    names = ["detail", "pool", "slot", "plane", "reasons", "stamp_step", "stored_digest", "request_id", "row"]
     in_pool = {int(d): int(Detail.SLOT if d == Detail.SCRUB else d) for d in Detail if d.is_slot}
     return [
-        # An unnamed request (id 0) is told apart by its row. What the patrol has seen, a reader sees as the same.
-        (in_pool[key[0]], *key[1:6]) if key[0] in in_pool else (*key[:6], key[6], 0 if key[6] else key[7])
-        for key in records[names].tolist()
+        # An unnamed request (id 0) is told apart by its row where there is no slot that would do it.
+        (
+            (in_pool.get(detail, detail), pool, slot, plane, reasons, step, digest if reasons & Reason.DATA else 0),
+            (request, 0 if request or detail in in_pool else row + 1),
+        )
+        for detail, pool, slot, plane, reasons, step, digest, request, row in records[names].tolist()
     ]

@@ -1,4 +1,4 @@
-"""What `tests/test_abuse.py` and `tests/test_abuse_cuda.py` show over stand-ins, on a GPU."""
+"""What `tests/test_abuse*.py` show over stand-ins, on a GPU."""
 
 from __future__ import annotations
 

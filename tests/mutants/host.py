@@ -52,7 +52,7 @@ OBSERVERS = [
         ("newest first", "index, receiver = self._in_flight.popleft()", "index, receiver = self._in_flight.pop()"),
         ("not counted", "        self.n_not_taken += 1\n        n =", "        n ="),
     ),
-    *_in("sweep.py", MANAGER, ("sweeps at other steps", "if step % self.interval == 0 and", "if step % self.interval and")),
+    *_in("sweep.py", "tests/test_sweep.py", ("sweeps at other steps", "if step % self.interval == 0 and", "if step % self.interval and")),
     *_in(
         "patrol.py",
         "tests/test_kernels_scrub.py",
@@ -71,12 +71,12 @@ MANAGER_LOGIC = [
     ),
     *_in(
         "host_phase.py",
-        MANAGER,
+        "tests/test_host_phase.py",
         ("idle steps counted", "self._n_counted_steps += counted", "self._n_counted_steps += 1"),
     ),
     *_in(
         "ending.py",
-        MANAGER,
+        "tests/test_ending.py",
         ("dropped not told", "        self._violations.note_dropped(int(words[abi.STATE_DROPPED]))\n", ""),
     ),
     *_in("contexts.py", MANAGER, ("engine's error masked", "self._manager.abandon_step()", "self._manager.end_step()")),
@@ -125,45 +125,50 @@ REFERENCE = [
     ),
 ]  # fmt: skip
 
-ABUSE_TESTS = "tests/test_abuse.py tests/test_abuse_cuda.py"
+ERRORS, STREAMS = "tests/test_abuse.py", "tests/test_abuse_cuda.py"
+LOGS, THREADS = "tests/test_abuse_logs.py", "tests/test_abuse_threads.py"
 ABUSE = [
     *_in(
         "host_phase.py",
-        ABUSE_TESTS,
+        ERRORS,
         ("first error lost", "            raise errors[0]\n\n    def _note", "            raise errors[-1]\n\n    def _note"),
+    ),
+    *_in(
+        "host_phase.py",
+        STREAMS,
         ("sweep on a dead stream", "            self._quietly(self._sweep_now)\n", "            self._sweep_now()\n"),
     ),
     *_in(
         "turns.py",
-        ABUSE_TESTS,
+        THREADS,
         ("child is not told", "        owner.after_fork()\n", "        pass\n"),
         ("child frees what is the parent's", "        _kept.append(owner)\n", ""),
         ("waits too long", "self.lock.acquire(timeout=MAX_WAIT_S)", "self.lock.acquire(timeout=25)"),
     ),
     *_in(
         "manager.py",
-        ABUSE_TESTS,
+        ERRORS,
         ("engine's error behind ours", "        self._quietly(self._violations.poll)  # first: it asks nothing of a device that may have died\n        self._quietly(self._restore_perturbed)\n\n    def step", "        self._violations.poll()\n        self._quietly(self._restore_perturbed)\n\n    def step"),
         ("half a manager left behind", "            backend_of_this.close()\n", ""),
     ),
-    *_in("controls.py", ABUSE_TESTS, ("driver's error comes through", "        except Exception as error:  # of the driver", "        except ZeroDivisionError as error:  # of the driver")),
-    *_in("ending.py", ABUSE_TESTS, ("lock of a thread that is not there", "        self._turns.renew()\n", "")),
+    *_in("controls.py", STREAMS, ("driver's error comes through", "        except Exception as error:  # of the driver", "        except ZeroDivisionError as error:  # of the driver")),
+    *_in("ending.py", THREADS, ("lock of a thread that is not there", "        self._turns.renew()\n", "")),
     *_in(
         "observers/violations.py",
-        ABUSE_TESTS,
+        LOGS,
         ("log handler takes the violation along", "        self._quietly(lambda: self._log(new))\n", "        self._log(new)\n"),
         ("callback takes the next one along", "            except Exception:  # noqa: BLE001  whatever an", "            except ZeroDivisionError:  # whatever an"),
     ),
     *_in(
         "captured.py",
-        ABUSE_TESTS,
+        STREAMS,
         ("memory of a live graph freed", "        _orphans.append(backend)\n", ""),
         ("memory of no graph kept", "        if not self.was_captured:\n            return\n", ""),
         ("closed, and kept all the same", "        self._finalizer.detach()\n", "        pass\n"),
     ),
     *_in(
         "backends/cuda.py",
-        ABUSE_TESTS,
+        STREAMS,
         ("memory not given back", "            self._cupy.get_default_memory_pool().free_all_blocks()\n", "            pass\n"),
         ("memory stays in the error", "    driver.close()\n    driver.give_back()\n    raise BackendError(text)\n",
          "        driver.close()\n        driver.give_back()\n        raise\n"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -93,6 +94,29 @@ class TestFindings:
         rig.put(detail=Detail.SLOT_MAPPING, slot=-1, stamp_step=0, request_id=7)
         rig.step()
         assert rig.totals() == (5, 7)
+
+    def test_each_request_that_meets_damage_is_named_once(self) -> None:
+        rig = Rig()
+        for request_id in (7, 8, 7, 0, 8, 9):  # 0: sweep or patrol, of whom nobody is to be stopped
+            rig.put(request_id=request_id, tag=T.HEAD_K_FULL if request_id else T.SWEEP_K_FULL)
+            rig.step()
+        assert [v.request_id for v in rig.observer.history] == [7, 8, 9]
+        rig.put(slot=6, tag=T.SWEEP_K_FULL)
+        rig.step()
+        for request_id in (7, 8, 7):  # of one batch
+            rig.put(slot=6, request_id=request_id)
+        rig.step()
+        assert [v.request_id for v in rig.observer.history] == [7, 8, 9, 0, 7, 8]
+
+    def test_bytes_that_were_digested_anew_are_reported_again(self) -> None:
+        rig = Rig()
+        for digest in (11, 11, 12, 11):  # the last: read of a forward before the slot was digested anew
+            rig.put(reasons=Reason.DATA, plane=0, stored_digest=digest, found_digest=99)
+            rig.step()
+        rig.put(reasons=Reason.CHAIN, stored_digest=1)
+        rig.put(reasons=Reason.CHAIN, stored_digest=2)
+        rig.step()
+        assert rig.totals() == (3, 6)
 
     def test_memory_is_bounded_and_forgets_the_least_recently_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(violations, "MAX_SEEN", 2)
@@ -206,6 +230,18 @@ class TestLogMode:
             messages(caplog)[-1] == "[canary] and 30 more findings in this step (violations_total=50): see violations()"
         )
 
+    def test_a_kind_that_goes_on_gets_few_lines_and_is_never_silent(self, caplog: pytest.LogCaptureFixture) -> None:
+        rig = Rig()
+        n = 10 * violations.LINE_EVERY
+        for step in range(n):
+            rig.put(slot=step % 64, stamp_step=1 + step, step=step, request_id=1 + step)
+            rig.step()
+        of_a_power = {128, 256, 512}
+        told = [v.step for v in rig.observer.history if f"request={v.request_id} " in "".join(messages(caplog))]
+        assert len(messages(caplog)) == len(told) <= violations.MAX_LINES_OF_A_KIND + len(of_a_power) + 9
+        assert max(b - a for a, b in pairwise(told)) <= violations.LINE_EVERY
+        assert n - told[-1] <= violations.LINE_EVERY
+
     def test_a_substituted_row_is_two_lines_and_not_forty(self, caplog: pytest.LogCaptureFixture) -> None:
         rig = Rig()
         order = [*range(38, -1, -2), *range(37, 0, -2)]  # warps finish in any order
@@ -242,12 +278,14 @@ class TestRaiseMode:
     def test_callbacks_and_log_come_first(self, caplog: pytest.LogCaptureFixture) -> None:
         rig = Rig(mode="raise")
         seen: list[Violation] = []
+        n_lines: list[int] = []
         rig.observer.on_violation(seen.append)
+        rig.observer.on_violation(lambda _v: n_lines.append(len(messages(caplog))))
         rig.put()
         with pytest.raises(KvCanaryViolation) as caught:
             rig.step()
         assert tuple(seen) == caught.value.violations
-        assert len(messages(caplog)) == 1
+        assert n_lines == [1], "a callback may end the process: the line is there before"
 
     def test_what_poll_found_is_raised_by_the_next_step(self) -> None:
         rig = Rig(mode="raise")
