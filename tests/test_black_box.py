@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -400,12 +401,14 @@ class TestNeverInTheWay:
 
     def test_sizes_of_numpys_own_types_are_written_as_numbers(self, tmp_path: Path) -> None:
         pool = layouts.nhd(k=[np.zeros((4, 4, 2, 8), np.uint8)])
+        pool = replace(pool, planes=[replace(plane, layer=np.int64(3)) for plane in pool.planes])
         config = CanaryConfig(black_box_path=str(tmp_path / "box"), ring_capacity=np.int32(8))  # type: ignore[arg-type]
         manager = CanaryManager(config, [pool], np.int64(4), np.int16(64))  # type: ignore[arg-type]
         manager.close()
         assert manager.stats().black_box_errors == 0
         start = lines_of(tmp_path / "box")[0]
         assert (start["max_requests"], start["max_new_tokens"], start["config"]["ring_capacity"]) == (4, 64, 8)
+        assert start["pools"][0]["planes"][0]["layer"] == start["pools"][0]["digests"][0]["layer"] == 3
 
 
 WORKER = """
