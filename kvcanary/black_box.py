@@ -89,8 +89,8 @@ class BlackBox:
 
     @property
     def n_errors(self) -> int:
-        """Events that could not be written."""
-        return self._file.n_errors
+        """Events that could not be written, or were not on the disk when the end no longer waited for it."""
+        return self._file.n_errors + self._file.n_late
 
     def violations(self, new: Sequence[Violation]) -> None:
         """First sightings of a step."""
@@ -113,8 +113,10 @@ class BlackBox:
         atexit.unregister(self._at_exit)
         self._counters()
         line = self._line("end", how=how, counters=self._last)
-        self._file.put(lambda: [{**line, "left_out": self._file.n_left_out, "errors": self.n_errors}], is_last=True)
-        self._file.flush(END_WAIT_S)
+        self._file.put(
+            lambda: [{**line, "left_out": self._file.n_left_out, "errors": self._file.n_errors}], is_last=True
+        )
+        self._file.finish(END_WAIT_S)
 
     def flush(self, timeout_s: float = END_WAIT_S) -> bool:
         """Wait for the disk; returns whether all is written."""

@@ -1,8 +1,8 @@
 """The file of the black box: append-only, bounded, and never in the way of the engine.
 
 An event is written by a thread that lives as long as there is something to write, in one write() and one fsync(). The
-caller neither waits nor fails: what cannot be written is counted, and warned of once. Each event opens the file anew,
-so that several processes may share it, and log rotation may take it away.
+caller neither waits nor fails: what cannot be written, or not in time, is counted and warned of once. Each event opens
+the file anew, so that several processes may share it, and log rotation may take it away.
 """
 
 from __future__ import annotations
@@ -36,21 +36,27 @@ class BoxFile:
     """Appends events, each of one or more lines of JSON.
 
     Args:
-        path: of the file; made if it is not there, its folder is not.
+        path: of the file; made if it is not there, its folder is not. A relative one is of the folder where the process
+            is now, wherever it goes later.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        with suppress(OSError):  # the folder where the process is was taken away
+            self.path = str(Path(path).absolute())  # and not resolve(): a link may point elsewhere tomorrow
         self._reset()
 
     def _reset(self) -> None:
         self.n_errors = 0  #: events that could not be written, or found too many waiting
+        self.n_late = 0  #: events that were not on the disk when nobody waited for them any longer
         self.n_left_out = 0  #: lines that were too many for this process
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._is_idle = threading.Event()
         self._is_idle.set()
         self._pending: deque[tuple[Lines, bool]] = deque()
+        self._n_waiting = 0  # in _pending, or being written
+        self._has_warned = False
         self._worker: threading.Thread | None = None
         self._n_bytes = 0
         self._has_begun = False
@@ -59,15 +65,16 @@ class BoxFile:
         """Append what ``lines()`` gives, soon, from another thread; never blocks, never raises.
 
         Args:
-            is_last: small, and written also when this process has used up its share.
+            is_last: small, and written also when this process has used up its share, and behind whatever waits.
         """
         if os.getpid() != self._pid:  # a forked child has neither the thread nor its parent's events
             self._reset()
         with self._lock:
-            if len(self._pending) >= MAX_PENDING:
+            if len(self._pending) >= MAX_PENDING and not is_last:
                 self.n_errors += 1
                 return
             self._pending.append((lines, is_last))
+            self._n_waiting += 1
             if self._worker is not None:
                 return
             self._is_idle.clear()
@@ -81,6 +88,15 @@ class BoxFile:
         """Wait until all is written, or until the time is over; returns whether it is."""
         return self._is_idle.wait(timeout_s)
 
+    def finish(self, timeout_s: float) -> None:
+        """`flush`, and count what is not written by then; it still is, if the disk is back before the process ends."""
+        self.flush(timeout_s)
+        with self._lock:
+            self.n_late = self._n_waiting
+            n_lost = self.n_errors + self.n_late
+        if n_lost:
+            self._warn(f"{n_lost} events were not on the disk {timeout_s:g} s after the end")
+
     def _work(self) -> None:
         while True:
             with self._lock:
@@ -89,10 +105,12 @@ class BoxFile:
                     self._is_idle.set()
                     return
                 lines, is_last = self._pending.popleft()
+            error: Exception | None = None
             try:
                 self._append(_within(self._room(is_last), lines(), self))
-            except Exception as error:  # noqa: BLE001  whatever a disk or a network file system raises
-                self._count(error)
+            except Exception as raised:  # noqa: BLE001  whatever a disk or a network file system raises
+                error = raised
+            self._note_done(error)
 
     def _room(self, is_last: bool) -> int:
         return max(0, MAX_PROCESS_BYTES - self._n_bytes - (0 if is_last else _RESERVE_BYTES))
@@ -104,7 +122,7 @@ class BoxFile:
             _put_aside(self.path)
         fd = os.open(self.path, _FLAGS, _MODE)
         try:
-            _check_kind(fd)
+            check_kind(fd)
             if _is_cut(fd):  # somebody died while writing: begin a line of one's own
                 data = b"\n" + data
             view = memoryview(data)
@@ -116,18 +134,32 @@ class BoxFile:
             os.close(fd)
         self._has_begun = True
 
-    def _count(self, error: Exception) -> None:
-        self.n_errors += 1
-        if self.n_errors == 1:
-            with suppress(Exception):
-                logger.warning(
-                    "[canary] the black box %s cannot be written (%s): violations are still reported, but nothing is "
-                    "kept of them; give black_box_path a file in a folder that this process may write to, with some "
-                    "%d MB free. Further failures are only counted (stats().black_box_errors)",
-                    self.path,
-                    error,
-                    2 * MAX_FILE_BYTES >> 20,
-                )
+    def _note_done(self, error: Exception | None) -> None:
+        """An event was written, or was not."""
+        with self._lock:
+            self._n_waiting -= 1
+            if error is not None:
+                self.n_late = max(0, self.n_late - 1)  # one that was late is not counted twice
+                self.n_errors += 1
+            n_errors = self.n_errors
+        if n_errors:
+            self._warn(error or f"more than {MAX_PENDING} events waited for the disk")
+
+    def _warn(self, why: object) -> None:
+        """Once, and never in `put`: a log handler may block."""
+        with self._lock:
+            if self._has_warned:
+                return
+            self._has_warned = True
+        with suppress(Exception):
+            logger.warning(
+                "[canary] the black box %s cannot be written (%s): violations are still reported, but nothing is "
+                "kept of them; give black_box_path a file in a folder that this process may write to, with some "
+                "%d MB free. Further failures are only counted (stats().black_box_errors)",
+                self.path,
+                why,
+                2 * MAX_FILE_BYTES >> 20,
+            )
 
 
 def _within(room: int, lines: Sequence[dict[str, Any]], file: BoxFile) -> bytes:
@@ -142,8 +174,8 @@ def _within(room: int, lines: Sequence[dict[str, Any]], file: BoxFile) -> bytes:
     return bytes(data)
 
 
-def _check_kind(fd: int) -> None:
-    """OSError for what keeps nothing that could be read later (/dev/null), or is not to be written to (a disk)."""
+def check_kind(fd: int) -> None:
+    """OSError for what is not a regular file: it keeps nothing (/dev/null), is not to be written to (a disk), waits."""
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFBLK: "a block device", stat.S_IFCHR: "a character device"}

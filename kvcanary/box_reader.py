@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvcanary.black_box import SCHEMA
+from kvcanary.box_file import check_kind
 from kvcanary.errors import BlackBoxError
 from kvcanary.layout import MAX_SLOTS
 from kvcanary.records import from_dict
@@ -16,6 +18,7 @@ from kvcanary.violations import Violation
 
 KINDS = ("start", "violation", "stall", "counters", "end")
 _END_OF_TIME = 250_000_000_000  # in the year 9892: what can be shown as a date
+_END_OF_STEPS = 1 << 63  # what an axis of a picture can show
 _SHOWN = 40  # bytes of a bad line that an error shows
 
 
@@ -69,7 +72,7 @@ class Box:
 
     Attributes:
         is_cut: the last line breaks off: the process died while it wrote.
-        damaged: numbers of the lines that were left out.
+        damaged: numbers of the other lines that were left out.
     """
 
     path: Path
@@ -81,43 +84,63 @@ class Box:
 def read_box(path: Path, *, skip_damaged: bool = False) -> Box:
     """Read a black box.
 
+    A line that is no JSON broke off (a disk that was full, a process that died and was started again on the same file):
+    it is left out, and the lines around it are read.
+
     Args:
-        skip_damaged: leave lines out that cannot be read, instead of refusing the file; a last line that breaks off is
-            always left out.
+        skip_damaged: leave lines out also that are JSON, but of something else, instead of refusing the file.
 
     Raises:
-        BlackBoxError: no black box, or one of another version, or a line that is damaged.
-        OSError: the file cannot be read.
+        BlackBoxError: no black box, or one of another version, or a line that is JSON of something else.
+        OSError: the file cannot be read, or is not a regular one.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = _content(path).split(b"\n")
     runs: dict[str, BoxRun] = {}
     damaged: list[int] = []
-    is_cut = False
+    is_cut, first = False, ""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        is_last = number == len(lines)
         try:
             _add(runs, _parse(line))
+            continue
+        except _OtherVersionError as error:
+            raise BlackBoxError(f"{path}, line {number}: {error}") from None
         except BlackBoxError as error:
-            if isinstance(error, _OtherVersionError):
-                raise BlackBoxError(f"{path}, line {number}: {error}") from None
-            if is_last and (runs or damaged):
-                is_cut = True
-            elif not runs and not damaged and not skip_damaged:
-                raise BlackBoxError(
-                    f"{path} is no black box of kvcanary: line {number} is {error}. Give the file that black_box_path "
-                    "named; if this is one and only begins badly, --skip-damaged reads what is behind it"
-                ) from None
-            elif skip_damaged:
-                damaged.append(number)
-            else:
-                raise BlackBoxError(
-                    f"{path}, line {number} of {len(lines)}, is damaged: {error}. --skip-damaged leaves such lines out"
-                ) from None
+            problem, is_torn = str(error), isinstance(error, _TornError)
+        first = first or f"line {number} is {problem}"
+        if number == len(lines) and (runs or damaged):
+            is_cut = True
+        elif skip_damaged or is_torn:
+            damaged.append(number)
+        elif not runs:
+            raise BlackBoxError(
+                f"{path} is no black box of kvcanary: {first}. Give the file that black_box_path named; if this is one "
+                "and only begins badly, --skip-damaged reads what is behind it"
+            )
+        else:
+            raise BlackBoxError(
+                f"{path}, line {number} of {len(lines)}, is damaged: {problem}. --skip-damaged leaves such lines out"
+            )
+    if not runs and first:
+        raise BlackBoxError(
+            f"{path} is no black box of kvcanary: {first}, and no other line is one of a black box. Give the file that "
+            "black_box_path named"
+        )
     if not runs:
         raise BlackBoxError(f"{path} holds no line of a black box of kvcanary: give the file that black_box_path named")
     return Box(path, list(runs.values()), is_cut, damaged)
+
+
+def _content(path: Path) -> bytes:
+    """All of a regular file; a pipe that nobody writes to would be waited for without end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        check_kind(file.fileno())
+        return file.read()
+
+
+class _TornError(BlackBoxError):
+    pass
 
 
 class _OtherVersionError(BlackBoxError):
@@ -127,8 +150,8 @@ class _OtherVersionError(BlackBoxError):
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError:  # of JSON or of UTF-8
-        raise BlackBoxError(f"not JSON ({_start_of(line)})") from None
+    except (ValueError, RecursionError):  # of JSON or of UTF-8; brackets without end
+        raise _TornError(f"not JSON ({_start_of(line)})") from None
     if not isinstance(found, dict) or "black_box" not in found:
         raise BlackBoxError(f"JSON of something else ({_start_of(line)})")
     if found["black_box"] != SCHEMA:
@@ -163,8 +186,15 @@ def _check_start(line: Mapping[str, Any]) -> None:
             raise BlackBoxError(f"pool {_short(pool['name'])} has more slots than can be")
         if not all(type(block) is int for block in _need(pool, "reserved_blocks", list)):
             raise BlackBoxError(f"reserved_blocks is {_short(pool['reserved_blocks'])}")
-        if not all(isinstance(plane, dict) for plane in _need(pool, "planes", list)):
-            raise BlackBoxError(f"planes is {_short(pool['planes'])}")
+        for plane in _need(pool, "planes", list):
+            if not isinstance(plane, dict):
+                raise BlackBoxError(f"a plane is {_short(plane)}")
+            _need(plane, "layer", int)
+
+
+def _check_step(step: int) -> None:
+    if not 0 <= step < _END_OF_STEPS:
+        raise BlackBoxError(f"step is {_short(step)}, not 0 to {_END_OF_STEPS - 1}")
 
 
 def _short(value: Any) -> str:
@@ -187,10 +217,12 @@ def _add(runs: dict[str, BoxRun], line: dict[str, Any]) -> None:
         violation = from_dict(_need(line, "violation", dict))
         if violation.page_size < 1:
             raise BlackBoxError(f"a violation with page_size={violation.page_size}")
+        _check_step(violation.step)
     elif kind == "start":
         _check_start(line)
     elif kind == "stall":
-        _need(line, "step", int)
+        _check_step(_need(line, "step", int))
+        _need(line, "error", str)
         _need(line, "text", str)
     elif line.get("counters") is not None:
         _need(line, "counters", dict)

@@ -62,7 +62,7 @@ class CanaryConfig:
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         log_format: "json" logs violations, stalls and stats lines as one JSON object each.
         black_box_path: file to which violations and stalls are appended as they are seen, see `kvcanary.black_box`;
-            ``~`` is the home; None = none.
+            ``~`` is the home, a relative path is of the folder where the manager is made; None = none.
         nvtx: mark the host phases with NVTX ranges, for Nsight Systems (extra ``nvtx``).
         perturb: faults that the guard itself puts into the running engine, see `kvcanary.perturb`; None = none.
         perturb_armed: the second switch, without which ``perturb`` is refused.

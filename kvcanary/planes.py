@@ -109,6 +109,7 @@ class Plane:
         object.__setattr__(self, "name", self.name or self.half.name.lower())
         if not isinstance(self.layer, (int, np.integer)):
             raise LayoutError(f"plane {self.name!r}: layer={self.layer!r}; give the number of the layer")
+        object.__setattr__(self, "layer", int(self.layer))  # NumPy's are no JSON
         if not isinstance(self.group, (int, np.integer, str, type(None))):
             raise LayoutError(f"{self.label}: group={self.group!r}; give an integer or a string, or None for none")
 

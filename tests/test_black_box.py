@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,9 @@ class TestNeverInTheWay:
         engine.manager.close()
         assert engine.manager.stats().black_box_errors == 3
 
-    def test_a_disk_that_hangs_holds_nobody(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_disk_that_hangs_holds_nobody_and_what_waits_is_counted_and_warned_of(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         gate, real = threading.Event(), os.fsync
 
         def fsync(fd: int) -> None:
@@ -212,11 +215,74 @@ class TestNeverInTheWay:
             engine.step((0, p, 1))
         engine.manager.close()
         assert time.perf_counter() - start < 5
-        assert len(engine.manager.violations()) == 7 and engine.manager.stats().black_box_errors > 0
+        assert len(engine.manager.violations()) == 7
+        assert engine.manager.stats().black_box_errors == 9  # the start, seven findings and the end
+        (line,) = [r.getMessage() for r in caplog.records if "black box" in r.getMessage()]
+        assert "9 events were not on the disk 0.05 s after the end" in line and "black_box_path" in line
         gate.set()
         assert engine.manager._box is not None and engine.manager._box.flush(10)
         (run,) = read_box(tmp_path / "box").runs
-        assert 0 < len(run.violations) < 7  # the oldest ones
+        assert [v.slot for _, v in run.violations] == [4, 5, 6]  # the oldest ones
+        assert run.end is not None and run.end["errors"] == 4
+        assert engine.manager.stats().black_box_errors == 9, "a counter never falls"
+
+    def test_a_disk_that_fails_late_is_counted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        gate = threading.Event()
+
+        def fsync(_fd: int) -> None:
+            assert gate.wait(30)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr("kvcanary.black_box.END_WAIT_S", 0.05)
+        engine = ToyEngine(black_box_path=str(tmp_path / "box"))
+        engine.manager.close()
+        assert engine.manager.stats().black_box_errors == 2
+        gate.set()
+        assert engine.manager._box is not None and engine.manager._box.flush(10)
+        assert engine.manager.stats().black_box_errors == 2
+
+    def test_events_that_found_too_many_waiting_are_warned_of_when_the_disk_is_back(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gate, real = threading.Event(), os.fsync
+        monkeypatch.setattr(os, "fsync", lambda fd: gate.wait(30) and real(fd))
+        monkeypatch.setattr(box_file, "MAX_PENDING", 3)
+        file = BoxFile(str(tmp_path / "box"))
+        for i in range(9):
+            file.put(lambda i=i: [{"i": i}])  # type: ignore[misc]
+        assert not caplog.records, "nobody who puts waits for a log handler"
+        gate.set()
+        assert file.flush(10)
+        (line,) = [r.getMessage() for r in caplog.records]
+        assert "more than 3 events waited for the disk" in line and file.n_errors in (5, 6)
+        assert len(lines_of(tmp_path / "box")) == 9 - file.n_errors
+
+    def test_a_process_that_changes_its_folder_keeps_one_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "b").mkdir()
+        monkeypatch.chdir(tmp_path / "a")
+        engine = ToyEngine(verify_data_every=1, black_box_path="box")
+        engine.step((0, 0, 6))
+        monkeypatch.chdir(tmp_path / "b")
+        flip(engine)
+        engine.step((0, 6, 1))
+        engine.manager.close()
+        (run,) = read_box(tmp_path / "a" / "box").runs
+        assert run.start and run.end and len(run.violations) == 1
+        assert not list((tmp_path / "b").iterdir())
+
+    def test_a_folder_that_was_taken_away_is_an_error_like_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        engine = damaged(Path("box"))
+        monkeypatch.chdir(tmp_path)
+        assert len(engine.manager.violations()) == 1 and engine.manager.stats().black_box_errors == 2
 
     def test_one_process_has_its_share_and_no_more(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "box"
@@ -252,7 +318,7 @@ class TestNeverInTheWay:
         whole = path.read_bytes()
         path.write_bytes(whole[:-20])
         damaged(path).manager.close()
-        box = read_box(path, skip_damaged=True)
+        box = read_box(path)
         assert len(box.damaged) == 1 and [len(run.violations) for run in box.runs] == [1, 1]
         assert [run.end is None for run in box.runs] == [True, False]
 
@@ -335,12 +401,14 @@ class TestNeverInTheWay:
 
     def test_sizes_of_numpys_own_types_are_written_as_numbers(self, tmp_path: Path) -> None:
         pool = layouts.nhd(k=[np.zeros((4, 4, 2, 8), np.uint8)])
+        pool = replace(pool, planes=[replace(plane, layer=np.int64(3)) for plane in pool.planes])
         config = CanaryConfig(black_box_path=str(tmp_path / "box"), ring_capacity=np.int32(8))  # type: ignore[arg-type]
         manager = CanaryManager(config, [pool], np.int64(4), np.int16(64))  # type: ignore[arg-type]
         manager.close()
         assert manager.stats().black_box_errors == 0
         start = lines_of(tmp_path / "box")[0]
         assert (start["max_requests"], start["max_new_tokens"], start["config"]["ring_capacity"]) == (4, 64, 8)
+        assert start["pools"][0]["planes"][0]["layer"] == start["pools"][0]["digests"][0]["layer"] == 3
 
 
 WORKER = """

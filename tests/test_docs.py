@@ -16,7 +16,7 @@ import pytest
 from docs_blocks import DOCS, FRAGMENT, ROOT, Block, blocks_of, missing, needs_of, pages
 
 import kvcanary
-from kvcanary import Reason, errors, layouts
+from kvcanary import CanaryConfig, Reason, errors, layouts
 from kvcanary.cli import main
 
 if not DOCS.is_dir():
@@ -118,6 +118,19 @@ def test_extras_named_in_the_text_exist() -> None:
 def test_the_configuration_page_is_up_to_date() -> None:
     module = runpy.run_path(str(DOCS / "tools" / "configuration.py"))
     assert module["render"]() == (DOCS / "configuration.md").read_text(), "python docs/tools/configuration.py"
+
+
+def test_the_configuration_page_says_what_leaves_a_setting_out() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| `None` \| (.*?) \|", (DOCS / "configuration.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, _, _ in rows] == ["black_box_path", "perturb"]
+    for name, variable, allowed in rows:
+        assert allowed == "text; for none: `None` as a keyword, no variable or an empty one"
+        for environ in ({}, {variable: ""}):
+            assert getattr(CanaryConfig.from_env(environ), name) is None
+        assert getattr(CanaryConfig.from_env({}, **{name: None}), name) is None
+    assert CanaryConfig.from_env({"KVCANARY_BLACK_BOX_PATH": "None"}).black_box_path == "None", "as the page says"
 
 
 def test_every_reason_and_every_alarm_has_a_section_for_whoever_is_on_call() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -222,12 +224,107 @@ class TestFiles:
         assert main(["explain", str(box)]) == 1
         assert "the last line breaks off" in capsys.readouterr().out
 
-    def test_a_damaged_line_is_refused_with_its_number_or_left_out(
+    @pytest.mark.parametrize("torn", [b'{"black_box":1,"kind":"viol', b"\x00\x00\xff", b"[" * 100_000])
+    def test_a_line_that_broke_off_is_left_out_and_told_wherever_it_is(
+        self, box: Path, tmp_path: Path, torn: bytes, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = box.read_bytes().split(b"\n")
+        whole = read_box(box).runs
+        for number in range(1, len(lines)):
+            read = self.read(tmp_path / "torn", b"\n".join([*lines[: number - 1], torn, *lines[number - 1 :]]))
+            assert (read.damaged, read.is_cut, read.runs) == ([number], False, whole)
+        (tmp_path / "torn").write_bytes(b"\n".join([*lines[:3], torn, *lines[3:6], torn, *lines[6:]]))
+        assert main(["explain", str(tmp_path / "torn")]) == 1
+        out = capsys.readouterr().out
+        assert "3 runs of the guard, 2 with findings" in out
+        assert "left out, as they cannot be read: lines 4, 8\n" in out
+        assert main(["explain", str(tmp_path / "torn"), "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["damaged_lines"] == [4, 8]
+
+    def test_a_run_that_broke_off_before_another_began_is_told(
+        self, box: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        box.write_bytes(box.read_bytes()[:-40])
+        engine = ToyEngine(black_box_path=str(box))
+        engine.manager.close()
+        assert main(["explain", str(box)]) == 1
+        out = capsys.readouterr().out
+        assert "4 runs of the guard, 2 with findings" in out and "left out, as they cannot be read: lines " in out
+        assert out.count("closed in good order") == 3 and out.count("no end was written") == 1
+
+    def test_only_broken_lines_are_no_black_box(self, tmp_path: Path) -> None:
+        for skip in (False, True):
+            with pytest.raises(BlackBoxError, match=r"no black box of kvcanary: line 2 is not JSON \('\{\"a'\)"):
+                self.read(tmp_path / "torn", b'\n{"a\nb\nc', skip_damaged=skip)
+
+    def test_a_line_of_another_version_is_refused_however_broken_the_others_are(self, box: Path) -> None:
+        data = box.read_bytes()
+        with pytest.raises(BlackBoxError, match="line 2: schema 7, this version of kvcanary reads schema 1"):
+            self.read(box, b'{"bla\n{"black_box": 7}\n' + data, skip_damaged=True)
+
+    def test_a_pipe_is_refused_at_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for path, kind in ((tmp_path / "pipe", "a pipe"), (Path("/dev/null"), "a character device")):
+            command = [sys.executable, "-m", "kvcanary", "explain", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            assert done.returncode == 2
+            assert f"kvcanary explain: {path} cannot be read (it is {kind}, not a regular file): give" in done.stderr
+
+    def test_a_name_that_the_terminal_does_not_know_is_told(self, box: Path) -> None:
+        lines = box.read_bytes().splitlines()
+        start = json.loads(lines[0])
+        start["config"]["black_box_path"] = "/data/\udcff/\u00fc"  # as Python reads a path that is no UTF-8
+        box.write_bytes(b"\n".join([json.dumps(start).encode(), *lines[1:]]))
+        command = [sys.executable, "-m", "kvcanary", "explain", str(box)]
+        for coding, shown in (("utf-8", "/data/\\udcff/\u00fc"), ("ascii", "/data/\\udcff/\\xfc")):
+            environ = {**os.environ, "PYTHONIOENCODING": f"{coding}:strict"}
+            done = subprocess.run(command, capture_output=True, check=False, env=environ, timeout=60)
+            assert (done.returncode, done.stderr) == (1, b"")
+            assert shown.encode(coding) in done.stdout
+
+    @pytest.mark.parametrize(
+        ("kind", "place", "value"),
+        [
+            ("start", ("pools", 0, "planes", 0, "layer"), {"a": 1}),
+            ("start", ("pools", 0, "planes", 1, "layer"), [0]),
+            ("start", ("pools", 0, "planes", 0), 5),
+            ("stall", ("error",), {"a": 1}),
+            ("stall", ("step",), 1 << 63),
+            ("stall", ("step",), -1),
+            ("violation", ("violation", "step"), -5),
+        ],
+    )
+    def test_what_the_story_and_the_picture_rely_on_is_seen_to(
+        self,
+        kind: str,
+        place: tuple[Any, ...],
+        value: Any,
+        box: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        lines = [json.loads(line) for line in box.read_bytes().splitlines()]
+        of_run = {name: lines[-1][name] for name in ("black_box", "pid", "run", "time")}
+        lines.append({**of_run, "kind": "stall", "error": "CanaryStalledError", "step": 3, "tags": [], "text": "text"})
+        box.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["explain", str(box)]) == 1
+        number, found = next((i, line) for i, line in enumerate(lines, start=1) if line["kind"] == kind)
+        for key in place[:-1]:
+            found = found[key]
+        found[place[-1]] = value
+        box.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        capsys.readouterr()
+        assert main(["explain", str(box)]) == 2
+        assert f"{'line 1 is' if number == 1 else f'line {number} of'} " in capsys.readouterr().err
+        assert main(["explain", str(box), "--skip-damaged"]) == 1
+        assert f"left out, as they cannot be read: lines {number}\n" in capsys.readouterr().out
+
+    def test_a_line_of_something_else_is_refused_with_its_number_or_left_out(
         self, box: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         lines = box.read_bytes().split(b"\n")
-        lines[3] = lines[3][:50] + b"\x00\xff" + lines[3][60:]
-        with pytest.raises(BlackBoxError, match=r"line 4 of \d+, is damaged: not JSON .* --skip-damaged leaves"):
+        lines[3] = b'{"black_box": 1, "kind": "song"}'
+        with pytest.raises(BlackBoxError, match=r"line 4 of \d+, is damaged: of kind 'song'.* --skip-damaged leaves"):
             self.read(tmp_path / "bad", b"\n".join(lines))
         assert main(["explain", str(tmp_path / "bad")]) == 2
         assert "line 4" in capsys.readouterr().err
@@ -341,6 +438,12 @@ class TestPlot:
         red = (pixels[..., 0] > 0.95) & (pixels[..., 1] < 0.2) & (pixels[..., 2] < 0.2)
         assert red.sum() > 100, "the bad slots are marked"
         assert f"drawn: run {read_box(box).runs[2].run}" in capsys.readouterr().out
+
+    def test_any_name_of_a_pool_is_drawn(self, box: Path, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason='pip install "kvcanary[plot]"')
+        box.write_text(box.read_text().replace('"name":"full"', json.dumps({"name": "$x^$ \udcff\0"})[1:-1]))
+        assert main(["explain", str(box), "--plot", str(tmp_path / "out.svg")]) == 1
+        assert (tmp_path / "out.svg").stat().st_size > 1000
 
     def test_the_map_knows_owners_reserved_and_bad_slots(self) -> None:
         own = [violation(slot=s, stamp_owner=7, stamp_step=1, request_id=9) for s in (32, 33, 34)]

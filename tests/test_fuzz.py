@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import targets
 from fuzz.source import Source
 from fuzz.targets import TARGETS, play
 from hypothesis import given
@@ -46,6 +48,23 @@ def test_what_is_kept(path: Path) -> None:
 def test_nothing_wrong_is_no_error(name: str) -> None:
     """Past the end of the bytes, everything is right: a target that refuses that would test nothing."""
     assert play(name, b"") or name in ("bundle", "pool"), "no bytes at all are no bundle, and no layers no pool"
+
+
+def test_a_black_box_of_any_name_is_written_where_nobody_keeps_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+    real = targets.CanaryManager
+    monkeypatch.setattr(
+        targets, "CanaryManager", lambda config, *given: made.append(config.black_box_path) or real(config, *given)
+    )
+    monkeypatch.setattr(targets, "odd", lambda _source: None)
+    name = targets._FIELDS.index("black_box_path")
+    for text in range(len(targets._TEXTS)):
+        with suppress(ConfigError):  # of an empty one
+            targets.configuration(Source(bytes([1, name, text, 1])))
+    assert "OFF" in made and not list(tmp_path.iterdir())
 
 
 @examples(60)

@@ -23,7 +23,8 @@ HEAD = """# Configuration
 
 `CanaryConfig(...)` takes these as keywords and reads no environment. `CanaryConfig.from_env(...)` also reads them from
 the environment; keywords win over it, except that `{prefix}MODE` always wins: it is the operator's kill switch. An
-unknown variable with that prefix is a `ConfigError`.
+unknown variable with that prefix is a `ConfigError`; one that is empty counts as not set. No word in a variable stands
+for Python's `None`: the text `None` is taken as it is, as the name of a file say.
 
 | setting | variable | default | may be | what it does |
 |---|---|---|---|---|
@@ -47,7 +48,11 @@ def allowed(name: str, default: object) -> str:
     if limits := range_of(name):
         low, high = limits
         return f"{low} to {high:,}".replace(",", " ")
-    return "`True`, `False`" if isinstance(default, bool) else "text, or `None`"
+    return (
+        "`True`, `False`"
+        if isinstance(default, bool)
+        else "text; for none: `None` as a keyword, no variable or an empty one"
+    )
 
 
 def render() -> str:

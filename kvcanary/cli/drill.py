@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvcanary.cli import fleet
+from kvcanary.cli.drill_options import check_options
 from kvcanary.cli.drill_readme import render
 from kvcanary.cli.drill_report import as_json, causes_ok, print_causes, print_sdc, print_table, sdc_as_json, verdict_of
 from kvcanary.cli.rig import choose_backend
 from kvcanary.config import given_by_environment
 from kvcanary.errors import ConfigError
-from kvcanary.sim import soak
+from kvcanary.sim import soak, soak_options
 from kvcanary.sim.museum import SCENARIOS, Outcome, Scenario, play
 from kvcanary.sim.museum.places import Place, make_place
 from kvcanary.sim.sdc_run import SdcCount, run_sdc
@@ -42,8 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--lifecycle",
         choices=list(LIFECYCLES),
-        default="both",
-        help="tell the guard who owns which block (%(default)s)",
+        help="tell the guard who owns which block (both)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened to FILE")
     parser.add_argument(
@@ -57,7 +57,7 @@ def add_parser(commands: Any) -> None:
     )
     soaking = parser.add_argument_group("soak: honest load of everything that engines do, instead of the drill")
     soaking.add_argument("--soak", action="store_true", help="serve random prompts; the guard must stay silent")
-    soak.add_arguments(soaking)
+    soak_options.add_arguments(soaking)
     fleet.add_arguments(soaking)
     parser.set_defaults(run=run)
 
@@ -71,12 +71,8 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the drill and return 0 if everything held, 1 if not."""
-    for path in (arguments.json, arguments.render_readme):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no directory {path.parent}; make it first")
+    check_options(arguments)
     if fleet.is_asked(arguments):
-        if not arguments.soak:
-            raise ConfigError("--workers and --scheduler are for a soak: add --soak")
         return fleet.run(arguments)
     chosen = choose(arguments.scenario)
     choice = choose_backend(arguments.backend)
@@ -89,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         return soak.run(arguments)
     place = make_place(choice.backend)
     start = time.perf_counter()
-    outcomes = play_all(place, chosen, LIFECYCLES[arguments.lifecycle])
+    outcomes = play_all(place, chosen, LIFECYCLES[arguments.lifecycle or "both"])
     print_table(outcomes)
     print_causes(outcomes)
     n_sdc = arguments.sdc if arguments.sdc is not None else 0 if arguments.scenario else DEFAULT_SDC

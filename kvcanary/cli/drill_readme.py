@@ -21,11 +21,16 @@ def render(text: str, outcomes: Sequence[Outcome]) -> str:
     Raises:
         ConfigError: the markers are not there.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ConfigError(f"the file must hold {BEGIN} and {END}, once each: put them where the section belongs")
+    check_markers(text)
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{section(outcomes)}\n{END}{after}"
+
+
+def check_markers(text: str) -> None:
+    """ConfigError if the section has no place in the text."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ConfigError(f"the file must hold {BEGIN} and {END}, once each: put them where the section belongs")
 
 
 def section(outcomes: Sequence[Outcome]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -41,7 +42,9 @@ def add_parser(commands: Any) -> None:
         metavar="OUT.png",
         help="draw the pools of the last run with findings (or .svg, .pdf, .jpg, .webp)",
     )
-    parser.add_argument("--skip-damaged", action="store_true", help="leave lines out that cannot be read")
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="leave lines out also that are JSON, but of something else"
+    )
     parser.set_defaults(run=run)
 
 
@@ -61,15 +64,21 @@ def run(arguments: argparse.Namespace) -> int:
         told = {"file": str(box.path), "is_cut": box.is_cut, "damaged_lines": box.damaged}
         print(json.dumps({**told, "runs": [as_json(one) for one in chosen]}, indent=1))
     else:
-        print("\n".join(tell(box, chosen)))
+        _print("\n".join(tell(box, chosen)))
     if arguments.plot is not None:
         from kvcanary.cli.explain_plot import draw
 
         shown = [one for one in chosen if one.violations] or chosen
         draw(shown[-1], arguments.plot)
         if not arguments.json:
-            print(f"\ndrawn: run {shown[-1].run} in {arguments.plot}")
+            _print(f"\ndrawn: run {shown[-1].run} in {arguments.plot}")
     return int(any(one.has_findings for one in chosen))
+
+
+def _print(text: str) -> None:
+    """Print whatever a name holds: a path that is no UTF-8, letters that the terminal does not know."""
+    coding = sys.stdout.encoding or "utf-8"
+    print(text.encode(coding, "backslashreplace").decode(coding))
 
 
 def _check_plot(path: Path) -> None:
@@ -95,7 +104,7 @@ def tell(box: Box, chosen: Sequence[BoxRun]) -> Iterator[str]:
     if box.is_cut:
         yield "the last line breaks off, as of a process that died while it wrote; all before it is told here"
     if box.damaged:
-        yield f"left out, as they cannot be read: lines {', '.join(map(str, box.damaged))}"
+        yield f"left out, as they cannot be read: lines {', '.join(map(str, _limited(box.damaged)))}"
     for one in chosen:
         yield ""
         yield from _tell_run(one)

@@ -121,8 +121,13 @@ def draw(run: BoxRun, path: Path) -> None:
     for axes, pool in zip(rows, pools, strict=False):
         _draw_map(axes, pool, [v for v in violations if v.pool_name == pool["name"]])
     _draw_time(rows[-1], violations, run.stalls)
-    figure.suptitle(f"kvcanary run {run.run} (pid {run.pid}): {len(violations)} findings")
+    figure.suptitle(_plain(f"kvcanary run {run.run} (pid {run.pid}): {len(violations)} findings"), parse_math=False)
     figure.savefig(path, dpi=110)
+
+
+def _plain(text: str) -> str:
+    """Any name as a font can draw it."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):x}" for c in text)
 
 
 def _draw_map(axes: Any, pool: Mapping[str, Any], violations: Sequence[Violation]) -> None:
@@ -155,7 +160,9 @@ def _draw_map(axes: Any, pool: Mapping[str, Any], violations: Sequence[Violation
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
     cell = "one cell = 1 slot" if found.per_cell == 1 else f"one cell = {found.per_cell} slots"
     axes.set_title(
-        f"pool '{pool['name']}': {pool['n_blocks']} blocks of {pool['page_size']} slots; {cell}", fontsize=10
+        _plain(f"pool '{pool['name']}': {pool['n_blocks']} blocks of {pool['page_size']} slots; {cell}"),
+        fontsize=10,
+        parse_math=False,
     )
     axes.set_xlabel(f"slot within the row (rows of {columns * found.per_cell} slots)")
     axes.set_ylabel("first slot of the row")

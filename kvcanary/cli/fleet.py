@@ -107,16 +107,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Soak on the fleet, and tell it; 0 only if every seed was played and the guard stayed silent."""
     if arguments.processes != 1:
         raise ConfigError(f"--processes {arguments.processes} with a fleet: a worker is one process; give --workers")
-    for name in ("workers", "steps"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}: give at least 1")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise ConfigError(f"--workers {arguments.workers}: give at least 1")
     start = time.perf_counter()
     with _client(arguments.scheduler, arguments.workers, arguments.backend) as client:
         places = find_places(client, arguments.workers, arguments.backend)
         backend = next(iter(places.values())).backend
         print(f"backend {backend} on {len(places)} workers", flush=True)
-        most, minutes = soak.STEPS_PER_SEED[backend], getattr(arguments, "minutes", 0.0)
+        most, minutes = soak.STEPS_PER_SEED[backend], arguments.minutes
         jobs = list_jobs(arguments.steps, arguments.first_seed, len(places), most)
         given = jobs_for(minutes, arguments.first_seed, most) if minutes > 0 else iter(jobs)
         reports = play_all(client, {address: place.name for address, place in places.items()}, given, backend)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from kvcanary.errors import KvCanaryError
+from kvcanary.errors import ConfigError, KvCanaryError
 from kvcanary.manager import CanaryManager
-from kvcanary.sim import footprint
+from kvcanary.sim import footprint, soak_options
 from kvcanary.sim.behaviours import BEHAVIOURS, Watch, resident_set
 from kvcanary.sim.disaggregated import PrefillEngine, receive
 from kvcanary.sim.engine import SimEngine
@@ -317,23 +317,18 @@ def told(results: Sequence[SoakResult], seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """``kvcanary drill --soak`` without the rest of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
+    soak_options.add_arguments(parser)
     parser.add_argument("--backend", choices=["host", "cuda"], default="host")
-    return run(parser.parse_args(argv))
-
-
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """What a soak is told."""
-    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="guarded steps (default: %(default)s)")
-    parser.add_argument(
-        "--minutes", type=float, default=0.0, metavar="M", help="so long instead of --steps, and memory must stay flat"
-    )
-    parser.add_argument("--processes", type=int, default=1, metavar="P", help="default: %(default)s")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    try:
+        soak_options.settle(arguments)
+    except ConfigError as error:
+        parser.error(str(error))
+    return run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Soak, and tell it; 1 if the guard reported anything, or memory, files or threads grew."""
+    """Soak as `soak_options.settle` left it, and tell it; 1 if the guard reported anything, or something grew."""
     start, given = time.perf_counter(), (arguments.processes, arguments.first_seed, arguments.backend)
     is_timed = arguments.minutes > 0
     stretches = soak_all_for(arguments.minutes, *given) if is_timed else soak_all(arguments.steps, *given)
@@ -347,9 +342,11 @@ def run(arguments: argparse.Namespace) -> int:
     grown = [footprint.growth(stretch.held) for stretch in timed]
     for stretch, grew in zip(timed, grown, strict=True):
         print(footprint.told(stretch.held, grew))
+    if not results and not problems:
+        print("FAILED: nothing was played")
     if problems:
         print(f"FAILED: {len(problems)} of {len(problems) + len(results)} seeds")
-    return bool(problems) or any(grew is not None and not footprint.is_flat(grew) for grew in grown)
+    return bool(problems) or not results or any(grew is not None and not footprint.is_flat(grew) for grew in grown)
 
 
 if __name__ == "__main__":

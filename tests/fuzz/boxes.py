@@ -13,6 +13,7 @@ import numpy as np
 from kvcanary import CanaryConfig, CanaryManager, StepBatch, layouts
 from kvcanary.box_reader import read_box
 from kvcanary.cli.explain import tell
+from kvcanary.cli.explain_plot import map_pool
 from kvcanary.story import as_json
 
 from .source import Source
@@ -38,19 +39,23 @@ def _batch(length: int) -> StepBatch:
 
 @cache
 def written() -> tuple[bytes, ...]:
-    """The lines of a box: a start, a finding of a flipped byte, counters, the end."""
+    """The lines of a box: a start, a finding of a flipped byte, a stall, counters, the end."""
     k = np.zeros((4, 4, 1, 8), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "box.jsonl"
-        config = CanaryConfig(black_box_path=str(path), verify_data_every=1, lifecycle=True)
+        often = {"health_check_every_n_steps": 2, "health_check_warmup_steps": 2}
+        config = CanaryConfig(black_box_path=str(path), verify_data_every=1, lifecycle=True, **often)
         with CanaryManager(config, [layouts.nhd(k=[k], page_size=4)], 1, 4) as manager:
             manager.allocate_blocks([1, 2], 1)
             for length in (1, 2, 3):
                 with manager.step(), manager.forward(_batch(length)):
                     k[1, length - 1] = length
                 k[1, 0] ^= length == 2
+            for _ in range(3):  # no forward comes any more
+                with manager.step():
+                    pass
             manager.synchronize()
-            assert manager.violations()
+            assert manager.violations() and manager.stats().stalls_total
         return tuple(path.read_bytes().splitlines())
 
 
@@ -58,7 +63,7 @@ def _spoil_value(source: Source, line: bytes) -> bytes:
     """Somewhere in the line's JSON another value stands, or a name is gone."""
     found = json.loads(line)
     place: Any = found
-    for _ in range(1 + source.below(5)):
+    for _ in range(1 + source.below(7)):
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))
         if not keys:
             break
@@ -108,3 +113,6 @@ def black_box(source: Source) -> None:
         box = read_box(path, skip_damaged=source.maybe())
         assert "\n".join(tell(box, box.runs))
         assert json.dumps([as_json(run) for run in box.runs])
+        for run in box.runs:
+            for pool in run.pools:
+                map_pool(pool, [v for _, v in run.violations if v.pool_name == pool["name"]])

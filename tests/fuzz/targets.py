@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +74,19 @@ def configuration(source: Source) -> None:
     }
     config = CanaryConfig(**values)
     if config.ring_capacity <= 1 << 12:
-        CanaryManager(config, [_pool()], 2, 8).close()
+        with _a_folder_of_its_own():  # a text may name a black box
+            CanaryManager(config, [_pool()], 2, 8).close()
+
+
+@contextmanager
+def _a_folder_of_its_own() -> Iterator[None]:
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def _pool(**options: Any) -> KvPool:
