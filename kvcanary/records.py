@@ -64,5 +64,5 @@ def _number(name: str, value: Any) -> int:
     except (TypeError, ValueError) as error:
         raise BlackBoxError(f"a violation with {name}={value!r}: not a number") from error
     if type(number) is not int or number.bit_length() > 64:
-        raise BlackBoxError(f"a violation with {name}={value!r}: not an integer of 64 bits")
+        raise BlackBoxError(f"a violation with {name}={value!r}: not a number of 64 bits")
     return number

@@ -62,6 +62,8 @@ def test_numbers_of_64_bits_are_text() -> None:
     [
         ({"slot": None}, "without 'slot'"),
         ({"slot": "many"}, "slot='many': not a number"),
+        ({"slot": float("inf")}, "slot=inf: not a number"),
+        ({"step": 1 << 70}, "not a number of 64 bits"),
         ({"tag": "HEAD_Q"}, "HEAD_Q"),
         ({"reasons": ["BAD_LUCK"]}, "BAD_LUCK"),
         ({"reasons": 4}, "no valid"),
