@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from engine import PAGE, ToyEngine
@@ -18,6 +19,16 @@ def served(**config: Any) -> ToyEngine:
     engine = ToyEngine(**{"verify_data_every": 1, **config})
     engine.step((0, 0, 6))
     return engine
+
+
+def step_that_fails(engine: ToyEngine, before: Callable[[], None] = lambda: None) -> None:
+    """A step whose forward reads the first row, and which the engine ends with an error of its own."""
+    with engine.manager.step():
+        batch = engine.batch((0, 6, 1))
+        with engine.manager.forward(batch):
+            engine.write(batch)
+        before()
+        raise ZeroDivisionError
 
 
 class Blocks(logging.Handler):

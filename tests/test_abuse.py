@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from abuse import flip, served
+from abuse import flip, served, step_that_fails
 from engine import ToyEngine
 
 from kvcanary import CanaryManager, ConfigError, KvCanaryViolation, PhaseError
@@ -53,16 +53,11 @@ def test_a_ring_that_was_overwritten_does_not_stand_before_the_engines_error() -
     engine = served()
     flip(engine)
 
-    def step() -> None:
-        with engine.manager.step():
-            batch = engine.batch((0, 6, 1))
-            with engine.manager.forward(batch):
-                engine.write(batch)
-            engine.manager.state.violation_log["tag"] = 99  # a stray write: there is no such tag
-            raise ZeroDivisionError
+    def stray_write() -> None:
+        engine.manager.state.violation_log["tag"] = 99  # there is no such tag
 
     with pytest.raises(ZeroDivisionError):
-        step()
+        step_that_fails(engine, stray_write)
     assert engine.manager.n_observer_errors == 1
     engine.step((0, 7, 1))
 

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from abuse import Blocks, flip, served
+from abuse import Blocks, flip, served, step_that_fails
 
 import kvcanary
 
@@ -149,15 +149,8 @@ def test_a_log_handler_that_raises_does_not_stand_before_the_engines_error(
     handler(Raises())
     flip(engine)
 
-    def step() -> None:
-        with engine.manager.step():
-            batch = engine.batch((0, 6, 1))
-            with engine.manager.forward(batch):
-                engine.write(batch)
-            raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        step()
+        step_that_fails(engine)
     assert [v.slot for v in engine.manager.violations()] == [5], "and what was found is not lost"
     assert engine.manager.n_observer_errors > 0
 
