@@ -26,6 +26,11 @@ MANY: list[Call] = [("allocate", 100 + i, f"{i} of 8") for i in range(8)]
 MANY_END: list[Call] = [("free", 100 + i, f"{i} of 8") for i in range(8)]
 CASES: dict[str, Case] = {
     "allocate": ([], ("allocate", A, "all"), [("free", A, "all")]),
+    "allocate, together for the first time": (
+        [("allocate", A, "turned"), ("free", A, "turned")],
+        ("allocate", A, "all"),
+        [("free", A, "all")],
+    ),
     "free, sole owner": (OWNED, ("free", A, "all"), []),
     "share of live": (OWNED, ("share", B, "all"), [("free", B, "all"), ("free", A, "all")]),
     "share of shared": (
@@ -112,7 +117,7 @@ def main() -> None:
                     getattr(ledger, kind)(which[of], owner, step)
             best = min(best, float(np.median(spent)))
         assert (ledger.n_live, ledger.n_shared) == (N_OTHERS, N_OTHERS), f"{name}: the calls do not cancel out"
-        print(f"{name:34} {best * 1e6:7.1f} us per call of {len(given)} ids", flush=True)
+        print(f"{name:38} {best * 1e6:7.1f} us per call of {len(given)} ids", flush=True)
 
 
 if __name__ == "__main__":

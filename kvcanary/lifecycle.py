@@ -11,7 +11,7 @@ from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockLedger
 from kvcanary.turns import OfThisProcess, Turns, one_at_a_time
 
-KINDS = ("allocate", "share", "free", "claim")
+CALLS = {kind: f"{kind}_blocks()" for kind in ("allocate", "share", "free", "claim")}
 Gate = Callable[[str, Any], tuple[Any, int]]  # (call, stream or None) -> stream to use, step at hand; may refuse
 
 
@@ -58,13 +58,13 @@ class Lifecycle(OfThisProcess):
         self._backend, self._gate, self._pool_index = backend, gate, pool_index
 
     def call(self, kind: str, ids: Any, owner: int, pool: str | int, stream: Any) -> None:
-        """One of `KINDS`.
+        """One of `CALLS`.
 
         Raises:
             LifecycleError: misuse; nothing was changed. PhaseError, CaptureError: at a wrong moment.
         """
         if self._gate is not None:
-            stream, step = self._gate(f"{kind}_blocks()", stream)
+            stream, step = self._gate(CALLS[kind], stream)
             self._do(kind, ids, owner, pool, stream, step)
 
     @one_at_a_time
@@ -90,8 +90,6 @@ class Lifecycle(OfThisProcess):
                 raise LifecycleError(f"event {i} of lifecycle.apply(): {error}{before}", blocks, i) from error
 
     def _do(self, kind: str, ids: Any, owner: int, pool: str | int, stream: Any, step: int) -> None:
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise LifecycleError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
         assert self._backend is not None and self._pool_index is not None
         index = pool if type(pool) is int and 0 <= pool < len(self._ledgers) else self._pool_index(pool)
         changes = getattr(self._ledgers[index], kind)(ids, owner, step)
@@ -130,9 +128,12 @@ class BlockCounts(NamedTuple):
 
 def _event_of(event: Any) -> LifecycleEvent:
     try:
-        return LifecycleEvent(**event) if isinstance(event, Mapping) else LifecycleEvent(*event)
+        told = LifecycleEvent(**event) if isinstance(event, Mapping) else LifecycleEvent(*event)
     except TypeError:
         raise LifecycleError(f"{event!r} is no event: give kind, ids, owner and, if not 0, pool") from None
+    if not isinstance(told.kind, str) or told.kind not in CALLS:
+        raise LifecycleError(f"kind={told.kind!r}: choose one of {', '.join(CALLS)}")
+    return told
 
 
 class OwnershipCalls:

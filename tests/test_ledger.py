@@ -342,6 +342,18 @@ def test_misuse_is_refused_in_words_and_changes_nothing(name: str) -> None:
     assert state(of) == before
 
 
+@pytest.mark.parametrize("ids", [[1, 1, 3], [2, 2, 3], [1, 3, 3]])
+def test_ids_that_came_together_before_are_looked_at_again(ids: list[int]) -> None:
+    of = ledger()
+    of.allocate([1, 2, 3], 7)
+    of.free([1, 2, 3], 7)
+    with pytest.raises(LifecycleError, match="is named twice"):
+        of.allocate(ids, 7)
+    with pytest.raises(LifecycleError, match="block 8 is out of range"):
+        of.allocate([1, 8, 3], 7)
+    assert parts(of.allocate([1, 2, 3], 7)) == {abi.OP_ALLOCATE: [1, 2, 3]}
+
+
 def test_an_error_names_a_few_blocks_and_counts_the_rest() -> None:
     of = BlockLedger(100)
     of.allocate(range(100), 7)

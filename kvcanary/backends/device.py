@@ -6,6 +6,7 @@ has the real one; a test has one that runs the same kernels on the CPU.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -159,25 +160,27 @@ class BoundForward:
 
 
 class BlockUpdate:
-    """The parameters of kvc_blocks_update for one pool, with the fields that change as views into them."""
+    """The parameters of kvc_blocks_update for one pool; what changes from call to call is put into their memory."""
+
+    _head = struct.Struct(f"<I{abi.N_BLOCK_OPS}I")  # owner, ends: side by side
 
     def __init__(self, state: int, blocks: int, n_blocks: int) -> None:
         record = abi.zeros_of(abi.PARAMS["LifecycleParams"])
         record["state"], record["blocks"], record["n_blocks"] = state, blocks, n_blocks
-        dtype = record.dtype
-        assert dtype.fields is not None
-        words = record.reshape(1).view(np.int32)
-        owner, ends, ids = (dtype.fields[name][1] // 4 for name in ("owner", "ends", "ids"))
-        self._owner = words[owner : owner + 1].view(np.uint32)
-        self._ends, self._ids = words[ends : ends + abi.N_BLOCK_OPS], words[ids:]
+        fields = record.dtype.fields
+        assert fields is not None and fields["ends"][1] == fields["owner"][1] + 4
+        self._owner_at, ids_at = fields["owner"][1], fields["ids"][1]
+        as_bytes = record.reshape(1).view(np.uint8)
+        self._memory, self._ids = as_bytes.data, as_bytes[ids_at:].view(np.int32)
         self._params = record[()]  # of the same memory: a launch reads what is in it then
 
     def pack(self, changes: BlockChanges, first: int, n: int) -> Any:
         """By-value parameters for ``n`` ids from ``first`` on."""
-        self._owner[0] = changes.owner
-        self._ids[:n] = changes.ids[first : first + n]
-        is_whole = len(changes.ids) == n
-        self._ends[:] = changes.ends if is_whole else np.clip(changes.ends, first, first + n) - first
+        owner, ids, ends = changes
+        if len(ids) > n:
+            ids, ends = ids[first : first + n], tuple(min(max(end - first, 0), n) for end in ends)
+        self._ids[:n] = ids
+        self._head.pack_into(self._memory, self._owner_at, owner, *ends)
         return self._params
 
 
