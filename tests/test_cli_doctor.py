@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import why_no_gpu
 
-from kvcanary.backends.device import KERNELS
+from kvcanary.backends.launches import KERNELS
 from kvcanary.cli import child, doctor, main
 from kvcanary.errors import BackendError
 

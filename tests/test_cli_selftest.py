@@ -13,7 +13,8 @@ from simt.driver import SimtDriver
 from simt.runner import SimtLibrary
 
 from kvcanary.backends.compile import kernels_dir
-from kvcanary.backends.device import KERNELS, DeviceBackend
+from kvcanary.backends.device import DeviceBackend
+from kvcanary.backends.launches import KERNELS
 from kvcanary.cli import selftest
 from kvcanary.cli.script import Script
 from kvcanary.cli.selftest import HOST, Device, host_self_test, self_test

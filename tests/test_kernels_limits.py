@@ -12,7 +12,7 @@ from agree_pools import random_pool
 from agree_script import A, Row, Script, kinds
 
 from kvcanary import Reason, abi, layouts
-from kvcanary.backends.device import MAX_DIGEST_SPLIT
+from kvcanary.backends.launches import MAX_DIGEST_SPLIT
 
 
 class OneRow:

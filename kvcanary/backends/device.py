@@ -1,23 +1,22 @@
 """The launches of a step on a device: parameters packed once, grids chosen once; a step only launches.
 
-`DeviceBackend` knows the kernels and nothing of CuPy or cuda-python; a `Driver` gives it memory and launches. `cuda.py`
-has the real one; a test has one that runs the same kernels on the CPU.
+`DeviceBackend` knows the kernels and nothing of CuPy or cuda-python; a `Driver` gives it memory and launches.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
 from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident
+from kvcanary.backends.device_memory import DeviceMemory
 from kvcanary.backends.device_moves import DeviceMoves
+from kvcanary.backends.driver import Driver
+from kvcanary.backends.launches import KERNELS, MAX_DIGEST_SPLIT, BlockUpdate, BoundForward, BoundKernel, grids_of
 from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
@@ -25,163 +24,10 @@ from kvcanary.deferred import Staging
 from kvcanary.layout import KvPool
 from kvcanary.ledger import BlockChanges
 from kvcanary.patrol import plan_patrol
-from kvcanary.reserved import plane_table
-from kvcanary.state import CanaryDeviceState, CounterLayout
 
-KERNELS = {
-    "lifecycle": ("kvc_blocks_update",),
-    "begin": ("kvc_begin",),
-    "stamps": ("kvc_stamps_write",),
-    "verify": ("kvc_stamps_verify", "kvc_stamps_tail", "kvc_stamps_sweep"),
-    "digests": (
-        "kvc_digests_verify",
-        "kvc_digests_layer",
-        "kvc_digests_write",
-        "kvc_digests_adopt",
-        "kvc_digests_sweep",
-    ),
-    "scrub": ("kvc_scrub",),
-    "reserved": ("kvc_reserved_check",),
-    "renumber": ("kvc_renumber", "kvc_renumber_end"),
-    "moves": (
-        *("kvc_moves_gather", "kvc_moves_scatter", "kvc_moves_commit"),
-        *("kvc_moves_localize", "kvc_moves_adopt", "kvc_moves_digest"),
-    ),
-}
-MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
-MAX_GRID_Y = 1024  # the same for new tokens, whose slots are found at no cost
-MAX_BEGIN_BLOCKS = 2048  # of kvc_begin: enough to claim the slots of a long prefill side by side
 SWEEP_SLOTS = 1 << 16  # resident slots that a sweep copies at once; longer lists go in parts
 
 Array = npt.NDArray[Any]
-
-
-class Driver(Protocol):
-    """A device: memory, kernels, streams. ``stream`` is what the engine handed in (None = the default stream)."""
-
-    n_multiprocessors: int
-
-    def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
-        """A zeroed device array (structured dtypes as u8 with the item size as last axis)."""
-
-    def pointer(self, array: Any) -> int:
-        """Device address of an array made by `zeros`."""
-
-    def mapped(self, n: int, dtype: npt.DTypeLike) -> tuple[Array, int]:
-        """Zeroed pinned host memory mapped into the device: its NumPy view and its device address."""
-
-    def kernel(self, source: str, name: str) -> Any:
-        """A loaded kernel of ``kernels/<source>.cu``."""
-
-    def resident_blocks(self, kernel: Any) -> int:
-        """Blocks of ``abi.THREADS`` threads of a kernel that a multiprocessor holds at once."""
-
-    def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
-        """Launch with ``abi.THREADS`` threads a block and one by-value structure."""
-
-    def capture(self, launch: Callable[[Any], None]) -> CapturedGraph:
-        """The graph of what ``launch`` puts on the stream that it is given; touches no stream of the engine's."""
-
-    def fill_zero(self, array: Any, stream: Any) -> None:
-        """Zero an array, ordered on the stream."""
-
-    def upload(self, array: Any, values: Array, stream: Any) -> None:
-        """Copy host values into an array, ordered on the stream; may wait."""
-
-    def write_table(self, array: Any, values: Array, stream: Any) -> None:
-        """Copy host values into an array, ordered on the stream; waits only for buffers of its own, as `lend` does."""
-
-    def set_word(self, array: Any, index: int, value: int, stream: Any) -> None:
-        """Set one u64 word (value < 2^32), ordered on the stream, without waiting."""
-
-    def download(self, array: Any) -> Array:
-        """A host copy, after all that was launched."""
-
-    def read_memory(self, pointer: int, n_bytes: int) -> npt.NDArray[np.uint8]:
-        """A host copy of engine memory, after all that was launched."""
-
-    def flip_byte(self, address: int, mask: int, stream: Any) -> None:
-        """XOR one byte of engine memory; may wait."""
-
-    def write_memory(self, pointer: int, data: npt.NDArray[np.uint8], stream: Any) -> None:
-        """Put bytes into engine memory, after all that was launched; may wait."""
-
-    def staging(self, n_words: int, depth: int) -> Staging:
-        """Buffers for the deferred handler."""
-
-    def upload_lists(self, lists: Sequence[Any], capacity: int, stream: Any) -> Sequence[int] | None:
-        """Device addresses of i32 lists (0 for None); None if the buffers are still being read by the copies before.
-
-        Host lists go through pinned buffers of ``capacity`` entries and are copied on the stream without waiting.
-        """
-
-    def lend(self, arrays: Sequence[Any], n_scratch: int, stream: Any) -> AbstractContextManager[tuple[list[int], int]]:
-        """Device addresses of arrays (0 for None, `ArrayView`s where they lie) and of ``n_scratch`` bytes.
-
-        They hold for what is launched on the stream until the with-block ends, and nothing is reused before that is
-        done, on whichever stream. NumPy arrays are copied through pinned memory; waits only for its own buffers.
-        """
-
-    @property
-    def lent_bytes(self) -> int:
-        """Memory that is kept for `lend`, in bytes."""
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-
-    def close(self) -> None:
-        """Free everything that this driver made."""
-
-
-@dataclass(frozen=True)
-class BoundKernel:
-    """A kernel with its packed parameters and its grid."""
-
-    driver: Driver
-    kernel: Any
-    grid: tuple[int, int]
-    params: Any
-
-    def launch(self, stream: Any) -> None:
-        """May run inside a capture; neither allocates nor waits."""
-        self.driver.launch(self.kernel, self.grid, self.params, stream)
-
-
-@dataclass(frozen=True)
-class BoundForward:
-    """The launches of one forward over one pool; ``begin`` differs for the first pool of a forward."""
-
-    begin_first: BoundKernel
-    begin_other: BoundKernel
-    head: tuple[BoundKernel, ...]
-    tail: tuple[BoundKernel, ...]
-    bound: BoundBatch
-    layers: dict[int, list[BoundKernel]] = field(default_factory=dict)
-
-
-class BlockUpdate:
-    """The parameters of kvc_blocks_update for one pool; what changes from call to call is put into their memory."""
-
-    _head = struct.Struct(f"<I{abi.N_BLOCK_OPS}I")  # owner, ends: side by side
-
-    def __init__(self, state: int, blocks: int, n_blocks: int) -> None:
-        record = abi.zeros_of(abi.PARAMS["LifecycleParams"])
-        record["state"], record["blocks"], record["n_blocks"] = state, blocks, n_blocks
-        fields = record.dtype.fields
-        assert fields is not None and fields["ends"][1] == fields["owner"][1] + 4
-        self._owner_at, ids_at = fields["owner"][1], fields["ids"][1]
-        as_bytes = record.reshape(1).view(np.uint8)
-        self._memory, self._ids = as_bytes.data, as_bytes[ids_at:].view(np.int32)
-        self._params = record[()]  # of the same memory: a launch reads what is in it then
-
-    def pack(self, changes: BlockChanges, first: int, n: int) -> Any:
-        """By-value parameters for ``n`` ids from ``first`` on."""
-        owner, ids, ends = changes
-        if len(ids) > n:
-            ids, ends = ids[first : first + n], tuple(min(max(end - first, 0), n) for end in ends)
-        self._ids[:n] = ids
-        self._head.pack_into(self._memory, self._owner_at, owner, *ends)
-        return self._params
 
 
 class DeviceBackend:
@@ -203,93 +49,16 @@ class DeviceBackend:
         self._max_requests = max_requests
         self._kernels = {n: driver.kernel(source, n) for source, names in KERNELS.items() for n in names}
         self._resident = {name: driver.resident_blocks(kernel) for name, kernel in self._kernels.items()}
-        self._arrays: list[dict[str, Any]] = [self._allocate(p) for p in pools]
-        self.state, self._guard, self._pool_states = self._make_state(config.ring_capacity)
-        patrols = plan_patrol(config, pools)
-        self._pools = [self._pool_record(i, patrol.n_blocks) for i, patrol in enumerate(patrols)]
+        self._memory = memory = DeviceMemory(driver, config, len(pools), max_requests)
+        self._arrays: list[dict[str, Any]] = [memory.allocate(p) for p in pools]
+        self.state, self._guard, self._pool_states = memory.make_state(config.ring_capacity)
+        scrub_blocks = [patrol.n_blocks for patrol in plan_patrol(config, pools)]
+        self._pools = [memory.pool_record(i, p, self._arrays[i], scrub_blocks[i]) for i, p in enumerate(pools)]
         self._updates = [
             BlockUpdate(int(self._guard["state"]), int(p["blocks"]), int(p["n_blocks"])) for p in self._pools
         ]
         self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
-
-    # ---- memory ------------------------------------------------------------------------------------------------------
-    def _allocate(self, pool: KvPool) -> dict[str, Any]:
-        driver, n, halves = self._driver, pool.n_slots, range(len(pool.halves))
-        digests = pool.digest_records(self._config.real_data)
-        arrays = {f"{plane}{h}": driver.zeros(n, abi.STAMP) for plane in ("head", "tail") for h in halves}
-        arrays |= {
-            "claims": driver.zeros(n, np.uint64),
-            "digests": driver.zeros((max(1, len(digests)), n if len(digests) else 1), np.uint64),
-            "registers": driver.zeros(self._max_requests, abi.REGISTER),
-            "register_claims": driver.zeros(self._max_requests, np.uint64),
-            "rows": driver.zeros(self._max_requests, abi.ROW),
-            "work": driver.zeros((abi.N_WORK, self._max_requests + 1), np.int64),
-        }
-        if self._config.lifecycle:
-            arrays["blocks"] = driver.zeros(pool.n_blocks, abi.BLOCK_STATE)
-        capacity = abi.due_capacity(n, len(digests), self._config.verify_data_every)
-        if capacity:
-            arrays["due"] = driver.zeros(capacity + 1, abi.DUE)
-        for key, records in self._tables(pool).items():
-            arrays[key] = driver.zeros(max(1, len(records)), records.dtype)
-            if len(records):
-                driver.upload(arrays[key], records, None)
-        return arrays
-
-    def _tables(self, pool: KvPool) -> dict[str, Array]:
-        """What the kernels know of where the pool's planes lie."""
-        real_data = self._config.real_data
-        tables = {"planes": pool.plane_records(real_data), "digest_units": pool.digest_records(real_data)}
-        checked = plane_table(self._config, pool)
-        return tables | ({"float_planes": checked} if len(checked) else {})
-
-    def _make_state(self, ring_capacity: int) -> tuple[CanaryDeviceState, Array, Any]:
-        driver, layout = self._driver, CounterLayout(len(self._kv_pools))
-        words = driver.zeros(layout.n_words, np.uint64)
-        taint = driver.zeros(self._max_requests, np.uint32)
-        pool_states = driver.zeros(len(self._kv_pools), abi.POOL_STATE)
-        ring, ring_address = driver.mapped(ring_capacity + 1, abi.VIOLATION)
-        control, control_address = driver.mapped(abi.N_CONTROL_WORDS, np.uint64)
-        state = CanaryDeviceState(layout, words, taint, ring, control)
-        guard = abi.zeros_of(abi.GUARD)
-        guard["state"], guard["taint"] = driver.pointer(words), driver.pointer(taint)
-        for name, view in (
-            ("kernel_runs", state.kernel_run_counters),
-            ("slot_runs", state.slot_run_counters),
-            ("data_runs", state.data_run_counters),
-            ("scrub_runs", state.scrub_run_counters),
-        ):
-            guard[name] = driver.pointer(view)
-        guard["control"], guard["ring"], guard["ring_capacity"] = control_address, ring_address, ring_capacity
-        guard["pool_states"] = driver.pointer(pool_states)
-        return state, guard, pool_states
-
-    def _pool_record(self, index: int, scrub_blocks: int) -> Array:
-        pool, arrays = self._kv_pools[index], self._arrays[index]
-        record = abi.zeros_of(abi.POOL)
-        for half in range(len(pool.halves)):
-            record["head"][half] = self._driver.pointer(arrays[f"head{half}"])
-            record["tail"][half] = self._driver.pointer(arrays[f"tail{half}"])
-        names = ("claims", "digests", "planes", "digest_units", "registers", "register_claims", "rows", "work")
-        for name in names:
-            record[name] = self._driver.pointer(arrays[name])
-        if "blocks" in arrays:
-            record["blocks"] = self._driver.pointer(arrays["blocks"])
-        if "due" in arrays:
-            record["due"], record["due_capacity"] = self._driver.pointer(arrays["due"]), len(arrays["due"]) - 1
-        if pool.lut_view is not None:
-            record["slot_lut"], record["lut_length"] = pool.lut_view.pointer, pool.lut_view.shape[0]
-        record["n_slots"], record["page_size"], record["n_blocks"] = pool.n_slots, pool.page_size, pool.n_blocks
-        record["page_shift"] = abi.log2_or_negative(pool.page_size)
-        record["window"], record["token_offset"] = pool.window or 0, pool.token_offset
-        record["ring_length"], record["ring_bubble"], record["sink"] = pool.ring_length, pool.ring_bubble, pool.sink
-        record["scrub_blocks"] = scrub_blocks
-        record["kind"], record["index"], record["n_halves"] = int(pool.kind), index, len(pool.halves)
-        record["n_digests"] = len(pool.digest_units(self._config.real_data))
-        record["n_reserved"], record["max_requests"] = len(pool.reserved_blocks), self._max_requests
-        record["reserved"][: len(pool.reserved_blocks)] = [b * pool.page_size for b in pool.reserved_blocks]
-        return record
 
     @property
     def memory_bytes(self) -> int:
@@ -309,7 +78,7 @@ class DeviceBackend:
         begin = [abi.zeros_of(abi.PARAMS["BeginParams"]) for _ in range(2)]
         for is_first, b in enumerate(begin):
             b["guard"], b["pool"], b["batch"], b["is_first_pool"] = self._guard, self._pools[pool], record, is_first
-        grids = _grids(self._driver.n_multiprocessors, self._resident, self._pools[pool], bound)
+        grids = grids_of(self._driver.n_multiprocessors, self._resident, self._pools[pool], bound)
         head, tail = ["kvc_stamps_write", "kvc_stamps_verify"], ["kvc_stamps_tail"]
         if self._pools[pool]["n_digests"]:
             head.append("kvc_digests_verify")
@@ -424,7 +193,7 @@ class DeviceBackend:
         return shadow | {f"DIGEST_{d}": arrays["digests"][d] for d in range(n_digests)}
 
     def rebind(self, pool: int, kv: KvPool, stream: Any) -> None:
-        before, after = self._tables(self._kv_pools[pool]), self._tables(kv)
+        before, after = self._memory.tables(self._kv_pools[pool]), self._memory.tables(kv)
         self._kv_pools = (*self._kv_pools[:pool], kv, *self._kv_pools[pool + 1 :])
         for name, records in after.items():
             if len(records) and records.tobytes() != before[name].tobytes():
@@ -494,7 +263,7 @@ class DeviceBackend:
     def probe(self, call: BoundCall, target: ProbeTarget, stream: Any) -> Array:
         driver, bound = self._driver, call.batch.bound
         n_digests = int(self._pools[call.pool]["n_digests"])
-        state, guard, _pool_states = self._make_state(max(1, n_digests))
+        state, guard, _pool_states = self._memory.make_state(max(1, n_digests))
         words = np.zeros(state.layout.n_words, np.uint64)
         words[abi.STATE_JUDGING] = 1
         rows = np.zeros(self._max_requests, abi.ROW)
@@ -522,49 +291,3 @@ class DeviceBackend:
 def _as_bytes(stamps: Any) -> Any:
     """Stamps as u8[n, 32] in place; a device array of them is so already."""
     return stamps.view(np.uint8).reshape(len(stamps), -1) if isinstance(stamps, np.ndarray) else stamps
-
-
-def _grids(
-    n_multiprocessors: int, resident: dict[str, int], pool: Array, bound: BoundBatch
-) -> dict[str, tuple[int, int]]:
-    """Grid of each kernel, from capacities alone: a captured graph must fit every batch in those arrays.
-
-    Args:
-        resident: blocks of each kernel that a multiprocessor holds at once.
-    """
-    rows, n_tokens, batch = bound.rows, bound.n_tokens, bound.record
-    entries = int(batch["table_width"]) * (rows if batch["table_kind"] == abi.TABLE_DENSE else 1)
-    if batch["table_kind"] == abi.TABLE_STATIC:
-        entries = rows
-    positions = entries * int(batch["table_page"])
-    if pool["window"]:
-        positions = min(positions, rows * int(pool["window"] + pool["sink"]))
-    split = max(1, min(int(pool["n_digests"]), MAX_DIGEST_SPLIT))
-    scrub_slots = int(pool["scrub_blocks"]) * int(pool["page_size"])
-
-    def blocks(kernel: str, units: int, n_y: int = 1) -> int:
-        return max(1, min(units, n_multiprocessors * resident[kernel] // n_y))
-
-    verify_units = -(-positions // abi.VERIFY_UNIT) + rows
-    data_units, tail_chunks = rows + positions // abi.DATA_UNIT, rows + n_tokens // abi.TAIL_CHUNK
-    writers = max(rows, verify_units if pool["due"] else 0)  # warps: a row to stamp, or a unit to look through
-    write_blocks = -(-n_tokens // abi.WARPS)  # that find work: a token for each warp
-    # Few tokens: a block for each digest, so that they are all under way at once.
-    fits = n_multiprocessors * resident["kvc_digests_write"] // max(1, write_blocks)
-    write_split = max(split, min(int(pool["n_digests"]), fits, MAX_GRID_Y))
-    return {
-        "kvc_begin": (rows + 1, max(1, min(n_tokens // abi.WRITE_TILE, MAX_BEGIN_BLOCKS // max(1, rows)))),
-        "kvc_stamps_write": (
-            blocks(
-                "kvc_stamps_write", max(-(-writers // abi.WARPS), min(rows, n_tokens // 32) + n_tokens // abi.THREADS)
-            )
-            + 1,
-            1,
-        ),
-        "kvc_stamps_verify": (blocks("kvc_stamps_verify", verify_units), 1),
-        "kvc_stamps_tail": (blocks("kvc_stamps_tail", verify_units + -(-tail_chunks // abi.WARPS)), 1),
-        "kvc_digests_verify": (blocks("kvc_digests_verify", data_units, split), split),
-        "kvc_digests_write": (blocks("kvc_digests_write", write_blocks, write_split), write_split),
-        "kvc_digests_adopt": (blocks("kvc_digests_adopt", -(-verify_units // abi.WARPS)), 1),
-        "kvc_scrub": (blocks("kvc_scrub", -(-scrub_slots // (8 * abi.WARPS)), split), split),
-    }

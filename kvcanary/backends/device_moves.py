@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
+from kvcanary.backends.driver import Driver
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
-
-if TYPE_CHECKING:
-    from kvcanary.backends.device import Driver
 
 _LISTS = ("slots", "positions", "tokens", "chains", "row_starts", "request_slots", "prefix_lens")
 _MAX_SPLIT = 64  # parts that the planes of an entry are split into

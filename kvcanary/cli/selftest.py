@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from kvcanary import abi
 from kvcanary.backends import Backend, Resident
-from kvcanary.backends.device import KERNELS, DeviceBackend
+from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.host import HostBackend
+from kvcanary.backends.launches import KERNELS
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
 from kvcanary.batch import StepBatch
 from kvcanary.cli.script import N_ROWS, N_TOKENS, PENDING_ROW, PENDING_STEP, Script, pools_over
