@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvcanary import readings
+from kvcanary import abi, readings
 from kvcanary.cause_rules_bytes import Found, data_rule
 from kvcanary.cause_rules_owners import given_away, stale_rule
 from kvcanary.cause_rules_rows import (
     ended_row,
+    exchanged_rows,
     has_older_kv,
     late_write,
     moved_entries,
@@ -21,7 +22,8 @@ from kvcanary.cause_rules_rows import (
     own_tokens,
 )
 from kvcanary.cause_rules_writes import duplicates_rule, foreign_writes_rule, inputs_rule, writes_rule
-from kvcanary.evidence import Records, Run
+from kvcanary.evidence import Records
+from kvcanary.evidence_runs import Run
 from kvcanary.tags import Detail, Reason, Stage
 
 
@@ -70,7 +72,7 @@ def _poisoned(records: Records) -> Found:
 def _holes(records: Records) -> Found:
     for run in records.runs(records.holes):
         v = run.records[0]
-        if records.wrote_elsewhere(v):
+        if records.wrote_elsewhere(v) or records.is_of_anothers_block(v):
             continue
         if moved := moved_entries(records, v):
             yield from moved_row(records, v, moved)
@@ -81,6 +83,9 @@ def _holes(records: Records) -> Found:
         what = f"{run.reader} reads {run.words} (position {run.positions[0]}), where nothing was written for it"
         if v.detail == Detail.UNFINISHED:
             yield "C16", 0.7, f"{run.words} is half written: its HEAD and TAIL stamps are of different forwards"
+        elif v.tag.stage == Stage.TAIL and (over := records.overwrote_own(v)) is not None:
+            yield "C12", 0.85, f"{what}: that token was written over its position {over} instead"
+            yield "C09", 0.65, f"{what}: that token was written over its position {over}, the place of an earlier step"
         elif v.tag.stage == Stage.TAIL:
             yield "C08", 0.9, f"{what}: when its forward ended, the table named another slot than when it began"
         elif v.tag.stage == Stage.SWEEP:
@@ -101,6 +106,8 @@ def _missing(records: Records, run: Run, what: str) -> Found:
         yield "C14", 0.85, f"{what}: that token was written over its position {over} instead"
     elif not run.starts_block and len(run.slots) == 1:
         yield from one_missing(records, run, what)
+    elif run.starts_block and run.is_registered and run.positions[0] and not run.ends_block:
+        yield from _missing_tail(run, what)
     elif run.starts_block and not run.ends_block and len(run.slots) < run.page:
         yield "C21", 0.8, f"{what}: the first {len(run.slots)} of a block, a tail that should have been copied"
         if len(run.slots) == 1:
@@ -114,6 +121,16 @@ def _missing(records: Records, run: Run, what: str) -> Found:
         yield from _missing_block(records, run, what)
 
 
+def _missing_tail(run: Run, what: str) -> Found:
+    """The beginning of a block of a request that has run up to here: it was not forked."""
+    ran = f"{what}, though it has run up to here"
+    n = len(run.slots)
+    lost = f"{ran}: the first {n} of a block that it came back to without" if n > 1 else f"{ran}: the write was lost"
+    yield "C16", 0.85 if n > 1 else 0.6, f"{ran}: what should have been loaded there did not come"
+    yield "C09", 0.5 if n > 1 else 0.8, f"{lost}: a slot mapping of -1 or of another step"
+    yield "C21", 0.5, f"{ran}: the tail may belong to a block that should have been copied"
+
+
 def _missing_block(records: Records, run: Run, what: str) -> Found:
     v = run.records[0]
     owner = records.block_owner(v)
@@ -122,7 +139,11 @@ def _missing_block(records: Records, run: Run, what: str) -> Found:
         return
     if owner:
         yield "C16", 0.9, f"{what} since it was given the block: what should have been loaded there did not come"
+        if run.is_registered and run.positions[0] == 0:
+            yield "C20", 0.7, f"{what} since it was given the block: its count was not set back when it gave up the old"
         return
+    if records.knows_owners(v) and v.block_flags & abi.BLOCK_SHARED:
+        yield "C06", 0.85, f"{what}; whoever was to write the block let go of it before that"
     is_first = run.positions[0] == 0
     yield "C06", 0.7 if is_first else 0.6, f"{what}: a prefix hit before the prefix was computed"
     yield (
@@ -145,6 +166,8 @@ def _reads(records: Records) -> Found:
             yield from _moved(run)
         elif run.owner == v.request_id:
             yield from own_tokens(records, run)
+        elif records.is_exchange(run):
+            yield from exchanged_rows(run)
         elif records.is_window(v):
             yield "C19", 0.85, f"{run.story}, and it is inside the window of request {v.request_id}"
         elif run.is_registered:
@@ -255,8 +278,12 @@ def _wrong_hit(records: Records, run: Run) -> Found:
         yield "C06", 0.55, f"{run.story}: the block may have been announced before it was written"
         if not is_shifted:
             yield "C05", 0.4, f"{run.story}: the key may not hold the whole text"
+    elif not run.starts_block and readings.is_strangers(v):
+        yield "C07", 0.8, f"{run.story}; {records.handover(v)}: the row may be that of another request"
+        yield "C05", 0.5, f"{run.story}: the key may not hold the whole text"
     elif not run.starts_block:
         yield "C05", 0.85, f"{run.story}; the beginning of the block is right: a key that does not hold the whole text"
+        yield "C20", 0.5, f"{run.story}; the beginning of the block is right: drafts may have been published with it"
         yield "C04", 0.4, f"{run.story}: the block may have been rewritten in part"
     elif records.is_older_epoch(run) and owner == v.request_id:
         yield "C16", 0.85, f"{run.story}, before request {owner} was given the block: its load did not come"

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kvcanary import abi, hashing
-from kvcanary.evidence import Records, Run
+from kvcanary.evidence import Records
+from kvcanary.evidence_runs import Run
 from kvcanary.violations import Violation
 
 Found = Iterator[tuple[str, float, str]]
@@ -15,19 +16,18 @@ Found = Iterator[tuple[str, float, str]]
 
 def data_rule(records: Records) -> Found:
     for run in records.runs(records.data):
-        v = run.records[0]
         planes = {r.plane_name or "" for r in run.records}
         where = f"{run.words} on layers {run.layers} ({', '.join(sorted(planes))})"
         right = f"the stamps of {where} are right, the bytes are not"
         if len(run.slots) == len(run.records) == 1:
             yield "C24", 0.9, f"{right}: one slot of one plane: no engine writes so little"
         elif run.is_pending:
-            yield "C15", 0.95, f"{right}, at the moment of the read: the load of layers {run.layers} has not arrived"
+            yield from _not_arrived(records, run, right)
         elif all("scale" in name for name in planes):
             yield "C18", 0.9, f"{right}: only scales differ, what they scale is intact"
         elif len(run.records) > 1 and all(is_at_rest_zero(r) for r in run.records):
-            yield "C17", 0.9, f"{right}: every byte is zero: a memset after the write of forward {v.stamp_step}"
-        elif pairs := displaced(run.records):
+            yield from _zeroed(run, right)
+        elif pairs := displaced(run.records, records.data):
             yield from _displaced(run, pairs, right)
         elif run.is_moved and (intact := intact_planes(run)):
             yield from _partial(run, right, intact)
@@ -61,6 +61,25 @@ def _partial(run: Run, right: str, intact: str) -> Found:
     yield "C13", 0.5, f"{what}: these planes may have another layout"
 
 
+def _not_arrived(records: Records, run: Run, right: str) -> Found:
+    """Bytes that are still being loaded when they are read, or that were loaded to another place."""
+    if elsewhere := [here for here, _ in displaced(records.data, run.records) if here.slot not in run.slots]:
+        yield "C14", 0.97, f"{right}: what was loaded for them is in slot {elsewhere[0].slot}, and so on"
+    yield "C15", 0.95, f"{right}, at the moment of the read: the load of layers {run.layers} has not arrived"
+
+
+def _zeroed(run: Run, right: str) -> Found:
+    """Nothing but zeros: what was there was wiped or, of what was copied or loaded, it never came."""
+    zero = f"{right}: every byte is zero"
+    if not run.is_moved:
+        yield "C17", 0.9, f"{zero}: a memset after the write of forward {run.records[0].stamp_step}"
+        return
+    is_all = run.positions[0] == 0 and not intact_planes(run)
+    yield "C17", 0.9 if is_all else 0.7, f"{zero}: a memset after they were copied or loaded"
+    came = "" if is_all else ", though other parts of it did"
+    yield "C16", 0.75 if is_all else 0.85, f"{zero}: what should have been copied or loaded there did not come{came}"
+
+
 def _displaced(run: Run, pairs: Sequence[tuple[Violation, Violation]], right: str) -> Found:
     """The bytes are there, but elsewhere."""
     here, there = pairs[0]
@@ -88,6 +107,10 @@ def _stray_bytes(run: Run, right: str) -> Found:
     elif run.starts_block and len(run.slots) > 1:
         yield "C12", 0.7, f"{right}: the beginning of a block, in all layers: a writer ran on from the block before"
         yield "C10", 0.5, f"{right}: padded rows may have written there"
+    elif {r.plane_name for r in run.records} == {"v"}:
+        what = f"{right}, and K of the same slots is intact"
+        yield "C12", 0.75, f"{what}: whatever writes V alone took another token's place"
+        yield "C16", 0.5, f"{what}: a copy or transfer of V alone may have landed there"
     else:
         yield "C10", 0.7, f"{right}, in all layers: KV of tokens that no stamp announced, as padded rows write it"
         yield "C08", 0.5, f"{right}: a kernel may have used an overwritten slot mapping"
@@ -107,14 +130,14 @@ def _content(digest: int, plane: int, position: int) -> int:
     return (x - plane * abi.DIGEST_C1 - position * abi.DIGEST_C2) % (1 << 64)
 
 
-def displaced(records: Sequence[Violation]) -> list[tuple[Violation, Violation]]:
-    """(here, there): findings whose bytes are those that were written for another finding's slot or plane."""
+def displaced(found: Sequence[Violation], homes: Sequence[Violation]) -> list[tuple[Violation, Violation]]:
+    """(here, there): findings whose bytes are those that were written for the slot or plane of one of ``homes``."""
     home: dict[int, Violation] = {}
-    for v in records:
+    for v in homes:
         if v.stored_digest is not None and v.plane is not None:
             home[_content(v.stored_digest, v.plane, v.stored_position)] = v
     pairs = []
-    for v in records:
+    for v in found:
         if v.found_digest is not None and v.plane is not None:
             there = home.get(_content(v.found_digest, v.plane, v.stored_position))
             if there is not None and there is not v:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvcanary import abi, readings
 from kvcanary.cause_rules_bytes import Found
-from kvcanary.evidence import Records, Run
+from kvcanary.evidence import Records
+from kvcanary.evidence_runs import Run
 from kvcanary.tags import Reason
 
 
@@ -62,6 +63,8 @@ def stale_rule(records: Records) -> Found:
 
 def _used_after_free(records: Records, run: Run, what: str) -> Found:
     is_whole = records.is_whole_prefix(run)
+    if records.is_window(run.records[0]) and not is_whole:
+        yield "C19", 0.8, f"{what}, inside its window or sink: the block was given back before they had left it"
     yield "C01", 0.85 if is_whole else 0.7, f"{what}: a step that still uses it; nothing is overwritten there yet"
     yield "C07", 0.5 if is_whole else 0.6, f"{what}: the table row of {run.reader} may still name a block it gave back"
 
@@ -70,6 +73,8 @@ def _own_again(records: Records, run: Run, what: str) -> Found:
     """Nothing speaks against the reader; when or by whom it was written is what is wrong."""
     v = run.records[0]
     if Reason.UNWRITTEN in v.reasons:
+        if records.is_window(v) and run.is_own:
+            yield "C19", 0.85, f"{what}, inside its window or sink: the block was given anew before they had left it"
         yield "C16", 0.8, f"{what}, and what is there is older: what should have been loaded or written did not come"
         yield "C20", 0.5, f"{what}: a counter that was not set back when the blocks were given up"
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvcanary import abi, readings
 from kvcanary.cause_rules_bytes import Found
-from kvcanary.evidence import Records, Run
+from kvcanary.evidence import Records
+from kvcanary.evidence_runs import Run
 from kvcanary.tags import Reason
 from kvcanary.violations import Violation
 
@@ -84,6 +85,14 @@ def moved_row(records: Records, v: Violation, moved: list[Violation]) -> Found:
     yield "C08", 0.5, f"{what}: the row may have been overwritten while it was read"
 
 
+def exchanged_rows(run: Run) -> Found:
+    """Two rows that lead to each other's blocks."""
+    pair = f"requests {run.records[0].request_id} and {run.owner}"
+    what = f"{pair} each read the other's KV in forward {run.records[0].forward}, from its first position on"
+    yield "C08", 0.9, f"{what}: their table rows were exchanged, or are of another order of the batch"
+    yield "C07", 0.6, f"{what}: each table row names the other's blocks"
+
+
 def other_root(run: Run) -> Found:
     """The first position with the right token, under another root."""
     text = f"{run.reader} finds its own tokens in {run.words}, under another root"
@@ -100,8 +109,14 @@ def own_tokens(records: Records, run: Run) -> Found:
     what = f"other tokens of request {v.request_id} itself are in {run.words}, written in forward {v.stamp_step}"
     if any(Reason.POSITION in r.reasons for r in run.records):
         yield from _own_positions(records, run)
-    elif run.is_shifted:
+    elif run.shift == 1:
         yield "C22", 0.9, f"{what}: each is the token of the position before"
+    elif run.shift:
+        n = run.shift
+        again = f"{what}: each is the token of {n} positions before, so that {n} tokens were brought twice"
+        yield "C20", 0.9, f"{again}: a chunk that overlaps the one before, or drafts that were committed twice"
+    elif other := records.has_tokens_of(run):
+        yield "C08", 0.95, f"{what}, with the token that request {other} should have had in that forward"
     elif records.differs_from_the_start(v.request_id):
         text = f"{what}, from its first position on, which no draft ever is"
         yield "C08", 0.85, f"{text}: a request slot, a history row, or input ids of another request"

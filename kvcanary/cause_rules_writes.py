@@ -5,7 +5,8 @@ from __future__ import annotations
 from kvcanary import abi, readings
 from kvcanary.cause_rules_bytes import Found
 from kvcanary.cause_rules_rows import ended_row, late_write, moved_entries, moved_row
-from kvcanary.evidence import Records, positions_of, slots_of
+from kvcanary.evidence import Records
+from kvcanary.evidence_runs import positions_of, slots_of
 from kvcanary.ledger import owner_name
 from kvcanary.tags import Reason, Stage
 from kvcanary.violations import Violation
@@ -14,6 +15,8 @@ from kvcanary.violations import Violation
 def duplicates_rule(records: Records) -> Found:
     for run in records.runs(records.duplicates):
         first = run.records[0]
+        if records.is_astray(run):
+            continue
         who = f"requests {first.request_id} and {first.stamp_owner} both wrote {run.words} in forward {first.forward}"
         if all(readings.is_repeated(v) for v in run.records):
             twice = f"request {first.request_id} wrote its position {first.position} twice in forward {first.forward}"
@@ -61,19 +64,22 @@ def _astray(records: Records, writes: list[Violation], what: str, lost: list[Vio
             0.9,
             f"{what}, and its positions {gone} went nowhere: the place of every token was computed wrongly",
         )
-    elif others and len(slots) > 1:
+    elif own and others and len(slots) > 1:
         yield (
             "C20",
             0.85,
             f"{what}: tokens ahead of its length, in a block that request {others[0].request_id} reads too",
         )
+    elif own and others and records.was_substituted(request, at=writes[0].forward):
+        led = f"{what}, through a row that names request {others[0].request_id}'s blocks"
+        yield "C07", 0.75, f"{led}: the row is another request's, or a padded one with stale arguments"
+        yield "C10", 0.6, f"{led}: a padded row with the arguments of another may do that"
     elif own and records.is_window(own[0]):
         yield "C19", 0.85, f"{what}, where a token of its own window was"
     elif own:
-        yield "C09", 0.85, f"{what}, where its own position {own[0].position} was: the place of an earlier step"
-        yield "C20", 0.4, f"{what}: drafts may have been written without room for them"
+        yield from _over_own(records, writes, own, what)
     elif others:
-        yield "C08", 0.6, f"{what}; request {others[0].request_id} reads there"
+        yield "C08", 0.6 if len(slots) == 1 else 0.85, f"{what}; request {others[0].request_id} reads there"
         yield "C12", 0.55, f"{what}: the mapping may be that of another table"
     elif all(records.is_anothers_row(v) for v in writes):
         yield "C07", 0.75, f"{what}, behind another request's KV: the row, not the mapping, is another request's"
@@ -83,6 +89,33 @@ def _astray(records: Records, writes: list[Violation], what: str, lost: list[Vio
     else:
         yield "C12", 0.7, f"{what}; nobody reads there: a slot mapping of another table"
         yield "C09", 0.5, f"{what}; nobody reads there: it may be a slot mapping of another step"
+
+
+def _over_own(records: Records, writes: list[Violation], own: list[Violation], what: str) -> Found:
+    """A row's tokens went to places where earlier ones of its own were."""
+    v = own[0]
+    where = f"{what}, where its own position {v.position} was"
+    shift = v.stored_position - v.position
+    is_of_now = v.stamp_step == writes[0].forward and not any(r.reasons & Reason.TOKEN for r in own)
+    if is_of_now and shift > 0 and (shift % v.page_size or v.page_size == 1):
+        yield "C20", 0.87, f"{where}, and no other token than belongs there: the row was counted {shift} too long"
+    yield "C09", 0.85, f"{where}: the place of an earlier step"
+    if shift == v.page_size > 1 and _begin_pages(writes):
+        rows = [w for w in records.writes_by_row.values() if _begin_pages(w)]
+        again = f", in {len(rows)} rows" if len(rows) > 1 else ""
+        page = f"{where}, just one block before its own, at the beginning of a page{again}"
+        yield "C12", 0.9 if again else 0.7, f"{page}: the index into the table is one off there"
+    else:
+        yield "C12", 0.6, f"{where}: the place may have been computed wrongly"
+    yield "C20", 0.4, f"{what}: drafts may have been written without room for them"
+
+
+def _begin_pages(writes: list[Violation]) -> bool:
+    """Whether each of a row's stray tokens should begin a page, and went to the beginning of another."""
+    return all(
+        Reason.WRITE_POSITION in v.reasons and v.position and v.position % v.page_size == v.slot % v.page_size == 0
+        for v in writes
+    )
 
 
 def inputs_rule(records: Records) -> Found:

@@ -5,101 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 
-from kvcanary import abi, readings
+from kvcanary import readings
+from kvcanary.evidence_runs import Run
 from kvcanary.tags import Detail, PoolKind, Reason, Stage
 from kvcanary.violations import Violation
 
 _READ = Reason.TOKEN | Reason.POSITION | Reason.CHAIN
 _WRITE = Reason.WRITE_POSITION | Reason.FOREIGN_WRITE
-
-
-class Run:
-    """Findings of one request at neighbouring positions, under stamps of one writer.
-
-    Attributes:
-        records: by position; of bytes, several per slot.
-    """
-
-    def __init__(self, records: Sequence[Violation]) -> None:
-        self.records = sorted(records, key=lambda v: (v.position, v.plane or 0))
-        self.slots = slots_of(self.records)
-        self.positions = positions_of(self.records)
-        self.page = self.records[0].page_size
-        self.blocks = sorted({slot // self.page for slot in self.slots})
-        self.owner = self.records[0].stamp_owner
-
-    @property
-    def layers(self) -> list[int]:
-        return sorted({v.layer for v in self.records if v.layer is not None})
-
-    @property
-    def starts_block(self) -> bool:
-        return self.records[0].slot % self.page == 0
-
-    @property
-    def ends_block(self) -> bool:
-        return self.records[-1].slot % self.page == self.page - 1
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether the request has run before, up to here."""
-        return bool(self.records[0].flags & abi.ROW_REGISTERED)
-
-    @property
-    def is_pending(self) -> bool:
-        return all(v.flags & abi.ROW_PENDING for v in self.records)
-
-    @property
-    def is_moved(self) -> bool:
-        """Whether the stamps came by a copy or load: a move makes them anew, and they are nobody's."""
-        return all(v.stamp_step and not v.stamp_owner for v in self.records)
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the request wrote the stamps itself."""
-        return all(v.stamp_owner == v.request_id for v in self.records)
-
-    @property
-    def is_shifted(self) -> bool:
-        """Whether each slot holds the token that the one before should hold (only where tokens may be told)."""
-        tokens = {v.position: (v.stored_token, v.expected_token) for v in self.records}
-        pairs = [(tokens[p][0], tokens[p - 1][1]) for p in tokens if p - 1 in tokens]
-        return bool(pairs) and all(stored is not None and stored == before for stored, before in pairs)
-
-    def reaches_end_of(self, owner: int, records: Records) -> bool:
-        """Whether these are the last positions that the writer is known to have."""
-        last = max((v.position for v in records.all if v.request_id == owner), default=-1)
-        return last >= 0 and max(v.stored_position for v in self.records) > last
-
-    @property
-    def is_padding(self) -> bool:
-        """Whether all slots hold one and the same token (only where tokens may be told)."""
-        tokens = {v.stored_token for v in self.records}
-        return len(self.slots) > 1 and len(tokens) == 1 and None not in tokens
-
-    @property
-    def reader(self) -> str:
-        """Whose slots these should be: a request's, or the prefix cache's where a sweep looked."""
-        v = self.records[0]
-        return "the prefix cache" if v.tag.stage == Stage.SWEEP else f"request {v.request_id}"
-
-    @property
-    def words(self) -> str:
-        if len(self.slots) == 1:
-            return f"slot {self.slots[0]}"
-        first, last = min(self.slots), max(self.slots)
-        if last - first + 1 == len(self.slots):
-            return f"slots {first} to {last} ({len(self.slots)} of them)"
-        blocks = f"blocks {', '.join(map(str, self.blocks[:4]))}{', ...' if len(self.blocks) > 4 else ''}"
-        return f"{len(self.slots)} slots between {first} and {last} ({blocks})"
-
-    @property
-    def story(self) -> str:
-        """Who is in the slots that the request reads."""
-        v = self.records[0]
-        holds = "holds" if len(self.slots) == 1 else "hold"
-        tokens = f"request {self.owner}'s tokens from position {v.stored_position} on"
-        return f"{self.words} of {self.reader} {holds} {tokens}, written in forward {v.stamp_step}"
 
 
 class Records:
@@ -186,6 +98,28 @@ class Records:
         blocks = {r.slot // r.page_size for r in theirs}
         return write.slot // write.page_size not in blocks and any(r.position == write.position - 1 for r in theirs)
 
+    def is_of_anothers_block(self, hole: Violation) -> bool:
+        """Whether the hole is in a block of another's, of which the same row finds KV: it is read by mistake."""
+        if not readings.is_strangers(hole) or hole.block_owner in (0, hole.request_id):
+            return False
+        block = hole.slot // hole.page_size
+        row = (hole.pool, hole.request_id, hole.forward, block)
+        return any(
+            (r.pool, r.request_id, r.forward, r.slot // r.page_size) == row and r.stamp_owner == r.block_owner
+            for r in (*self.reads, *self.stale_only)
+        )
+
+    def is_exchange(self, run: Run) -> bool:
+        """Whether the writer of what a row reads, reads in the same forward what this one wrote, in other blocks."""
+        v = run.records[0]
+        if run.owner == 0 or run.positions[0] or v.stamp_step >= v.forward:
+            return False
+        pair = (v.pool, v.forward, run.owner, v.request_id)
+        back = [r for r in self.reads if (r.pool, r.forward, r.request_id, r.stamp_owner) == pair]
+        theirs = {r.slot // r.page_size for r in back}
+        mine = {r.slot // r.page_size for r in run.records if r.forward == v.forward}
+        return any(r.position == 0 for r in back) and not theirs & mine
+
     def is_mutual(self, v: Violation) -> bool:
         """Whether the owner of the block reads, in the same forward, blocks of this reader's."""
         return any(
@@ -252,6 +186,16 @@ class Records:
     def has_hole_after_read(self, request: int, forward: int) -> bool:
         return any(v.request_id == request and v.forward > forward for v in self.holes)
 
+    def has_tokens_of(self, run: Run) -> int:
+        """Another request, whose slots of one forward miss the tokens that this one's hold; 0: none, or not told."""
+        stored = {(v.stamp_step, v.stored_token) for v in run.records if v.stored_token is not None}
+        missed = (
+            v.request_id
+            for v in self.reads
+            if v.request_id == v.stamp_owner != run.owner and (v.stamp_step, v.expected_token) in stored
+        )
+        return next(missed, 0)
+
     def hole_behind(self, v: Violation) -> int | None:
         """A position behind, of the same request, that is missing."""
         return next((h.position for h in self.holes if h.request_id == v.request_id and h.position > v.position), None)
@@ -268,6 +212,12 @@ class Records:
                 return v.position
         return None
 
+    def is_astray(self, run: Run) -> bool:
+        """Whether one of two requests came to these slots by a slot mapping that its table does not agree with."""
+        v = run.records[0]
+        astray = {(w.slot, w.forward) for w in self.writes if w.request_id and Reason.WRITE_POSITION in w.reasons}
+        return v.stamp_owner != v.request_id and all((r.slot, r.forward) in astray for r in run.records)
+
     def is_duplicate(self, run: Run) -> bool:
         return any(v.slot in run.slots for v in self.duplicates)
 
@@ -277,13 +227,3 @@ def _is_stale_only(v: Violation) -> bool:
     return Reason.STALE_EPOCH in v.reasons and (
         v.reasons == Reason.STALE_EPOCH or (not v.reasons & _READ and v.stamp_owner == v.request_id)
     )
-
-
-def slots_of(records: Iterable[Violation]) -> list[int]:
-    """Slots in the order of their records, each once."""
-    return list(dict.fromkeys(v.slot for v in records))
-
-
-def positions_of(records: Iterable[Violation]) -> list[int]:
-    """Positions in the order of their records, each once."""
-    return list(dict.fromkeys(v.position for v in records))

@@ -60,10 +60,14 @@ _OTHER_ROOT = (
     "salts of another row or step, or a prefix key without the adapter, tenant or image",
 )
 _SHIFTED = "a table row that is shifted, in another order, or names one block twice: it is whole blocks away"
+_OR_MAPPING = "; or this forward's slot_mapping, which sent it here"
+_OTHER_PLACE = "its own doing: it was written to another place of the ring or window than it is read from"
 _REPEATED = "a padding row that repeats a live row: two rows of the batch brought the same position of the same request"
 _WRITTEN_OVER = "a block that two were given, a late write, or that request's table row or slot mapping"
 _OR_OLDER = "; or a write of its own that was lost, over older KV"
-_BY_NOBODY = f"{_PADDING}, or a copy or load that brought other KV"
+_BY_LOAD = "a copy or load that brought other KV, or brought it to another place"
+_BY_NOBODY = f"{_PADDING}, or {_BY_LOAD}"
+_LOADED = "a copy or load that came late, in part, or in another layout; or a kernel or bit that changed it since"
 _USE_AFTER_FREE = "use after free: a table row that still names the block, or a step dispatched before it was freed"
 
 
@@ -89,16 +93,40 @@ def likely(v: Violation, reason: Reason, usual: str) -> str:
         return f"{_PADDING}, or {usual}"
     if reason == Reason.DUPLICATE_WRITE and is_repeated(v):
         return _REPEATED
+    if reason == Reason.DATA and v.reasons == Reason.DATA and is_nobodys(v):
+        return _LOADED
     if reason not in _BY_ITSELF or not (v.is_in_pool and v.request_id and v.stamp_step) or usual == _OTHER_ROOT[1]:
         return usual
     if v.stamp_owner == v.request_id:
-        return _SHIFTED if v.page_size > 1 and is_whole_blocks_away(v) else _BY_ITSELF[reason]
+        return _of_itself(v, reason)
     if v.stamp_owner and is_written_over(v):
         return f"request {v.stamp_owner} wrote over it, in a block that is not its own: {_WRITTEN_OVER}"
     if not v.stamp_owner:
-        return _BY_NOBODY
+        return _BY_LOAD if is_loaded(v) else _BY_NOBODY
     may_be_older = not (v.block_epoch or v.block_flags) and v.stamp_step < v.forward
     return f"{usual}{_OR_OLDER}" if may_be_older and reason == Reason.TOKEN else usual
+
+
+def _of_itself(v: Violation, reason: Reason) -> str:
+    """What is behind a wrong stamp of the request's own."""
+    if v.page_size > 1 and is_whole_blocks_away(v):
+        return f"{_SHIFTED}{_OR_MAPPING}" if v.stamp_step == v.forward else _SHIFTED
+    if Reason.POSITION not in v.reasons:
+        return _BY_ITSELF[reason]
+    return _OTHER_PLACE if v.tag.pool_kind == PoolKind.SWA else _BY_ITSELF[Reason.POSITION]
+
+
+def is_loaded(v: Violation) -> bool:
+    """Whether the stamp came by a copy, load or adoption: it is nobody's, and of the block's epoch.
+
+    What a row without an id writes into a block of somebody's is a foreign write, of epoch 0.
+    """
+    return is_nobodys(v) and is_of_this_allocation(v)
+
+
+def is_nobodys(v: Violation) -> bool:
+    """Whether a request with an id finds a stamp of nobody's: of a move, or of a row without an id."""
+    return v.is_in_pool and v.request_id != 0 and v.stamp_step != 0 and not v.stamp_owner
 
 
 def is_whole_blocks_away(v: Violation) -> bool:

@@ -254,6 +254,9 @@ class Violation:
             return f"the slot of this position by the block table is {where}"
         if self.stamp_step == 0:
             return "the slot carries no stamp"
+        if readings.is_loaded(self):
+            came = f"its stamp came with a copy or load after forward {self.stamp_step}"
+            return f"{came}, as position {self.stored_position}"
         whose = ""
         if self.stamp_owner and self.request_id:
             whose = " (the same request)" if self.stamp_owner == self.request_id else " (ANOTHER request)"

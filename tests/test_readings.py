@@ -155,3 +155,22 @@ def test_a_write_into_anothers_block_is_late_only_if_the_block_was_handed_on() -
     assert "the write went into block 5, which is request 8's" in first
     assert "came late" not in first
     assert "came late" in words(reasons=Reason.FOREIGN_WRITE, **{**OTHERS_BLOCK, "block_epoch": 2})
+
+
+def test_kv_that_was_loaded_is_not_told_as_padding() -> None:
+    """What a row without an id writes into a block of somebody's has epoch 0; what has this epoch was moved."""
+    moved = words(reasons=Reason.TOKEN, **OWN_BLOCK, stamp_owner=0, stamp_epoch=OWN_BLOCK["block_epoch"])
+    assert "its stamp came with a copy or load after forward 4, as position 3" in moved
+    assert "padding" not in moved
+    assert "padding" in words(reasons=Reason.TOKEN, **OWN_BLOCK, stamp_owner=0, stamp_epoch=0)
+    assert "padding" in words(reasons=Reason.TOKEN, stamp_owner=0, stamp_epoch=0), "without owners it may be both"
+
+
+def test_bytes_of_kv_that_was_loaded_are_told_as_a_load_first() -> None:
+    assert "likely a copy or load" in words(reasons=Reason.DATA, plane=0, stamp_owner=0, stamp_epoch=0)
+    assert "likely a kernel" in words(reasons=Reason.DATA, plane=0, stamp_owner=READER, stamp_epoch=0)
+
+
+def test_a_ring_that_wraps_elsewhere_is_told_as_such() -> None:
+    wrong = {"reasons": Reason.TOKEN | Reason.POSITION, "stamp_owner": READER, "stored_position": 16}
+    assert "another place of the ring" in words(**wrong, tag=CanaryLaunchTag.HEAD_K_SWA)
