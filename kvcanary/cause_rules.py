@@ -21,9 +21,10 @@ from kvcanary.cause_rules_rows import (
     other_root,
     own_tokens,
 )
+from kvcanary.cause_rules_unnamed import unnamed_duplicates, unnamed_reads, unnamed_writes
 from kvcanary.cause_rules_writes import duplicates_rule, foreign_writes_rule, inputs_rule, writes_rule
 from kvcanary.evidence import Records
-from kvcanary.evidence_runs import Run
+from kvcanary.evidence_runs import Run, reader_name
 from kvcanary.tags import Detail, Reason, Stage
 
 
@@ -32,7 +33,7 @@ def _bad_entries(records: Records) -> Found:
     for v in records.all:
         if v.is_in_pool:
             continue
-        what = f"request {v.request_id} at position {v.position}"
+        what = f"{reader_name(v)} at position {v.position}"
         if v.detail == Detail.SLOT_MAPPING:
             yield (
                 "C12",
@@ -304,4 +305,8 @@ def _wrong_hit(records: Records, run: Run) -> Found:
 RULES: tuple[Callable[[Records], Found], ...] = (
     *(_bad_entries, _poisoned, duplicates_rule, writes_rule, foreign_writes_rule, inputs_rule),
     *(_holes, _reads, stale_rule, data_rule),
+)
+UNNAMED_RULES: tuple[Callable[[Records], Found], ...] = (
+    *(_bad_entries, _poisoned, unnamed_duplicates, unnamed_writes, inputs_rule),
+    *(_holes, unnamed_reads, stale_rule, data_rule),
 )

@@ -77,7 +77,7 @@ def _astray(records: Records, writes: list[Violation], what: str, lost: list[Vio
     elif own and records.is_window(own[0]):
         yield "C19", 0.85, f"{what}, where a token of its own window was"
     elif own:
-        yield from _over_own(records, writes, own, what)
+        yield from over_own(records, writes, own, what)
     elif others:
         yield "C08", 0.6 if len(slots) == 1 else 0.85, f"{what}; request {others[0].request_id} reads there"
         yield "C12", 0.55, f"{what}: the mapping may be that of another table"
@@ -91,18 +91,19 @@ def _astray(records: Records, writes: list[Violation], what: str, lost: list[Vio
         yield "C09", 0.5, f"{what}; nobody reads there: it may be a slot mapping of another step"
 
 
-def _over_own(records: Records, writes: list[Violation], own: list[Violation], what: str) -> Found:
+def over_own(records: Records, writes: list[Violation], own: list[Violation], what: str) -> Found:
     """A row's tokens went to places where earlier ones of its own were."""
     v = own[0]
     where = f"{what}, where its own position {v.position} was"
     shift = v.stored_position - v.position
-    is_of_now = v.stamp_step == writes[0].forward and not any(r.reasons & Reason.TOKEN for r in own)
-    if is_of_now and shift > 0 and (shift % v.page_size or v.page_size == 1):
+    has_tokens = v.request_slot >= 0  # without a request slot no token is judged
+    is_right = has_tokens and v.stamp_step == writes[0].forward and not any(r.reasons & Reason.TOKEN for r in own)
+    if is_right and len(writes) == 1 and shift > 0 and (shift % v.page_size or v.page_size == 1):
         yield "C20", 0.87, f"{where}, and no other token than belongs there: the row was counted {shift} too long"
     yield "C09", 0.85, f"{where}: the place of an earlier step"
     if shift == v.page_size > 1 and _begin_pages(writes):
-        rows = [w for w in records.writes_by_row.values() if _begin_pages(w)]
-        again = f", in {len(rows)} rows" if len(rows) > 1 else ""
+        forwards = {w[0].forward for w in records.writes_by_row.values() if _begin_pages(w)}
+        again = f", in {len(forwards)} forwards" if len(forwards) > 1 else ""
         page = f"{where}, just one block before its own, at the beginning of a page{again}"
         yield "C12", 0.9 if again else 0.7, f"{page}: the index into the table is one off there"
     else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvcanary.cause_rules import RULES
+from kvcanary.cause_rules import RULES, UNNAMED_RULES
 from kvcanary.evidence import Records
 from kvcanary.violations import Violation
 
@@ -72,7 +72,7 @@ def classify(violations: Sequence[Violation]) -> list[Cause]:
     violations = sorted(violations, key=_place)
     records = Records(violations)
     told: dict[str, list[tuple[float, str]]] = {}
-    for rule in RULES:
+    for rule in RULES if records.is_named else UNNAMED_RULES:
         for class_id, confidence, evidence in rule(records):
             told.setdefault(class_id, []).append((confidence, evidence))
     found = sorted((_cause(*item) for item in told.items()), key=lambda cause: -cause.confidence)

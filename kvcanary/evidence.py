@@ -20,6 +20,8 @@ class Records:
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.all = tuple(violations)
         in_pool = [v for v in self.all if v.is_in_pool]
+        has_reader = [v for v in self.all if v.row >= 0]
+        self.is_named = not has_reader or any(v.request_id or v.stamp_owner for v in has_reader)
         self.writes = [v for v in in_pool if v.reasons & _WRITE and v.tag.stage == Stage.HEAD]
         self.inputs = [v for v in in_pool if Reason.WRITE_TOKEN in v.reasons and v.tag.stage == Stage.HEAD]
         self.duplicates = [v for v in in_pool if Reason.DUPLICATE_WRITE in v.reasons]
@@ -40,18 +42,13 @@ class Records:
     def runs(self, found: Iterable[Violation]) -> list[Run]:
         """Runs of neighbouring positions of one request, under stamps of one writer."""
         runs: list[list[Violation]] = []
-        for v in sorted(found, key=lambda v: (v.pool, v.request_id, v.stamp_owner, v.position)):
+        for v in sorted(found, key=lambda v: (*_whose(v), v.position)):
             last = runs[-1][-1] if runs else None
-            same = last is not None and (last.pool, last.request_id, last.stamp_owner) == (
-                v.pool,
-                v.request_id,
-                v.stamp_owner,
-            )
-            if last is not None and same and v.position - last.position <= 1:
+            if last is not None and _whose(last) == _whose(v) and v.position - last.position <= 1:
                 runs[-1].append(v)
             else:
                 runs.append([v])
-        return [Run(run) for run in runs]
+        return [Run(run, self.is_named) for run in runs]
 
     @cached_property
     def explained(self) -> set[tuple[int, int]]:
@@ -220,6 +217,11 @@ class Records:
 
     def is_duplicate(self, run: Run) -> bool:
         return any(v.slot in run.slots for v in self.duplicates)
+
+
+def _whose(v: Violation) -> tuple[int, ...]:
+    """What findings of one run have in common: the pool, who reads (without an id: the row), and who wrote."""
+    return (v.pool, v.request_id or ~v.row, v.stamp_owner)
 
 
 def _is_stale_only(v: Violation) -> bool:

@@ -18,9 +18,11 @@ class Run:
 
     Attributes:
         records: by position; of bytes, several per slot.
+        is_named: whether the engine gives request ids, so that a stamp of nobody's says something.
     """
 
-    def __init__(self, records: Sequence[Violation]) -> None:
+    def __init__(self, records: Sequence[Violation], is_named: bool = True) -> None:
+        self.is_named = is_named
         self.records = sorted(records, key=lambda v: (v.position, v.plane or 0))
         self.slots = slots_of(self.records)
         self.positions = positions_of(self.records)
@@ -52,7 +54,7 @@ class Run:
     @property
     def is_moved(self) -> bool:
         """Whether the stamps came by a copy or load: a move makes them anew, and they are nobody's."""
-        return all(v.stamp_step and not v.stamp_owner for v in self.records)
+        return self.is_named and all(v.stamp_step and not v.stamp_owner for v in self.records)
 
     @property
     def is_own(self) -> bool:
@@ -87,7 +89,7 @@ class Run:
     def reader(self) -> str:
         """Whose slots these should be: a request's, or the prefix cache's where a sweep looked."""
         v = self.records[0]
-        return "the prefix cache" if v.tag.stage == Stage.SWEEP else f"request {v.request_id}"
+        return "the prefix cache" if v.tag.stage == Stage.SWEEP else reader_name(v)
 
     @property
     def words(self) -> str:
@@ -106,6 +108,11 @@ class Run:
         holds = "holds" if len(self.slots) == 1 else "hold"
         tokens = f"request {self.owner}'s tokens from position {v.stored_position} on"
         return f"{self.words} of {self.reader} {holds} {tokens}, written in forward {v.stamp_step}"
+
+
+def reader_name(v: Violation) -> str:
+    """The request, or the row of one without an id."""
+    return f"request {v.request_id}" if v.request_id or v.row < 0 else f"row {v.row}"
 
 
 def slots_of(records: Iterable[Violation]) -> list[int]:

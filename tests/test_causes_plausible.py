@@ -92,9 +92,9 @@ def test_a_whole_mapping_of_another_step_is_no_fork(lifecycle: bool) -> None:
 
 def test_a_place_that_is_one_block_off_at_every_page_is_no_replay() -> None:
     engine = toy()
-    forward(engine, (0, 0, 4), (1, 0, 4))
-    forward(engine, (0, 4, 1), (1, 4, 1), slot_mapping=np.array([PAGE, 4 * PAGE]))
-    forward(engine, (0, 5, 1), (1, 5, 1))
+    forward(engine, (0, 0, 4), (1, 0, 3))
+    forward(engine, (0, 4, 1), (1, 3, 1), slot_mapping=np.array([PAGE, 4 * PAGE + 3]))
+    forward(engine, (0, 5, 1), (1, 4, 1), slot_mapping=np.array([2 * PAGE + 1, 4 * PAGE]))
     found = causes(engine)
     assert found[0].class_id == "C12" and "at the beginning of a page" in found[0].evidence[0], sentences(found)
     seen = found_by(engine, 1, Reason.POSITION)
