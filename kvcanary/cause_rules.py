@@ -296,6 +296,8 @@ def _wrong_hit(records: Records, run: Run) -> Found:
             0.8,
             f"{run.story}; what {run.reader} expects there is older: an index that was not told",
         )
+        if is_shifted and all(Reason.TOKEN not in r.reasons for r in run.records):
+            yield "C05", 0.6, f"{run.story}, and no token is wrong there: the key may not hold what is in front"
         if readings.is_strangers(v):
             yield "C07", 0.55, f"{run.story}; {records.handover(v)}: the row may be that of another request"
         yield "C06", 0.5, f"{run.story}: the prefix may have been announced before it was computed"

@@ -99,8 +99,11 @@ def _displaced(run: Run, pairs: Sequence[tuple[Violation, Violation]], right: st
 def _stray_bytes(run: Run, right: str) -> Found:
     """Bytes of a request's own tokens that somebody else wrote: how much, and where it begins, tells who."""
     if len(run.layers) == 1:
+        is_one_plane = len({r.plane for r in run.records}) == 1
         yield "C15", 0.5, f"{right}: one layer alone"
-        yield "C24", 0.5, f"{right}: memory may be failing"
+        yield "C24", 0.5 if is_one_plane or len(run.slots) == 1 else 0.3, f"{right}: memory may be failing"
+        if not is_one_plane and not intact_planes(run):
+            yield "C10", 0.55, f"{right}: KV that no stamp announced, as padding or another engine's write leaves it"
     elif run.starts_block and (run.ends_block or len(run.slots) >= run.page):
         yield "C02", 0.8, f"{right}: whole blocks, in all layers: a transfer that was not this request's"
         yield "C07", 0.5, f"{right}: a kernel may have written through a stale table entry"

@@ -96,6 +96,9 @@ def exchanged_rows(run: Run) -> Found:
 def other_root(run: Run) -> Found:
     """The first position with the right token, under another root."""
     text = f"{run.reader} finds its own tokens in {run.words}, under another root"
+    if run.positions[0]:
+        text = f"{run.reader} finds no wrong token in {run.words}, but another text in front, or another root"
+        yield "C04", 0.5, f"{text}: without token_history, the block may be any text's"
     if run.is_own and run.is_registered:
         yield "C05", 0.9, f"{text} than it wrote them under: its salt is not what it was, or the row has another's"
         yield "C08", 0.5, f"{text} than it wrote them under: salts may have been overwritten while they were read"

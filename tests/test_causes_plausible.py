@@ -270,3 +270,34 @@ def test_a_block_given_back_before_the_window_has_left_it(given_to: int) -> None
     step(8, 1)
     found = classify(manager.violations())
     assert found[0].class_id == "C19", sentences(found)
+
+
+# ---- what is not known -----------------------------------------------------------------------------------------------
+def test_a_chain_that_differs_behind_the_first_position_may_be_another_text() -> None:
+    """Where no token is judged, nobody knows that they are the request's own."""
+    engine = toy()
+    forward(engine, (0, 0, 9))
+    chain = np.full(1, engine.manager.chain([1, 2, 3, 4]), np.uint64)
+    hit = {"token_history": None, "prefix_chain": chain, "request_slots": np.ones(1, np.int32)}
+    table = {"block_table": np.array([[1, 5, 6]], np.int32), "request_ids": np.full(1, 2, np.uint32)}
+    forward(engine, (1, 4, 1), slot_mapping=np.array([5 * PAGE]), **hit, **table)
+    found = causes(engine)
+    assert {"C05", "C04"} <= set(ids(found)) and "its own tokens" not in sentences(found), sentences(found)
+
+
+def test_kv_of_the_right_tokens_at_another_position_may_be_the_key() -> None:
+    engine = toy()
+    forward(engine, (0, 0, 9))
+    engine.history[1, :4] = engine.history[0, 4:8]
+    forward(engine, (1, 4, 1), block_table=np.array([[2, 5, 6]], np.int32), slot_mapping=np.array([5 * PAGE]))
+    assert "C05" in ids(causes(engine))
+
+
+def test_k_and_v_of_several_slots_of_the_only_layer_are_no_failing_memory_first() -> None:
+    engine = ToyEngine(n_layers=1, verify_data_every=1)
+    forward(engine, (0, 0, 8))
+    for layer in (*engine.k, *engine.v):
+        flat(layer)[HERE[4:7]] ^= 1
+    forward(engine, (0, 8, 1))
+    found = causes(engine)
+    assert ids(found).index("C10") < ids(found).index("C24"), sentences(found)
