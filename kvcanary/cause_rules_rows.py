@@ -87,7 +87,7 @@ def moved_row(records: Records, v: Violation, moved: list[Violation]) -> Found:
 
 def exchanged_rows(run: Run) -> Found:
     """Two rows that lead to each other's blocks."""
-    pair = f"requests {run.records[0].request_id} and {run.owner}"
+    pair = "requests {} and {}".format(*sorted((run.records[0].request_id, run.owner)))
     what = f"{pair} each read the other's KV in forward {run.records[0].forward}, from its first position on"
     yield "C08", 0.9, f"{what}: their table rows were exchanged, or are of another order of the batch"
     yield "C07", 0.6, f"{what}: each table row names the other's blocks"
