@@ -71,7 +71,8 @@ class StepBatch:
         input_ids: i32 or i64[tokens].
         slot_mapping: i32 or i64[tokens], the slot each token is written to, negative = none; or one per pool.
         request_slots: i32[rows], small stable integer of the request, in [0, max_requests); negative = none.
-        request_ids: u32[rows], never reused; 0 = unknown, the row is unanchored.
+        request_ids: u32[rows], never reused, nor kept for another text (a beam that goes on from another one);
+            0 = unknown, the row is unanchored.
         salts: u64[rows].
         prefix_chain: u64[rows], `CanaryManager.chain` of the prefix; read on a request's first forward.
         token_history: i32[max_requests, max_len] by request slot; negative = not judged, nor is what lies
