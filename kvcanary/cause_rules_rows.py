@@ -160,6 +160,8 @@ def one_missing(records: Records, run: Run, what: str) -> Found:
     v = run.records[0]
     others = sorted({h.request_id for h in records.holes if h.forward == v.forward} - {v.request_id})
     text = f"{what}, right behind what was written"
+    if records.block_owner(v) == v.request_id != 0 and not run.is_registered:
+        yield "C21", 0.5, f"{text}: if the block was copied or loaded, that was done before its last token was written"
     if run.is_registered:
         lost = f"{text}, in a forward that it ran in: the write was lost, a slot mapping of -1 or of another step"
         yield "C09", 0.85, lost

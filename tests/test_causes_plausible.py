@@ -301,3 +301,19 @@ def test_k_and_v_of_several_slots_of_the_only_layer_are_no_failing_memory_first(
     forward(engine, (0, 8, 1))
     found = causes(engine)
     assert ids(found).index("C10") < ids(found).index("C24"), sentences(found)
+
+
+def test_a_block_that_was_copied_before_its_last_write_is_thought_of() -> None:
+    engine = owned(0)
+    manager = engine.manager
+    forward(engine, (0, 0, 6))
+    manager.share_blocks([1], 2)
+    manager.allocate_blocks([4], 2)
+    manager.copy_slots([2], [4], blocks=True)
+    for layer in (*engine.k, *engine.v):
+        layer[4] = layer[2]
+    forward(engine, (0, 6, 1))
+    engine.history[1, :7] = engine.history[0, :7]
+    table = {"block_table": np.array([[1, 4, 6]], np.int32)}
+    forward(engine, (1, 7, 1), slot_mapping=np.array([4 * PAGE + 3]), **table)
+    assert "C21" in ids(causes(engine))
