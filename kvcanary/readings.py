@@ -68,6 +68,7 @@ _OR_OLDER = "; or a write of its own that was lost, over older KV"
 _BY_LOAD = "a copy or load that brought other KV, or brought it to another place"
 _BY_NOBODY = f"{_PADDING}, or {_BY_LOAD}"
 _LOADED = "a copy or load that came late, in part, or in another layout; or a kernel or bit that changed it since"
+_BEFORE_ITS_TIME = "a block that was given back before the window, or the sink, had left it"
 _USE_AFTER_FREE = "use after free: a table row that still names the block, or a step dispatched before it was freed"
 
 
@@ -93,6 +94,8 @@ def likely(v: Violation, reason: Reason, usual: str) -> str:
         return f"{_PADDING}, or {usual}"
     if reason == Reason.DUPLICATE_WRITE and is_repeated(v):
         return _REPEATED
+    if reason == Reason.STALE_EPOCH and v.tag.pool_kind == PoolKind.SWA and v.stamp_epoch and is_own(v):
+        return f"{_BEFORE_ITS_TIME}, or {usual}"
     if reason == Reason.DATA and v.reasons == Reason.DATA and is_nobodys(v):
         return _LOADED
     if reason not in _BY_ITSELF or not (v.is_in_pool and v.request_id and v.stamp_step) or usual == _OTHER_ROOT[1]:
@@ -122,6 +125,11 @@ def is_loaded(v: Violation) -> bool:
     What a row without an id writes into a block of somebody's is a foreign write, of epoch 0.
     """
     return is_nobodys(v) and is_of_this_allocation(v)
+
+
+def is_own(v: Violation) -> bool:
+    """Whether the request wrote the stamp itself."""
+    return v.stamp_owner == v.request_id != 0
 
 
 def is_nobodys(v: Violation) -> bool:

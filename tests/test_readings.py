@@ -174,3 +174,10 @@ def test_bytes_of_kv_that_was_loaded_are_told_as_a_load_first() -> None:
 def test_a_ring_that_wraps_elsewhere_is_told_as_such() -> None:
     wrong = {"reasons": Reason.TOKEN | Reason.POSITION, "stamp_owner": READER, "stored_position": 16}
     assert "another place of the ring" in words(**wrong, tag=CanaryLaunchTag.HEAD_K_SWA)
+
+
+@pytest.mark.parametrize("block", [FREED, OWN_BLOCK, {**OTHERS_BLOCK, "block_epoch": 2}], ids=["free", "own", "others"])
+def test_a_block_of_a_window_may_have_been_given_back_too_early(block: dict[str, Any]) -> None:
+    stale = {"reasons": Reason.STALE_EPOCH, **block, "stamp_owner": READER, "stamp_epoch": 1}
+    assert "before the window" in words(**stale, tag=CanaryLaunchTag.HEAD_K_SWA)
+    assert "before the window" not in words(**stale)
