@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ Found = Iterator[tuple[str, float, str]]
 
 
 def data_rule(records: Records) -> Found:
+    written = by_content(records.data)
+    found = by_content(records.data, is_found=True)
     for run in records.runs(records.data):
         planes = {r.plane_name or "" for r in run.records}
         where = f"{run.words} on layers {run.layers} ({', '.join(sorted(planes))})"
@@ -22,12 +24,12 @@ def data_rule(records: Records) -> Found:
         if len(run.slots) == len(run.records) == 1:
             yield "C24", 0.9, f"{right}: one slot of one plane: no engine writes so little"
         elif run.is_pending:
-            yield from _not_arrived(records, run, right)
+            yield from _not_arrived(found, run, right)
         elif all("scale" in name for name in planes):
             yield "C18", 0.9, f"{right}: only scales differ, what they scale is intact"
         elif len(run.records) > 1 and all(is_at_rest_zero(r) for r in run.records):
             yield from _zeroed(run, right)
-        elif pairs := displaced(run.records, records.data):
+        elif pairs := displaced(run.records, written):
             yield from _displaced(run, pairs, right)
         elif run.is_moved and (intact := intact_planes(run)):
             yield from _partial(run, right, intact)
@@ -61,10 +63,11 @@ def _partial(run: Run, right: str, intact: str) -> Found:
     yield "C13", 0.5, f"{what}: these planes may have another layout"
 
 
-def _not_arrived(records: Records, run: Run, right: str) -> Found:
+def _not_arrived(found: Mapping[int, Violation], run: Run, right: str) -> Found:
     """Bytes that are still being loaded when they are read, or that were loaded to another place."""
-    if elsewhere := [here for here, _ in displaced(records.data, run.records) if here.slot not in run.slots]:
-        yield "C14", 0.97, f"{right}: what was loaded for them is in slot {elsewhere[0].slot}, and so on"
+    elsewhere = (found[content] for content in by_content(run.records) if content in found)
+    if (here := next((v for v in elsewhere if v.slot not in run.slots), None)) is not None:
+        yield "C14", 0.97, f"{right}: what was loaded for them is in slot {here.slot}, and so on"
     yield "C15", 0.95, f"{right}, at the moment of the read: the load of layers {run.layers} has not arrived"
 
 
@@ -133,19 +136,17 @@ def _content(digest: int, plane: int, position: int) -> int:
     return (x - plane * abi.DIGEST_C1 - position * abi.DIGEST_C2) % (1 << 64)
 
 
-def displaced(found: Sequence[Violation], homes: Sequence[Violation]) -> list[tuple[Violation, Violation]]:
-    """(here, there): findings whose bytes are those that were written for the slot or plane of one of ``homes``."""
-    home: dict[int, Violation] = {}
-    for v in homes:
-        if v.stored_digest is not None and v.plane is not None:
-            home[_content(v.stored_digest, v.plane, v.stored_position)] = v
-    pairs = []
-    for v in found:
-        if v.found_digest is not None and v.plane is not None:
-            there = home.get(_content(v.found_digest, v.plane, v.stored_position))
-            if there is not None and there is not v:
-                pairs.append((v, there))
-    return pairs
+def by_content(records: Sequence[Violation], is_found: bool = False) -> dict[int, Violation]:
+    """Findings by the bytes that were written or (``is_found``) are there now, as far as digests tell them."""
+    told = ((v, v.found_digest if is_found else v.stored_digest) for v in records)
+    return {_content(d, v.plane, v.stored_position): v for v, d in told if d is not None and v.plane is not None}
+
+
+def displaced(records: Sequence[Violation], written: Mapping[int, Violation]) -> list[tuple[Violation, Violation]]:
+    """(here, there): findings whose bytes are those that were written for the slot or plane of another finding."""
+    told = [(v, v.found_digest) for v in records if v.plane is not None]
+    pairs = [(v, written.get(_content(d, v.plane or 0, v.stored_position))) for v, d in told if d is not None]
+    return [(here, there) for here, there in pairs if there is not None and there is not here]
 
 
 def is_at_rest_zero(v: Violation) -> bool:
