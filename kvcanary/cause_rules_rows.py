@@ -15,8 +15,7 @@ _WHICH = "no record tells a lost write, a row replayed with the arguments of the
 # ---- what a row's findings say together ------------------------------------------------------------------------------
 def row_of(records: Records, v: Violation) -> list[Violation]:
     """All findings in the pool about v's request in v's forward."""
-    row = (v.pool, v.request_id, v.forward)
-    return [r for r in records.all if r.is_in_pool and (r.pool, r.request_id, r.forward) == row]
+    return records.rows.get((v.pool, v.request_id, v.forward), [])
 
 
 def moved_entries(records: Records, v: Violation) -> list[Violation]:

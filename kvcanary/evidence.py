@@ -32,6 +32,15 @@ class Records:
 
     # ---- grouping ----------------------------------------------------------------------------------------------------
     @cached_property
+    def rows(self) -> dict[tuple[int, int, int], list[Violation]]:
+        """Findings in the pool by (pool, request, forward)."""
+        rows: dict[tuple[int, int, int], list[Violation]] = {}
+        for v in self.all:
+            if v.is_in_pool:
+                rows.setdefault((v.pool, v.request_id, v.forward), []).append(v)
+        return rows
+
+    @cached_property
     def writes_by_row(self) -> dict[tuple[int, int], list[Violation]]:
         """Reported writes by (request, forward)."""
         rows: dict[tuple[int, int], list[Violation]] = {}
@@ -100,11 +109,9 @@ class Records:
         if not readings.is_strangers(hole) or hole.block_owner in (0, hole.request_id):
             return False
         block = hole.slot // hole.page_size
-        row = (hole.pool, hole.request_id, hole.forward, block)
-        return any(
-            (r.pool, r.request_id, r.forward, r.slot // r.page_size) == row and r.stamp_owner == r.block_owner
-            for r in (*self.reads, *self.stale_only)
-        )
+        row = self.rows.get((hole.pool, hole.request_id, hole.forward), [])
+        read = (r for r in row if r.reasons & (_READ | Reason.STALE_EPOCH) and Reason.UNWRITTEN not in r.reasons)
+        return any(r.slot // r.page_size == block and r.stamp_owner == r.block_owner for r in read)
 
     def is_exchange(self, run: Run) -> bool:
         """Whether the writer of what a row reads, reads in the same forward what this one wrote, in other blocks."""
