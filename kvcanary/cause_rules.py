@@ -111,6 +111,7 @@ def _missing(records: Records, run: Run, what: str) -> Found:
         yield from _missing_tail(run, what)
     elif run.starts_block and not run.ends_block and len(run.slots) < run.page:
         yield "C21", 0.8, f"{what}: the first {len(run.slots)} of a block, a tail that should have been copied"
+        yield "C16", 0.7, f"{what}: the first {len(run.slots)} of a block, as a load that was cut short leaves it"
         if len(run.slots) == 1:
             yield (
                 "C09",

@@ -33,11 +33,8 @@ def data_rule(records: Records) -> Found:
             yield from _displaced(run, pairs, right)
         elif run.is_moved and (intact := intact_planes(run)):
             yield from _partial(run, right, intact)
-        elif run.is_moved and run.positions[0] == 0:
-            yield "C13", 0.8, f"{right}, from the first position on, since they were loaded: another layout"
-            yield "C14", 0.5, f"{right}, since they were loaded: they may have gone to other slots than the stamps"
         elif run.is_moved:
-            yield "C16", 0.8, f"{right}, since they were loaded; what lies before position {run.positions[0]} is intact"
+            yield from _since_loaded(run, right)
         else:
             yield from _stray_bytes(run, right)
 
@@ -61,6 +58,18 @@ def _partial(run: Run, right: str, intact: str) -> Found:
     yield "C16", 0.85, f"{what}: a part of the load never came"
     yield "C15", 0.7, f"{what}: the load of layers {run.layers} may not have arrived when they were read"
     yield "C13", 0.5, f"{what}: these planes may have another layout"
+
+
+def _since_loaded(run: Run, right: str) -> Found:
+    """All planes of what was loaded, from the beginning on or behind what is intact."""
+    loaded = f"{right}, since they were loaded"
+    if run.positions[0] == 0:
+        yield "C13", 0.8, f"{right}, from the first position on, since they were loaded: another layout"
+        yield "C14", 0.5, f"{loaded}: they may have gone to other slots than the stamps"
+        return
+    yield "C16", 0.8, f"{loaded}; what lies before position {run.positions[0]} is intact"
+    if run.starts_block:
+        yield "C02", 0.6, f"{loaded}: they may have been saved after their blocks were another's"
 
 
 def _not_arrived(found: Mapping[int, Violation], run: Run, right: str) -> Found:
