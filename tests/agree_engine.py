@@ -15,12 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from agree import Side, Twins
+from agree import Side
 from agree_batches import Batches, n_places
 from agree_faults import Faults
 from agree_moves import load, random_moves
 from agree_pools import random_pools
 from agree_state import Book, Forward, Habits, Load, Plan, Request, Row, random_habits
+from agree_twins import Twins
 from numpy.typing import NDArray
 
 from kvcanary import PREFIX_CACHE, KvPool, LifecycleEvent

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from agree import Arrays, PoolSpec, Side, Twins
+from agree import Arrays, PoolSpec, Side
+from agree_twins import Twins
 from numpy.typing import NDArray
 
 from kvcanary import KvPool, PoolKind, Reason, abi, layouts

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from agree import Sides, SimtSide, Twins
+from agree import Sides, SimtSide
 from agree_pools import random_pool
 from agree_script import PAGE, A, B, C, Row, Script, kinds
+from agree_twins import Twins
 from simt.runner import SimtLibrary
 
 from kvcanary import PREFIX_CACHE, LifecycleEvent, Reason, abi

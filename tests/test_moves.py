@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import Sides, Twins
+from agree import Sides
 from agree_pools import random_pool
 from agree_script import N_BLOCKS, N_LAYERS, PAGE, A, B, C, Row, Script, kinds, pool_spec
+from agree_twins import Twins
 from engine import ToyEngine
 
 from kvcanary import BatchError, BundleError, ConfigError, PhaseError, Reason, SlotBundle, abi
