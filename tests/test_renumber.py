@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from agree import Sides
-from agree_engine import drive, random_scenario
+from agree_drive import drive, random_scenario
 from agree_faults import Faults
 from agree_script import A, B, Row, Script, batch_of, kinds
 from agree_twins import Twins

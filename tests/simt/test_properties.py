@@ -22,7 +22,7 @@ from agree_changed import (
     put_together,
     take_apart,
 )
-from agree_engine import drive, random_scenario
+from agree_drive import drive, random_scenario
 from agree_faults import Faults
 from agree_twins import Twins
 from hypothesis import given
