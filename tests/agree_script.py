@@ -189,3 +189,14 @@ def kinds(found: Sequence[Seen], stage: str = "", request: int | None = None) ->
         if v.tag.startswith(stage) and request in (None, v.request):
             by_slot[v.slot] = by_slot.get(v.slot, Reason(0)) | v.reasons
     return by_slot
+
+
+def stamps(s: Script, name: str, slots: Any) -> NDArray[Any]:
+    """Of some slots, what "head0", "tail0", ... of the first side has: STAMP[len(slots)]."""
+    found: NDArray[Any] = s.twins.sides[0].read_guard(0, name)[list(slots)]
+    return found
+
+
+def skipped(s: Script) -> int:
+    """Entries of moves that named no slot, so far."""
+    return int(s.twins.words[abi.STATE_SKIPPED_MOVES])

@@ -8,7 +8,9 @@ AGREE, CATCH, MUSEUM = (f"tests/test_kernels_{name}.py" for name in ("agree", "c
 SHAPES, RESERVED, OWNERSHIP, SCRUB = (
     f"tests/test_kernels_{n}.py" for n in ("shapes", "reserved", "ownership", "scrub")
 )
-MOVES = "tests/test_moves.py tests/test_moves_museum.py tests/test_kernels_limits.py"
+MOVES = " ".join(
+    f"tests/test_{n}.py" for n in ("moves", "moves_lists", "moves_trees", "moves_museum", "kernels_limits")
+)
 MODEL, OVERFLOW = "tests/test_interleavings.py", "tests/test_overflow.py"
 HONEST = "tests/test_kernels_honest.py"
 LIMITS, RENUMBER = "tests/test_kernels_limits.py", "tests/test_renumber.py"
