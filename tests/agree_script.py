@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from agree import Arrays, PoolSpec, Side
+from agree import Arrays, PoolSpec, Side, Sides
 from agree_twins import Twins
 from numpy.typing import NDArray
 
@@ -167,6 +167,11 @@ class Script:
             self.twins.edit_guard(0, "head0", stamps)
             self.twins.edit_guard(0, "tail0", stamps)
             self.twins.edit_guard(0, "digests", digests)
+
+
+def owned_script(sides: Sides, **config: object) -> Script:
+    """One whose guard is told who owns which block."""
+    return Script(sides(), **{"lifecycle": True, **config})  # type: ignore[arg-type]
 
 
 def seen(records: NDArray[Any]) -> list[Seen]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from .mutant import Mutant
 
 AGREE, CATCH, MUSEUM = (f"tests/test_kernels_{name}.py" for name in ("agree", "catch", "museum"))
-SHAPES, RESERVED, OWNERSHIP, SCRUB = (
-    f"tests/test_kernels_{n}.py" for n in ("shapes", "reserved", "ownership", "scrub")
-)
+SHAPES, RESERVED, SCRUB = (f"tests/test_kernels_{name}.py" for name in ("shapes", "reserved", "scrub"))
+OWNERSHIP = " ".join(f"tests/test_kernels_{name}.py" for name in ("ownership", "ownership_legal", "blocks"))
 MOVES = " ".join(
     f"tests/test_{n}.py" for n in ("moves", "moves_lists", "moves_trees", "moves_museum", "kernels_limits")
 )
