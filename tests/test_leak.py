@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import PAGE, ToyEngine
+from fake_toy import FakeToy, fake_world  # noqa: F401  a fixture
 from simt.fake_cuda import FakeCuda
-from test_cuda_driver import FakeToy, library, world  # noqa: F401  fixtures
 
 from kvcanary import KvCanaryViolation, StepBatch, abi
 from kvcanary.cli import main
@@ -163,7 +163,7 @@ def test_steps_on_the_host_leave_nothing_behind(mode: str) -> None:
 
 
 @pytest.mark.usefixtures("_short_memories")
-def test_replays_on_the_stand_in_for_a_gpu_leave_nothing_behind(world: FakeCuda) -> None:  # noqa: F811
+def test_replays_on_the_stand_in_for_a_gpu_leave_nothing_behind(world: FakeCuda) -> None:
     toy = FakeToy(
         world, verify_data_every=2, stats_print_every_n_steps=3, health_check_every_n_steps=3, ring_capacity=16
     )
