@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
-from engine import N_BLOCKS, PAGE
+from engine import PAGE
 from fake_toy import FakeToy, fake_world, prefilled  # noqa: F401  a fixture
 from simt.fake_cuda import FakeArray, FakeCuda
 
@@ -175,9 +177,14 @@ def test_streams_come_as_objects_integers_and_none(world: FakeCuda) -> None:
 def test_closing_gives_back_and_waits(world: FakeCuda) -> None:
     toy, graph = prefilled(world)
     toy.replay(graph, 1)
+    stamps = weakref.ref(toy.manager.backend.shadow_arrays(0)["HEAD_K"])
+    assert stamps() is not None
+    n_waits = world.calls["synchronize"]
     toy.manager.close()
-    assert world.calls["synchronize"] > 0 and toy.manager.violations() == ()
-    assert N_BLOCKS
+    gc.collect()
+    assert world.calls["synchronize"] > n_waits, "a replay may still be under way"
+    assert stamps() is None
+    assert toy.manager.violations() == ()
 
 
 def test_without_a_driver_or_cupy_the_error_names_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class TestFiles:
         assert why in told and "give the file that black_box_path (KVCANARY_BLACK_BOX_PATH) named" in told
         assert str(tmp_path) in told and "Errno" not in told
 
-    def test_it_says_so(self, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_last_line_that_breaks_off_is_told(self, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
         box.write_bytes(box.read_bytes()[:-30])
         assert main(["explain", str(box)]) == 1
         assert "the last line breaks off" in capsys.readouterr().out
@@ -184,10 +184,6 @@ class TestFiles:
         assert main(["explain", str(tmp_path / "file")]) == 2
         error = capsys.readouterr().err
         assert message in error and str(tmp_path / "file") in error and "Traceback" not in error
-
-    def test_a_file_that_is_not_there_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["explain", str(tmp_path / "none")]) == 2
-        assert "none" in capsys.readouterr().err
 
 
 @st.composite

@@ -90,7 +90,11 @@ def test_kernel_writes_the_same() -> None:
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("habits", [Habits(), Habits(n_draft=3), Habits(in_flight=True, shares_early=True)], ids=str)
+@pytest.mark.parametrize(
+    "habits",
+    [Habits(), Habits(n_draft=3), Habits(in_flight=True, shares_early=True)],
+    ids=["plain", "drafts", "in flight"],
+)
 def test_engine_says_and_writes_the_same(habits: Habits) -> None:
     expected, model = ScribeModel(SMALL, 64, 16), CudaScribe(SMALL, 64, 16)
     runner = ScribeRunner(model)

@@ -76,7 +76,9 @@ class TestKernelRunCounterDeltaCheck:
             assert text in str(caught.value)
 
     def test_running_guard_is_left_alone(self) -> None:
-        Rig({0: IN_GRAPH}).run(20, IN_GRAPH)
+        rig = Rig({0: IN_GRAPH})
+        rig.run(20, IN_GRAPH)
+        assert rig.checker.latest is not None and rig.checker.latest.step == 18  # it did look
 
     def test_later_check_compares_with_the_snapshot_before(self) -> None:
         rig = Rig({0: IN_GRAPH})
@@ -130,10 +132,12 @@ class TestKernelRunCounterDeltaCheck:
         rig.step()  # takes a snapshot of counters that fell
         rig.checker.active_tags = {}
         rig.step()
+        assert rig.checker.latest is not None and not rig.checker.latest.words.any()  # it has seen that they fell
 
     def test_one_buffer_is_enough(self) -> None:
         rig = Rig({0: IN_GRAPH}, depth=1)
         rig.run(9, IN_GRAPH)
+        assert rig.checker.latest is not None and rig.checker.latest.step == 8
 
     def test_zero_turns_it_off(self) -> None:
         rig = Rig({0: IN_GRAPH}, health_check_every_n_steps=0)
