@@ -272,3 +272,13 @@ def test_the_tail_that_a_request_misses_at_first_may_be_a_load_that_was_cut_shor
     table = {"block_table": np.array([[7, 8, 9]], np.int32)}
     forward(engine, (1, 7, 1), slot_mapping=np.array([8 * PAGE + 3]), **table)
     assert ids(causes(engine))[:2] == ["C21", "C16"]
+
+
+def test_a_length_that_was_short_for_a_step_may_have_been_counted_wrongly() -> None:
+    engine = toy()
+    forward(engine, (0, 0, 7))
+    engine.history[0, 7] = 4711
+    forward(engine, (0, 6, 1), input_ids=engine.history[0, 7:8].copy())
+    forward(engine, (0, 8, 1))
+    found = causes(engine)
+    assert {"C14", "C20"} <= set(ids(found)), sentences(found)
