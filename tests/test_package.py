@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import kvcanary
+
+# What an assert may call: nothing that has an effect, which `python -O` would leave out.
+PURE = {"isinstance", "len", "callable", "int", "all", "any", "prod"}
 
 
 class TestPackage:
+    def test_no_assert_does_any_work(self) -> None:
+        found = []
+        for path in Path(kvcanary.__file__).parent.rglob("*.py"):
+            for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(statement, ast.Assert):
+                    calls = [node.func for node in ast.walk(statement.test) if isinstance(node, ast.Call)]
+                    names = {getattr(call, "id", getattr(call, "attr", "?")) for call in calls}
+                    loads = [n for n in ast.walk(statement.test) if isinstance(n, ast.Attribute) and n.attr == "num_regs"]
+                    found += [f"{path.name}:{statement.lineno}"] if names - PURE or loads else []
+        assert not found, "python -O leaves asserts out, and what they do with them"
+
     def test_public_names_are_sorted_and_there(self) -> None:
         names = kvcanary.__all__
         assert names == sorted(names, key=lambda name: (not name.isupper(), name)), "constants first"
