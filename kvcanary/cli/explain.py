@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcanary.box_reader import Box, BoxRun, read_box
+from kvcanary.cli.outputs import check_output, writing
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import BlackBoxError, ConfigError
 from kvcanary.story import Episode, Moment, as_json, episodes_of, stall_advice
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         from kvcanary.cli.explain_plot import draw
 
         shown = [one for one in chosen if one.violations] or chosen
-        draw(shown[-1], arguments.plot)
+        with writing("--plot", arguments.plot):
+            draw(shown[-1], arguments.plot)
         if not arguments.json:
             _print(f"\ndrawn: run {shown[-1].run} in {arguments.plot}")
     return int(any(one.has_findings for one in chosen))
@@ -82,8 +84,7 @@ def _print(text: str) -> None:
 
 
 def _check_plot(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no directory {path.parent}; make it first")
+    check_output("--plot", path)
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ConfigError(f"--plot {path}: the kind of picture is not known; end it in {', '.join(PLOT_SUFFIXES)}")
 
