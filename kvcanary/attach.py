@@ -86,7 +86,10 @@ class AttachCalls:
         if self._backend is not None:
             self._phases.need_open("attach_resident_set()")
             if provider is not None and not self.config.sweep_interval:
-                logger.warning("a resident set is attached, but sweep_interval is 0: nothing is swept; set it to steps")
+                logger.warning(
+                    "[canary] a resident set is attached, but sweep_interval is 0: nothing is swept; make the "
+                    "CanaryConfig with sweep_interval=1000, say (steps from one sweep to the next)"
+                )
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 

@@ -406,4 +406,5 @@ class CanaryManager(
             return names.index(pool)
         if isinstance(pool, int) and 0 <= pool < len(names):
             return pool
-        raise ConfigError(f"pool {pool!r}: the pools are {', '.join(names)} (0 to {len(names) - 1})")
+        known = ", ".join(map(repr, names))
+        raise ConfigError(f"there is no pool {pool!r}: give one of {known}, or 0 to {len(names) - 1}")

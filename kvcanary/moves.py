@@ -120,7 +120,8 @@ class MoveCalls:
         lists.check_lengths(src=sources, dst=slots)
         starts = lists.numbers("row_starts", row_starts, 0, _length(slots))
         prefixes = lists.numbers("prefix_lens", prefix_lens, 0, _MAX_POSITION)
-        registers = lists.numbers("request_slots", request_slots, -(1 << 31), self.max_requests - 1)
+        of = "negative is none, and request slots"
+        registers = lists.numbers("request_slots", request_slots, -(1 << 31), self.max_requests - 1, of)
         lists.check_rows(starts, prefixes, registers, _length(slots))
         self._move(
             *(lists, MoveOp.COMMIT, pool, stream),
@@ -327,7 +328,7 @@ class _Lists:
             bad = np.flatnonzero((found < low) | (found > high))
             if len(bad):
                 of = f"{what} are" if what else "give"
-                raise BatchError(f"{self.call}: {name}[{bad[0]}]={found[bad[0]]}: {of} {low} to {high}")
+                raise BatchError(f"{self.call}: {name}[{bad[0]}]={found[bad[0]]}: {of} {max(low, 0)} to {high}")
         return found
 
     def _resolve(self, name: str, values: Any) -> Array | ArrayView:
