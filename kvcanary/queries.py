@@ -57,12 +57,16 @@ class QueryCalls:
     _is_paused: bool
 
     def poll(self) -> tuple[Violation, ...]:
-        """Read what is new in the ring now, without waiting and without raising; from any thread."""
+        """Read what is new in the ring now, without waiting and without raising; from any thread.
+
+        Returns:
+            The first sightings among them; what mode "raise" raises of them, the next `end_step` does.
+        """
         self._phases.need_parent("poll()")
         return self._violations.poll() if self._backend is not None else ()
 
     def violations(self) -> tuple[Violation, ...]:
-        """Recent first sightings, oldest first; from any thread."""
+        """The newest 1,024 first sightings, oldest first; from any thread."""
         self._phases.need_parent("violations()")
         return self._violations.violations() if self._backend is not None else ()
 
