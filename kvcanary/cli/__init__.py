@@ -6,6 +6,7 @@ An exit code of 0 says that all is as it should be, 1 that it is not, 2 that the
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in (demo, drill, doctor, explain):
         module.add_parser(commands)
     _open_closed_streams()
+    logging.getLogger("kvcanary").addHandler(logging.NullHandler())  # the commands tell of violations themselves
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
