@@ -14,6 +14,7 @@ from pathlib import Path
 
 import kvcanary
 from kvcanary.cli import demo, doctor, drill, explain
+from kvcanary.cli.outputs import let_go_of_stdout
 from kvcanary.errors import KvCanaryError
 
 
@@ -29,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, say) has seen enough
-        sys.stderr.close()
+        let_go_of_stdout()
         return 0
     except (KvCanaryError, OSError) as error:
         print(f"kvcanary {arguments.command}: {error}", file=sys.stderr)

@@ -1,10 +1,11 @@
-"""Files that the commands write: refused at the start where they cannot be, and told of where writing them fails."""
+"""What the commands write: files are refused at the start where they cannot be, and a reader may go away."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvcanary.errors import ConfigError
@@ -51,3 +52,11 @@ def writing(option: str, path: Path) -> Iterator[None]:
         raise ConfigError(
             f"{option} {path} cannot be written ({why}): give another path; what was said holds"
         ) from error
+
+
+def let_go_of_stdout() -> None:
+    """Nobody reads what is printed any more: the rest goes nowhere, also what Python still has when it ends."""
+    with suppress(OSError, ValueError):  # an stdout of no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
