@@ -256,10 +256,8 @@ class Violation:
             return "the slot carries no stamp"
         whose = ""
         if self.stamp_owner and self.request_id:
-            is_own, is_right = (
-                self.stamp_owner == self.request_id,
-                self.reasons == Reason.DATA,
-            )  # shared, as prefixes are
+            is_own, is_right = self.stamp_owner == self.request_id, self.reasons == Reason.DATA
+            # A right stamp of another's is a shared prefix.
             whose = " (the same request)" if is_own else " (whose KV it shares)" if is_right else " (ANOTHER request)"
         who = f"its stamp says that {_request(self.stamp_owner)}{whose} wrote it in forward {self.stamp_step}"
         return f"{who} as position {self.stored_position}"
