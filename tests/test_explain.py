@@ -20,14 +20,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcanary import BlackBoxError, Reason
-from kvcanary.advice import ADVICE, CONTAIN, FALLEN, ON_HOST, advice_on
+from kvcanary.advice import ADVICE, CONTAIN, CONTAIN_RESERVED, CONTAIN_UNREAD, FALLEN, ON_HOST, advice_on
 from kvcanary.box_reader import MAX_BYTES, BoxRun, read_box
 from kvcanary.causes import NAMES
 from kvcanary.cli import main
 from kvcanary.cli.explain import PLOT_SUFFIXES
 from kvcanary.cli.explain_plot import MAX_CELLS, OTHERS, RESERVED, UNKNOWN, map_pool, owners_of
-from kvcanary.story import episodes_of, stall_advice
-from kvcanary.tags import Detail
+from kvcanary.story import contain, episodes_of, stall_advice
+from kvcanary.tags import CanaryLaunchTag, Detail
 from kvcanary.violations import Violation, decode
 
 
@@ -194,6 +194,25 @@ class TestStory:
         run.stalls = [{"error": "CanaryStalledError"}, {"error": "CanaryCounterError"}]
         assert len(stall_advice(run)) == 2 and "overwrote" not in stall_advice(run)[1]
         assert "device memory" in stall_advice(run)[0]
+
+
+@pytest.mark.parametrize(
+    ("of_one", "said"),
+    [
+        ({"row": 0, "request_id": 7}, CONTAIN),
+        ({"row": 0, "request_id": 0}, CONTAIN),
+        ({"row": -1, "request_id": 0, "tag": CanaryLaunchTag.SWEEP_K_FULL}, CONTAIN_UNREAD),
+        ({"row": -1, "request_id": 0, "detail": Detail.SCRUB}, CONTAIN_UNREAD),
+        (
+            {"row": -1, "request_id": 0, "detail": Detail.RESERVED, "reasons": Reason.NONFINITE_RESERVED},
+            CONTAIN_RESERVED,
+        ),
+    ],
+)
+def test_requests_are_to_be_aborted_only_where_one_has_read_it(of_one: dict[str, Any], said: str) -> None:
+    assert contain([violation(**of_one)]) == said
+    both = contain([violation(row=1, request_id=3), violation(**of_one)])
+    assert both == CONTAIN
 
 
 class TestFiles:

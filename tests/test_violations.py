@@ -137,6 +137,10 @@ class TestText:
         assert " slot=18 block=1:2 plane=v.1 layer=1: request 7 at position 2, " in summary
         assert "request 7 (the same request) wrote it in forward 1 as position 2" in summary
 
+    def test_a_sweep_is_no_unnamed_request(self) -> None:
+        summary = decode_one(**{**BIT_FLIP, "request_id": 0, "row": -1, "tag": CanaryLaunchTag.SWEEP_V_FULL}).summary()
+        assert ": the sweep at position 2, slot 18 " in summary and "unnamed" not in summary
+
     def test_damage_in_shared_kv_names_who_wrote_it_and_accuses_nobody(self) -> None:
         shared = decode_one(**{**BIT_FLIP, "stamp_owner": 9}).summary()
         assert "its stamp says that request 9 (whose KV it shares) wrote it in forward 1 as position 2" in shared
