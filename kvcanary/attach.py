@@ -78,7 +78,18 @@ class AttachCalls:
 
     @one_at_a_time
     def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
-        """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
+        """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches.
+
+        Nothing is swept without ``sweep_interval``, as a WARNING says.
+
+        Args:
+            provider: called at each sweep: (slots, positions, predecessors[, tokens]), each i32[n], or None for
+                nothing.
+            pool: name or number.
+
+        Raises:
+            ConfigError: no function, or no such pool.
+        """
         if provider is not None and not callable(provider):
             raise ConfigError(
                 f"attach_resident_set({type(provider).__name__}): give a function without arguments, or None"
