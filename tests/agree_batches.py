@@ -29,6 +29,11 @@ def n_places(pool: KvPool, length: int) -> int:
     return 1 + max((place_of(pool, p) for p in range(length)), default=-1)
 
 
+def table_pool(luts: Sequence[NDArray[np.int64] | None], i: int) -> int:
+    """The pool whose tables place what is in pool i: the first one's, where it has a look-up table behind them."""
+    return i if luts[i] is None else 0
+
+
 class Batches:
     """Makes batches of rows; keeps the history of all request slots.
 
@@ -51,12 +56,9 @@ class Batches:
         self.has_draft_pools = has_draft_pools
         self.history = np.full(history_shape, -1, np.int32)
 
-    def table_pool(self, i: int) -> int:
-        return i if self.luts[i] is None else 0
-
     def _slots(self, i: int, request: Request, positions: range) -> list[int]:
         """Slots as the engine names them in the tables of pool i."""
-        table = self.table_pool(i)
+        table = table_pool(self.luts, i)
         page, blocks = self.pools[table].page_size, request.blocks[table]
         places = [place_of(self.pools[table], p) for p in positions]
         return [blocks[p // page] * page + p % page for p in places]
@@ -101,10 +103,10 @@ class Batches:
 
     def _entries(self, row: Row, i: int, is_slots: bool) -> list[int]:
         """The row's table for pool i: as long as the row, with what it shows of evicted blocks."""
-        pool = self.pools[self.table_pool(i)]
+        pool = self.pools[table_pool(self.luts, i)]
         null = self.rng.choice((-1, *pool.reserved_blocks))
         length = n_places(pool, row.start + len(row.ids))
-        shown = row.request.shown[self.table_pool(i)][: -(-length // pool.page_size)] if row.request else []
+        shown = row.request.shown[table_pool(self.luts, i)][: -(-length // pool.page_size)] if row.request else []
         blocks = [null if b < 0 else b for b in shown] or [null] * -(-length // pool.page_size)
         if not is_slots:
             return blocks
@@ -122,7 +124,7 @@ class Batches:
                 tables.setdefault("kv_indptr", []).append(np.cumsum([0, *map(len, lists)]).astype(np.int32))
                 flat = [b for e in lists for b in e] + self._junk(rng.randint(0, 3))
                 tables.setdefault("kv_indices", []).append(np.array(flat, np.int32))
-                page = self.pools[self.table_pool(i)].page_size
+                page = self.pools[table_pool(self.luts, i)].page_size
                 last = [
                     row.start + len(row.ids) - max(0, len(e) - 1) * page for row, e in zip(rows, entries, strict=True)
                 ]

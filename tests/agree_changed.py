@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from agree import Array, Arrays, PoolSpec, Side, SimtSide, Twins
+from agree import Array, Arrays, PoolSpec, Side, SimtSide
+from agree_twins import Twins
 
 from kvcanary import StepBatch, abi
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from agree import Arrays, Twins
+from agree import Arrays
+from agree_twins import Twins
 from numpy.typing import NDArray
 
 Array = NDArray[Any]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from agree import Twins
 from agree_state import Load
+from agree_twins import Twins
 from numpy.typing import NDArray
 
 from kvcanary import SlotBundle

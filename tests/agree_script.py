@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from agree import Arrays, PoolSpec, Side, Twins
+from agree import Arrays, PoolSpec, Side, Sides
+from agree_twins import Twins
 from numpy.typing import NDArray
 
 from kvcanary import KvPool, PoolKind, Reason, abi, layouts
@@ -168,6 +169,11 @@ class Script:
             self.twins.edit_guard(0, "digests", digests)
 
 
+def owned_script(sides: Sides, **config: object) -> Script:
+    """One whose guard is told who owns which block."""
+    return Script(sides(), **{"lifecycle": True, **config})  # type: ignore[arg-type]
+
+
 def seen(records: NDArray[Any]) -> list[Seen]:
     """The records, sorted by tag, row, position, plane."""
     found = [
@@ -188,3 +194,14 @@ def kinds(found: Sequence[Seen], stage: str = "", request: int | None = None) ->
         if v.tag.startswith(stage) and request in (None, v.request):
             by_slot[v.slot] = by_slot.get(v.slot, Reason(0)) | v.reasons
     return by_slot
+
+
+def stamps(s: Script, name: str, slots: Any) -> NDArray[Any]:
+    """Of some slots, what "head0", "tail0", ... of the first side has: STAMP[len(slots)]."""
+    found: NDArray[Any] = s.twins.sides[0].read_guard(0, name)[list(slots)]
+    return found
+
+
+def skipped(s: Script) -> int:
+    """Entries of moves that named no slot, so far."""
+    return int(s.twins.words[abi.STATE_SKIPPED_MOVES])

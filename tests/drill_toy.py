@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
+from base import full_config
 from engine import PAGE, ToyEngine
+from simt.driver import simt_backend
 
-from kvcanary import StepBatch
+from kvcanary import CanaryConfig, Perturbation, StepBatch
 
 
 def nothing() -> None:
@@ -72,3 +77,32 @@ class DrillToy(ToyEngine):
         return [
             (now.ctypes.data + int(i), int(now[i] ^ old[i])) for now, old in pairs for i in np.flatnonzero(now != old)
         ]
+
+
+Make = Callable[..., DrillToy]
+
+
+@pytest.fixture(name="make", params=["host", "kernels"])
+def drill_maker(request: pytest.FixtureRequest) -> Make:
+    """Makes toys on the reference, and on the kernels' CPU build."""
+    if request.param == "host":
+        return functools.partial(DrillToy, backend="host")
+    return functools.partial(
+        DrillToy, backend=functools.partial(simt_backend, library=request.getfixturevalue("library"))
+    )
+
+
+def armed(text: str, **config: Any) -> CanaryConfig:
+    """For a manager that a test makes itself."""
+    settings = {"verify_data_every": 1, "ring_capacity": 256, "perturb": text, "perturb_armed": True}
+    return full_config(**{**settings, **config})
+
+
+def the_one(toy: ToyEngine) -> Perturbation:
+    (done,) = toy.manager.perturbations
+    return done
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    return [line for line in lines if line.startswith("[canary] perturb:")]

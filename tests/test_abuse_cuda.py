@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import PAGE, ToyEngine
+from fake_toy import FakeToy, fake_world, prefilled  # noqa: F401  a fixture
 from simt.fake_cuda import FakeArray, FakeCuda
-from test_cuda_driver import FakeToy, library, prefilled, world  # noqa: F401  fixtures
 
 from kvcanary import BackendError, CanaryManager, PhaseError, Reason, captured, layouts
 from kvcanary.backends import cuda
@@ -41,7 +41,7 @@ def serves(toy: FakeToy, graph: Any, first: int) -> None:
 
 # ---- captures --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("place", ["before HEAD", "model", "behind TAIL"])
-def test_a_capture_cut_short_leaves_nothing_behind(world: FakeCuda, place: str) -> None:  # noqa: F811
+def test_a_capture_cut_short_leaves_nothing_behind(world: FakeCuda, place: str) -> None:
     toy, graph = prefilled(world, verify_data_every=1)
     assert toy.device_batch is not None
     batch, stream, before = toy.device_batch, world.new_stream(), toy.manager.backend.snapshot_words().copy()
@@ -66,7 +66,7 @@ def test_a_capture_cut_short_leaves_nothing_behind(world: FakeCuda, place: str) 
     assert graph is not None
 
 
-def test_a_capture_cut_short_by_plain_calls_is_abandoned(world: FakeCuda) -> None:  # noqa: F811
+def test_a_capture_cut_short_by_plain_calls_is_abandoned(world: FakeCuda) -> None:
     toy, _graph = prefilled(world, verify_data_every=1)
     batch, stream = toy.device_batch, world.new_stream()
     assert batch is not None
@@ -80,7 +80,7 @@ def test_a_capture_cut_short_by_plain_calls_is_abandoned(world: FakeCuda) -> Non
 
 
 def test_a_graph_that_holds_half_a_forward_is_neither_an_alarm_nor_silence(
-    world: FakeCuda,  # noqa: F811
+    world: FakeCuda,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """HEAD without TAIL: its slots are counted, not judged, and the health check says what is missing."""
@@ -109,7 +109,7 @@ def destroy(toy: FakeToy) -> None:
     del toy.world.streams[toy.stream.handle]
 
 
-def test_a_stream_that_is_destroyed_between_steps_is_not_used_any_more(world: FakeCuda) -> None:  # noqa: F811
+def test_a_stream_that_is_destroyed_between_steps_is_not_used_any_more(world: FakeCuda) -> None:
     toy, graph = prefilled(world, verify_data_every=1, stats_print_every_n_steps=1, lifecycle=False)
     toy.replay(graph, 1)
     world.pump()
@@ -124,7 +124,7 @@ def test_a_stream_that_is_destroyed_between_steps_is_not_used_any_more(world: Fa
 
 
 def test_a_stream_that_is_destroyed_within_a_step_costs_a_snapshot(
-    world: FakeCuda,  # noqa: F811
+    world: FakeCuda,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     toy, graph = prefilled(world, verify_data_every=1, stats_print_every_n_steps=1, sweep_interval=1)
@@ -150,7 +150,7 @@ def test_a_stream_that_is_destroyed_within_a_step_costs_a_snapshot(
 
 # ---- the manager goes, its graphs stay -------------------------------------------------------------------------------
 def test_a_manager_collected_while_a_graph_lives_leaves_its_memory_to_it(
-    world: FakeCuda,  # noqa: F811
+    world: FakeCuda,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     toy, graph = prefilled(world)
@@ -167,7 +167,7 @@ def test_a_manager_collected_while_a_graph_lives_leaves_its_memory_to_it(
     assert stamps().np.view(np.uint32)[PAGE + 3 :].any(), "the graph has written where it always did"
 
 
-def test_a_manager_whose_forwards_were_never_captured_is_freed(world: FakeCuda) -> None:  # noqa: F811
+def test_a_manager_whose_forwards_were_never_captured_is_freed(world: FakeCuda) -> None:
     toy = FakeToy(world)
     batch = toy.fill((0, 0, 1), (1, 0, 1))
     with toy.manager.step(toy.stream):
@@ -179,7 +179,7 @@ def test_a_manager_whose_forwards_were_never_captured_is_freed(world: FakeCuda) 
     assert stamps() is None and captured.orphans() == ()
 
 
-def test_a_manager_that_is_closed_is_freed_although_it_was_captured(world: FakeCuda) -> None:  # noqa: F811
+def test_a_manager_that_is_closed_is_freed_although_it_was_captured(world: FakeCuda) -> None:
     toy, _graph = prefilled(world)
     stamps = weakref.ref(toy.manager.backend._arrays[0]["head0"])  # type: ignore[attr-defined]
     toy.manager.close()
@@ -218,7 +218,7 @@ class SmallCuda(FakeCuda):
 
 
 @pytest.fixture
-def small(library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+def small(library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(n_bytes: int, n_pinned: int = 1 << 30) -> SmallCuda:
         small = SmallCuda(library, n_bytes, n_pinned)
         monkeypatch.setattr(cuda, "check_driver", lambda: None)
@@ -240,7 +240,7 @@ def test_memory_that_does_not_suffice_is_named_and_given_back(small: Any, fracti
     manager = construct(toy)
     needed = enough.used
     manager.close()
-    world = small(int(needed * fraction))  # noqa: F811
+    world = small(int(needed * fraction))
     with pytest.raises(BackendError) as caught:
         construct(toy)
     text = str(caught.value)
@@ -259,7 +259,7 @@ def test_memory_that_does_not_suffice_is_named_and_given_back(small: Any, fracti
 
 
 def test_pinned_memory_that_does_not_suffice_is_named(small: Any) -> None:
-    world = small(1 << 30, n_pinned=100)  # noqa: F811
+    world = small(1 << 30, n_pinned=100)
     with pytest.raises(BackendError, match=r"no pinned host memory of \d+ bytes .*ulimit -l") as caught:
         construct(ToyEngine())
     gc.collect()
@@ -268,7 +268,7 @@ def test_pinned_memory_that_does_not_suffice_is_named(small: Any) -> None:
 
 def test_a_log_of_such_a_failure_holds_nothing(small: Any, caplog: pytest.LogCaptureFixture) -> None:
     """An engine that logs the error with its traceback and goes on unguarded has its memory back."""
-    world = small(1 << 12)  # noqa: F811
+    world = small(1 << 12)
     toy = ToyEngine()
     try:
         construct(toy)

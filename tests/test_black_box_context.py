@@ -10,25 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_toy import FakeToy, fake_world, prefilled  # noqa: F401  a fixture
 from simt.fake_cuda import FakeCuda, FakeEvent, FakeStream
-from test_cuda_driver import FakeToy, prefilled
 
 from kvcanary import Reason
-from kvcanary.backends import cuda
 from kvcanary.box_reader import BoxRun, read_box
 
 
 class DeadContextError(RuntimeError):
     """cudaErrorIllegalAddress, as every call answers from then on."""
-
-
-@pytest.fixture
-def world(library: Any, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """A device of the kernels' CPU build."""
-    world = FakeCuda(library)
-    monkeypatch.setattr(cuda, "check_driver", lambda: None)
-    monkeypatch.setattr(cuda, "import_cuda", lambda: (world.cupy, world.core))
-    return world
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import PoolSpec, Sides, Twins
+from agree import PoolSpec, Sides
 from agree_pools import random_pool
 from agree_script import A, B, Row, Script, kinds
+from agree_twins import Twins
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import PAGE
+from fake_toy import FakeToy, copy_block, prefilled, swap_blocks
 from simt.fake_cuda import FakeCuda
 from simt.fake_driver import CONTEXT, PRIMARY, FakeDriver, FakeLibcuda
 from simt.runner import SimtLibrary
-from test_cuda_driver import FakeToy, copy_block, library, prefilled, swap_blocks  # noqa: F401
 
 from kvcanary import BackendError, LayoutError, Reason, layouts
 from kvcanary.backends import context, cuda, whose
@@ -19,7 +19,7 @@ from kvcanary.backends.context import ContextDriver
 
 
 @pytest.fixture
-def driver(library: SimtLibrary, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:  # noqa: F811
+def driver(library: SimtLibrary, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     def no_cupy() -> Any:
         raise AssertionError("CuPy knows nothing of this context")
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from cpp import EXAMPLES, build_shared
 from engine import PAGE, ToyEngine
+from fake_toy import FakeToy, fake_world  # noqa: F401  a fixture
 from simt.fake_cuda import FakeCuda, FakeStream
-from test_cuda_driver import FakeToy, library, world  # noqa: F401  the stand-in of a GPU
 
 from kvcanary import CaptureError, PhaseError, Reason, StepBatch, abi
 
@@ -32,7 +32,7 @@ def guard_graph(example: Any, head: int, model: int, tail: int) -> list[int]:
     return list(handles[: example.fake_children(guarded, handles)])
 
 
-def launch(world: FakeCuda, children: Sequence[Any], stream: FakeStream) -> None:  # noqa: F811
+def launch(world: FakeCuda, children: Sequence[Any], stream: FakeStream) -> None:
     for child in children:
         child.launch(stream)
     world.pump()
@@ -45,7 +45,7 @@ def captured_model(toy: FakeToy) -> Any:
     return stream.end_capture()
 
 
-def test_an_engine_in_cpp_adds_them_as_child_nodes(world: FakeCuda, child_nodes: Any) -> None:  # noqa: F811
+def test_an_engine_in_cpp_adds_them_as_child_nodes(world: FakeCuda, child_nodes: Any) -> None:
     toy = FakeToy(world, verify_data_every=1)
     batch, model = toy.fill((0, 0, 1), (1, 0, 1)), captured_model(toy)
     graphs = toy.manager.graphs(batch)
@@ -68,7 +68,7 @@ def test_an_engine_in_cpp_adds_them_as_child_nodes(world: FakeCuda, child_nodes:
     assert (v.reasons, v.slot, v.layer, v.request_id) == (Reason.DATA, PAGE + 2, 1, 1)
 
 
-def test_the_engines_streams_are_not_touched_and_nothing_runs(world: FakeCuda) -> None:  # noqa: F811
+def test_the_engines_streams_are_not_touched_and_nothing_runs(world: FakeCuda) -> None:
     toy = FakeToy(world)
     batch = toy.fill((0, 0, 1))
     before = world.calls.copy()
@@ -79,7 +79,7 @@ def test_the_engines_streams_are_not_touched_and_nothing_runs(world: FakeCuda) -
     assert toy.manager.backend.snapshot_words()[abi.STATE_FORWARD] == 0
 
 
-def test_handles_that_nobody_holds_are_destroyed(world: FakeCuda) -> None:  # noqa: F811
+def test_handles_that_nobody_holds_are_destroyed(world: FakeCuda) -> None:
     toy = FakeToy(world)
     graphs = toy.manager.graphs(toy.fill((0, 0, 1)))
     assert len(world.graphs) == 2
@@ -88,7 +88,7 @@ def test_handles_that_nobody_holds_are_destroyed(world: FakeCuda) -> None:  # no
     assert world.graphs == {}
 
 
-def test_a_capture_that_fails_is_ended(world: FakeCuda) -> None:  # noqa: F811
+def test_a_capture_that_fails_is_ended(world: FakeCuda) -> None:
     toy = FakeToy(world)
     batch = toy.fill((0, 0, 1))
     toy.manager.graphs(batch).close()

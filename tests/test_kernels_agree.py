@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from agree import Arrays, PoolSpec, Side, SimtSide, Twins
-from agree_engine import drive, random_scenario
+from agree import Arrays, PoolSpec, Side, SimtSide
+from agree_drive import drive, random_scenario
 from agree_faults import KINDS, Faults
 from agree_pools import random_pool
 from agree_script import A, B, Row, Script, batch_of, kinds, pool_spec
+from agree_twins import Twins
 from hypothesis import given
 from hypothesis import strategies as st
 from simt.build import sanitizer_environment

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from agree import Side, SimtSide
-from agree_engine import drive, random_scenario
+from agree_drive import drive, random_scenario
 from agree_faults import Faults
 from hypothesis import given
 from hypothesis import strategies as st

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import PoolSpec, Sides, Twins
+from agree import PoolSpec, Sides
 from agree_pools import random_pool
 from agree_script import A, Row, Script, kinds
+from agree_twins import Twins
 
 from kvcanary import Reason, abi, layouts
 from kvcanary.backends.launches import MAX_DIGEST_SPLIT

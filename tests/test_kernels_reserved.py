@@ -12,12 +12,11 @@ import pytest
 from agree import PoolSpec, Sides, SimtSide
 from agree_pools import LAYOUTS, random_pool
 from agree_script import A, Row, Script, batch_of
+from fake_toy import fake_world, prefilled  # noqa: F401  a fixture
 from numpy.typing import NDArray
 from simt.fake_cuda import FakeCuda
-from test_cuda_driver import prefilled
 
 from kvcanary import CanaryConfig, CanaryManager, KvPool, Plane, Reason, StepBatch, abi, layouts
-from kvcanary.backends import cuda
 from kvcanary.construct import pool_names
 from kvcanary.elements import ELEMENTS
 from kvcanary.tags import Detail, Half
@@ -358,16 +357,8 @@ def test_the_estimate_counts_the_planes() -> None:
 
 
 # ---- captured --------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def world(library: Any, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    world = FakeCuda(library)
-    monkeypatch.setattr(cuda, "check_driver", lambda: None)
-    monkeypatch.setattr(cuda, "import_cuda", lambda: (world.cupy, world.core))
-    return world
-
-
 def test_one_graph_looks_in_the_steps_that_are_due(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_cuda_driver.layouts.nhd", _as_fp8(layouts.nhd))
+    monkeypatch.setattr("fake_toy.layouts.nhd", _as_fp8(layouts.nhd))
     toy, graph = prefilled(world, check_reserved_every=3)
     for layer in (*toy.k, *toy.v):
         layer[0] = 0

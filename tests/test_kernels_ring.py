@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import PoolSpec, Side, Twins
+from agree import PoolSpec, Side
 from agree_script import Seen, kinds, seen
+from agree_twins import Twins
 
 from kvcanary import KvPool, PoolKind, Reason, layouts
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import PoolSpec, Side, SimtSide, Twins
+from agree import PoolSpec, Side, SimtSide
+from agree_twins import Twins
 from simt.runner import SimtLibrary
 
 from kvcanary import KvPool, Reason, layouts

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import PoolSpec, Side, Twins
+from agree import PoolSpec, Side
+from agree_twins import Twins
 from layout_catalogue import ENGINES
 from numpy.typing import NDArray
 

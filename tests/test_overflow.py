@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import Side, Sides, Twins
+from agree import Side, Sides
 from agree_script import A, Row, batch_of, pool_spec
+from agree_twins import Twins
 from engine import ToyEngine
 
 from kvcanary import CanaryConfig, CanaryManager, CanaryStats, Reason, StepBatch, abi, layouts

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from engine import N_BLOCKS, PAGE, ToyEngine
+from fake_toy import FakeToy, fake_world, prefilled  # noqa: F401  a fixture
 from simt.driver import simt_backend
 from simt.fake_cuda import FakeArray, FakeCuda
-from test_cuda_driver import FakeToy, library, prefilled, world  # noqa: F401  the stand-in of a GPU
 
 from kvcanary import CanaryManager, CaptureError, LayoutError, PhaseError, Reason, layouts
 from kvcanary.rebind import arrays_of, rebound_pool
@@ -199,7 +199,7 @@ def test_arrays_come_once_each_in_the_order_of_the_planes() -> None:
 
 
 # ---- a captured graph ------------------------------------------------------------------------------------------------
-def test_a_captured_graph_follows_without_waiting(world: FakeCuda) -> None:  # noqa: F811
+def test_a_captured_graph_follows_without_waiting(world: FakeCuda) -> None:
     toy, graph = prefilled(world, verify_data_every=1)
     for p in range(1, 4):
         toy.replay(graph, p)
@@ -233,7 +233,7 @@ def _moved(toy: FakeToy) -> list[Any]:
     return old
 
 
-def test_arrays_that_have_not_moved_cost_nothing(world: FakeCuda) -> None:  # noqa: F811
+def test_arrays_that_have_not_moved_cost_nothing(world: FakeCuda) -> None:
     toy, _graph = prefilled(world)
     before = world.calls.copy()
     toy.manager.rebind(0, toy.pool, stream=toy.stream)
@@ -241,7 +241,7 @@ def test_arrays_that_have_not_moved_cost_nothing(world: FakeCuda) -> None:  # no
     assert world.calls == before
 
 
-def test_a_capturing_stream_is_refused(world: FakeCuda) -> None:  # noqa: F811
+def test_a_capturing_stream_is_refused(world: FakeCuda) -> None:
     toy, _graph = prefilled(world)
     toy.stream.begin_capture()
     with pytest.raises(CaptureError, match=r"rebind\(\)"):

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agree import Sides, Twins
-from agree_engine import drive, random_scenario
+from agree import Sides
+from agree_drive import drive, random_scenario
 from agree_faults import Faults
 from agree_script import A, B, Row, Script, batch_of, kinds
+from agree_twins import Twins
 from engine import ToyEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sim_cupy import SimtCupy, host, sim_library  # noqa: F401  a fixture
 from simt.runner import SimtLibrary
-from test_sim_cuda import SimtCupy, host, library  # noqa: F401  # the kernels of the sim, built for the CPU
 from test_sim_model import N_BLOCKS, PAGE, SMALL, make_arrays
 
 from kvcanary.sim import cuda_model
@@ -90,7 +90,11 @@ def test_kernel_writes_the_same() -> None:
 
 
 @pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("habits", [Habits(), Habits(n_draft=3), Habits(in_flight=True, shares_early=True)], ids=str)
+@pytest.mark.parametrize(
+    "habits",
+    [Habits(), Habits(n_draft=3), Habits(in_flight=True, shares_early=True)],
+    ids=["plain", "drafts", "in flight"],
+)
 def test_engine_says_and_writes_the_same(habits: Habits) -> None:
     expected, model = ScribeModel(SMALL, 64, 16), CudaScribe(SMALL, 64, 16)
     runner = ScribeRunner(model)
@@ -119,7 +123,7 @@ def test_layer_by_layer_is_never_a_graph() -> None:
     assert arrived == [0, 1] and not runner._graphs
 
 
-def test_numbers_agree_with_the_source(library: SimtLibrary) -> None:  # noqa: F811
+def test_numbers_agree_with_the_source(library: SimtLibrary) -> None:
     for name, value in {"OF_TOKEN": OF_TOKEN, "OF_SLOT": OF_SLOT, "OF_WORD": OF_WORD, "OF_MIX": OF_MIX}.items():
         assert f"{name} = 0x{value:08X}u" in SOURCE
     assert f"SCRIBE_THREADS = {cuda_model.THREADS};" in SOURCE

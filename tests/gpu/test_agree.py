@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from agree import DeviceSide, Side
-from agree_engine import drive, random_scenario
+from agree_drive import drive, random_scenario
 from agree_faults import KINDS, Faults
 
 pytestmark = pytest.mark.gpu

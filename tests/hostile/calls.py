@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from agree import Twins
+from agree_twins import Twins
 from numpy.typing import NDArray
 
 from kvcanary import KvCanaryError, SlotBundle

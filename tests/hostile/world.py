@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from agree import PoolSpec, Side, SimtSide, Twins
+from agree import PoolSpec, Side, SimtSide
 from agree_pools import random_pools
+from agree_twins import Twins
 from simt.runner import SimtLibrary
 
 from kvcanary import KvCanaryError

@@ -5,8 +5,10 @@ from __future__ import annotations
 from .mutant import Mutant
 
 OBSERVER, MANAGER = "tests/observers/test_violation_observer.py", "tests/test_manager.py"
-HEALTH, DEFERRED = "tests/observers/test_health.py", "tests/test_deferred.py tests/test_interleavings.py"
-LIMITS, OWNERSHIP = "tests/test_kernels_limits.py", "tests/test_kernels_ownership.py"
+HEALTH = " ".join(f"tests/observers/test_health{part}.py" for part in ("", "_pools", "_any_order"))
+DEFERRED = "tests/test_deferred.py tests/test_interleavings.py"
+LIMITS = "tests/test_kernels_limits.py"
+OWNERSHIP = " ".join(f"tests/test_kernels_{name}.py" for name in ("ownership", "ownership_legal", "blocks"))
 CATCH = f"tests/test_kernels_catch.py {LIMITS}"
 LEDGER = "tests/test_ledger.py tests/test_lifecycle.py"
 

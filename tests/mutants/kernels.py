@@ -5,10 +5,11 @@ from __future__ import annotations
 from .mutant import Mutant
 
 AGREE, CATCH, MUSEUM = (f"tests/test_kernels_{name}.py" for name in ("agree", "catch", "museum"))
-SHAPES, RESERVED, OWNERSHIP, SCRUB = (
-    f"tests/test_kernels_{n}.py" for n in ("shapes", "reserved", "ownership", "scrub")
+SHAPES, RESERVED, SCRUB = (f"tests/test_kernels_{name}.py" for name in ("shapes", "reserved", "scrub"))
+OWNERSHIP = " ".join(f"tests/test_kernels_{name}.py" for name in ("ownership", "ownership_legal", "blocks"))
+MOVES = " ".join(
+    f"tests/test_{n}.py" for n in ("moves", "moves_lists", "moves_trees", "moves_museum", "kernels_limits")
 )
-MOVES = "tests/test_moves.py tests/test_moves_museum.py tests/test_kernels_limits.py"
 MODEL, OVERFLOW = "tests/test_interleavings.py", "tests/test_overflow.py"
 HONEST = "tests/test_kernels_honest.py"
 LIMITS, RENUMBER = "tests/test_kernels_limits.py", "tests/test_renumber.py"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from agree import Array, Arrays, SimtSide, Twins
+from agree import Array, Arrays, SimtSide
 from agree_changed import (
     N_SPARE_ROWS,
     N_SPARE_TOKENS,
@@ -22,8 +22,9 @@ from agree_changed import (
     put_together,
     take_apart,
 )
-from agree_engine import drive, random_scenario
+from agree_drive import drive, random_scenario
 from agree_faults import Faults
+from agree_twins import Twins
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import examples
