@@ -1,7 +1,5 @@
 """kvcanary: a guard for the paged KV cache of LLM inference engines."""
 
-import logging
-
 from kvcanary import layouts
 from kvcanary.agreement import RankAgreement
 from kvcanary.batch import StepBatch
@@ -84,5 +82,3 @@ __all__ = [
     "Violation",
     "layouts",
 ]
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -6,6 +6,14 @@ CONTAIN = (
     "Abort the requests named above and compute them anew from their prompts; what they have generated since then "
     "is not to be trusted. Keep their blocks out of use, and out of the prefix cache, until the cause is known."
 )
+CONTAIN_UNREAD = (
+    "No request has read it, as far as these findings tell: take the blocks named above out of the prefix cache, so "
+    "that none will, and keep them out of use until the cause is known. Watch the requests that share them."
+)
+CONTAIN_RESERVED = (
+    "No request's KV is wrong, but answers may be: look at the outputs, and abort requests that answer with nothing or "
+    "with one repeated token. Zero the reserved block, or restart; it comes back with the next such padding."
+)
 # By class of `kvcanary.causes.NAMES`; "" is "cannot tell".
 ADVICE: dict[str, str] = {
     "C01": "Free blocks only after the last dispatched step that reads or writes them has ended on the device: look "

@@ -78,7 +78,18 @@ class AttachCalls:
 
     @one_at_a_time
     def attach_resident_set(self, provider: ResidentSet | None, pool: str | int = 0) -> None:
-        """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches."""
+        """Give the sweep the resident slots of a pool, see `SweepOrchestrator`; None detaches.
+
+        Nothing is swept without ``sweep_interval``, as a WARNING says.
+
+        Args:
+            provider: called at each sweep: (slots, positions, predecessors[, tokens]), each i32[n], or None for
+                nothing.
+            pool: name or number.
+
+        Raises:
+            ConfigError: no function, or no such pool.
+        """
         if provider is not None and not callable(provider):
             raise ConfigError(
                 f"attach_resident_set({type(provider).__name__}): give a function without arguments, or None"
@@ -86,7 +97,10 @@ class AttachCalls:
         if self._backend is not None:
             self._phases.need_open("attach_resident_set()")
             if provider is not None and not self.config.sweep_interval:
-                logger.warning("a resident set is attached, but sweep_interval is 0: nothing is swept; set it to steps")
+                logger.warning(
+                    "[canary] a resident set is attached, but sweep_interval is 0: nothing is swept; make the "
+                    "CanaryConfig with sweep_interval=1000, say (steps from one sweep to the next)"
+                )
             self._sweep.attach(self._pool_index(pool), provider)
             self._health.active_tags = self._stats_logger.active_tags = self.active_tags
 

@@ -67,17 +67,20 @@ class StepBatch:
             sequence of such arrays, one per pool of the forward (all, or those that its ``pools=`` names); None for CSR
             tables and for static caches, where row r has block r.
         seq_lens: i32[rows], tokens after this forward; None only with ``kv_last_page_len``.
-        query_start_loc: i32[rows + 1], where each row's new tokens begin in the token arrays.
-        input_ids: i32 or i64[tokens].
+        query_start_loc: i32[rows + 1], where each row's new tokens begin in the token arrays; the last is
+            the end of the last row's.
+        input_ids: i32 or i64[tokens], the new tokens, row after row; what lies behind the last row is padding.
         slot_mapping: i32 or i64[tokens], the slot each token is written to, negative = none; or one per pool.
         request_slots: i32[rows], small stable integer of the request, in [0, max_requests); negative = none.
         request_ids: u32[rows], never reused, nor kept for another text (a beam that goes on from another one);
             0 = unknown, the row is unanchored.
-        salts: u64[rows].
+        salts: u64[rows], what the KV of a row depends on beside its tokens, as one number: adapter, tenant, ...; rows
+            may share KV only under equal salts. A request keeps its own as long as it lives. None = 0 for all.
         prefix_chain: u64[rows], `CanaryManager.chain` of the prefix; read on a request's first forward.
         token_history: i32[max_requests, max_len] by request slot; negative = not judged, nor is what lies
             behind max_len.
-        expected_tokens: [tokens], of the element type of ``input_ids``.
+        expected_tokens: [tokens], of the element type of ``input_ids``: what the scheduler meant them to be; negative =
+            not judged.
         pending: u8[rows], 1 = KV of this row is still being loaded.
         verify_all: u8[rows], 1 = digest the whole prefix; set it for a row whose KV came from elsewhere since its last
             forward (a preempted request that resumes with a hit near its old length looks like one that went on).

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcanary.black_box import SCHEMA
-from kvcanary.box_file import check_kind
+from kvcanary.box_file import MAX_PROCESS_BYTES, check_kind
 from kvcanary.errors import BlackBoxError
 from kvcanary.layout import MAX_SLOTS
 from kvcanary.records import from_dict
@@ -19,6 +19,7 @@ from kvcanary.violations import Violation
 KINDS = ("start", "violation", "stall", "counters", "end")
 _END_OF_TIME = 250_000_000_000  # in the year 9892: what can be shown as a date
 _END_OF_STEPS = 1 << 63  # what an axis of a picture can show
+MAX_BYTES = 1 << 30  # of a file: it is read into memory, and a log that was given by mistake must not fill that
 _SHOWN = 40  # bytes of a bad line that an error shows
 
 
@@ -136,6 +137,12 @@ def _content(path: Path) -> bytes:
     """All of a regular file; a pipe that nobody writes to would be waited for without end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         check_kind(file.fileno())
+        n_bytes = os.fstat(file.fileno()).st_size
+        if n_bytes > MAX_BYTES:
+            raise BlackBoxError(
+                f"{path} has {n_bytes} bytes, at most {MAX_BYTES} are read: a process writes no more than "
+                f"{MAX_PROCESS_BYTES} to a black box: it is something else. Give the file that black_box_path named"
+            )
         return file.read()
 
 

@@ -18,6 +18,7 @@ from kvcanary.cause_rules_rows import (
     other_root,
     own_tokens,
 )
+from kvcanary.cause_rules_seams import later_seam, lost_in_window, other_entry
 from kvcanary.cause_rules_unnamed import unnamed_duplicates, unnamed_reads, unnamed_writes
 from kvcanary.cause_rules_writes import duplicates_rule, foreign_writes_rule, inputs_rule, writes_rule
 from kvcanary.evidence import Records
@@ -83,6 +84,8 @@ def _reads(records: Records) -> Found:
             yield from exchanged_rows(run)
         elif records.is_window(v):
             yield "C19", 0.85, f"{run.story}, and it is inside the window of request {v.request_id}"
+            if not records.knows_owners(v) and v.stamp_step < v.forward:
+                yield from lost_in_window(run, f"{run.story}, which may be what the block held before")
         elif run.is_registered:
             yield from _overwritten(records, run)
         else:
@@ -133,6 +136,8 @@ def _overwritten(records: Records, run: Run) -> Found:
         yield "C08", 0.7, f"{wrote} that was overwritten with request {reader}'s while it was read"
     elif is_back:
         yield "C01", 0.9, f"{run.story}, after {records.handover(v)}: a write by a request that had ended"
+    elif (seam := later_seam(records, run)) is not None:
+        yield from other_entry(records, run, seam)
     elif any(r.stored_position != r.position for r in run.records):
         yield from _other_index(records, run)
     elif records.has_hole_after_read(reader, v.forward):
@@ -148,8 +153,8 @@ def _overwritten(records: Records, run: Run) -> Found:
         yield "C03", 0.5, f"{run.story}: both may have been given these blocks"
         yield "C08", 0.4, f"{run.story}: the table row of request {reader} may be another request's"
     else:
-        given = "both were given" if records.knows_owners(v) else "both may have been given"
-        yield "C03", 0.8, f"{run.story}, while request {reader} was running: {given} block {run.blocks[0]}"
+        have = "both have" if records.knows_owners(v) else "both may have"
+        yield "C03", 0.8, f"{run.story}, and request {reader} has run up to there: {have} block {run.blocks[0]}"
         yield "C01", 0.5, f"{run.story}: request {reader} may have ended, and its last step come late"
 
 

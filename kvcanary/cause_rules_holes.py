@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvcanary import abi
 from kvcanary.cause_rules_bytes import Found
 from kvcanary.cause_rules_rows import ended_row, has_older_kv, late_write, moved_entries, moved_row, one_missing
+from kvcanary.cause_rules_seams import lost_in_window
 from kvcanary.evidence import Records
 from kvcanary.evidence_runs import Run
 from kvcanary.tags import Detail, Stage
@@ -43,6 +44,7 @@ def _missing(records: Records, run: Run, what: str) -> Found:
         yield "C08", 0.95, f"{what}, after it had read, and written, through another request's table row"
     elif records.is_window(v):
         yield "C19", 0.85, f"{what}, inside its window"
+        yield from lost_in_window(run, what)
     elif (over := records.overwrote_own(v)) is not None:
         yield "C14", 0.85, f"{what}: that token was written over its position {over} instead"
         yield "C20", 0.7, f"{what}: that token was written over its position {over}, as a length that is short does it"

@@ -91,16 +91,10 @@ class CanaryConfig:
     perturb_armed: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}")
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-            if number is None or not low <= number <= high:
-                raise ConfigError(f"{name}={value!r}: give an integer from {low} to {high}")
-            object.__setattr__(self, name, number)  # NumPy's are no JSON
+        for name in (*_CHOICES, *_RANGES):
+            _check_value(name, name, getattr(self, name))
+        for name in _RANGES:
+            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's are no JSON
         for name in ("lifecycle", "check_write_position", "log_tokens", "nvtx", "perturb_armed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
@@ -138,6 +132,9 @@ class CanaryConfig:
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(sorted(names))}")
         operator = {"mode": values["mode"]} if "mode" in values else {}
+        for name, value in {**values, **operator}.items():
+            if name in operator or name not in overrides:
+                _check_value(ENV_PREFIX + name.upper(), name, value)
         return cls(**{**values, **overrides, **operator})
 
     @property
@@ -162,6 +159,17 @@ def range_of(name: str) -> tuple[int, int] | None:
 def given_by_environment() -> list[str]:
     """The settings that `CanaryConfig.from_env` would take from the environment now, as NAME=value."""
     return sorted(f"{key}={text}" for key, text in os.environ.items() if key.startswith(ENV_PREFIX) and text.strip())
+
+
+def _check_value(said: str, name: str, value: Any) -> None:
+    """Of a setting with fixed words or a range; ``said``: what it was given by, its variable or its keyword."""
+    if name in _CHOICES and (not isinstance(value, str) or value not in _CHOICES[name]):
+        raise ConfigError(f"{said}={value!r}: choose one of {', '.join(_CHOICES[name])}")
+    if name in _RANGES:
+        low, high = _RANGES[name]
+        number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+        if number is None or not low <= number <= high:
+            raise ConfigError(f"{said}={value!r}: give an integer from {low} to {high}")
 
 
 def _check_perturb(config: CanaryConfig) -> None:
@@ -203,7 +211,8 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         try:
             return int(value, 10)
         except ValueError:
-            raise ConfigError(f"{key}={text!r}: give an integer") from None
+            low, high = _RANGES[key[len(ENV_PREFIX) :].lower()]
+            raise ConfigError(f"{key}={text!r}: give an integer from {low} to {high}") from None
     if hint is str:
         return value.lower()
     return value or None

@@ -75,8 +75,14 @@ class ControlCalls:
         Every bit is restored. Waits for the device and allocates: for start-up and tests, between steps, with a batch
         whose tables still hold after its forward.
 
+        Returns:
+            What was found; nothing is raised of a plane that was not named. Ask its ``ok``: ``proof =
+            manager.prove(batch); assert proof.ok, proof`` says which planes were not, and what was reported instead.
+            True with mode "off"; False with ``real_data="none"``, where no plane is digested.
+
         Raises:
-            BatchError: no row of the batch has a position that was written and digested.
+            BatchError: no row of the batch has a position that was written and digested. PhaseError, CaptureError:
+                inside a forward, or a capture.
         """
         if self._backend is None:
             return Proof((), is_off=True)

@@ -52,7 +52,8 @@ class KvPool:
         planes: one or more per layer; none only with ``real_data="none"`` (stamps alone).
         page_size: slots per block; 1 where the table is per token, the whole sequence in static caches.
         n_blocks: 0 = as many as fit into the planes' arrays.
-        name: one word, for reports.
+        name: one word, for reports and for ``pool=``.
+        kind: `PoolKind.FULL` for layers that see all tokens, `PoolKind.SWA` for sliding-window layers.
         window: tokens that a query of an SWA pool sees, its own included; None for FULL.
         ring_length: positions that a request's tables hold of the later ones, the newest in the place of the oldest
             (a rolling buffer); 0 = every position has a place of its own. An SWA pool's, and not below its window.
@@ -114,6 +115,7 @@ class KvPool:
     # ---- derived -----------------------------------------------------------------------------------------------------
     @property
     def n_slots(self) -> int:
+        """Slots of the pool, those of reserved blocks too."""
         return self.n_blocks * self.page_size
 
     @property

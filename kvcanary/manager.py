@@ -72,9 +72,9 @@ class CanaryManager(
 
     Args:
         config: see `CanaryConfig`; with mode "off" nothing is allocated or launched.
-        pools: the KV pools, see `kvcanary.layouts`.
-        max_requests: most rows of a batch, and request slots.
-        max_new_tokens: most tokens of a batch.
+        pools: the KV pools, see `kvcanary.layouts`; one, or a list of them, each with a name of its own.
+        max_requests: most rows of a batch, and request slots; 1 to 2^20.
+        max_new_tokens: most new tokens of a batch, all rows and padding together; 1 to 2^30.
         backend: "host", "cuda", or "auto": where the pools' planes lie.
 
     Raises:
@@ -406,4 +406,5 @@ class CanaryManager(
             return names.index(pool)
         if isinstance(pool, int) and 0 <= pool < len(names):
             return pool
-        raise ConfigError(f"pool {pool!r}: the pools are {', '.join(names)} (0 to {len(names) - 1})")
+        known = ", ".join(map(repr, names))
+        raise ConfigError(f"there is no pool {pool!r}: give one of {known}, or 0 to {len(names) - 1}")

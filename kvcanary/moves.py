@@ -67,11 +67,15 @@ class MoveCalls:
         destination is written, so the lists may overlap: see to it that the copy of the bytes does the same.
 
         Args:
-            src, dst: slots; a source may go to several destinations.
+            src, dst: [n] slots, integers on the host, or i32 or i64 on the guard's device; a source may go to several
+                destinations.
             blocks: the lists are of blocks, and all slots of each are carried.
+            pool: name or number.
+            stream: where it is ordered; None = the stream of the current (or the last) step.
 
         Raises:
-            BatchError: lists of different lengths, or with entries that cannot be.
+            BatchError: lists of different lengths, or with entries that cannot be (on the device these are skipped and
+                counted). ConfigError: no such pool. PhaseError, CaptureError: inside a forward, or a capture.
         """
         if self._backend is None:
             return
@@ -112,6 +116,10 @@ class MoveCalls:
             prefix_lens: [rows]: tokens of each row before its first entry: its position.
             request_slots: [rows]; negative = none. Without them the registers are left as the tree wrote them, so that
                 the rows' next forwards are reported.
+            pool, stream: as in `copy_slots`.
+
+        Raises:
+            BatchError: lists that do not fit together, or with entries that cannot be; else as `copy_slots`.
         """
         if self._backend is None:
             return
@@ -120,7 +128,8 @@ class MoveCalls:
         lists.check_lengths(src=sources, dst=slots)
         starts = lists.numbers("row_starts", row_starts, 0, _length(slots))
         prefixes = lists.numbers("prefix_lens", prefix_lens, 0, _MAX_POSITION)
-        registers = lists.numbers("request_slots", request_slots, -(1 << 31), self.max_requests - 1)
+        of = "negative is none, and request slots"
+        registers = lists.numbers("request_slots", request_slots, -(1 << 31), self.max_requests - 1, of)
         lists.check_rows(starts, prefixes, registers, _length(slots))
         self._move(
             *(lists, MoveOp.COMMIT, pool, stream),
@@ -135,6 +144,15 @@ class MoveCalls:
         Waits for the device. Send the bundle (`SlotBundle.to_bytes`) with the KV and give it to `import_slots` where
         the KV arrives; it holds token ids, which are user content. An engine that copies arrays layer by layer may take
         `shadow_arrays` along instead, without waiting. With mode "off" the bundle is empty.
+
+        Args:
+            slots: [n], as in `copy_slots`, as are ``blocks``, ``pool`` and ``stream``.
+
+        Returns:
+            The bundle, with an entry for each slot, in the order of the list.
+
+        Raises:
+            BatchError: slots that cannot be; else as `copy_slots`.
         """
         if self._backend is None:
             return SlotBundle.of_nothing()
@@ -153,9 +171,13 @@ class MoveCalls:
         by the first forward that reads it. Entries that were not whole leave their slots never written. It does not
         matter whether the bytes arrive before or after this call, but they must be there before a forward reads them.
 
+        Args:
+            slots: [n], each once; as in `copy_slots`, as are ``blocks``, ``pool`` and ``stream``.
+
         Raises:
-            BundleError: the bundle comes from another kind of cache. BatchError: slots that cannot be, or not one per
-                entry.
+            BundleError: the bundle comes from another kind of cache, or from a guard that is off: then nothing is known
+                of the KV, and `adopt_slots` is for it. BatchError: slots that cannot be, or not one per entry; else as
+                `copy_slots`.
         """
         if self._backend is None:
             return
@@ -182,7 +204,7 @@ class MoveCalls:
         """Digest anew what lies in slots whose bytes were changed on purpose (re-quantised, rotated, zero-filled).
 
         Whatever else is wrong with the bytes is accepted with it. Stamps stay; a slot whose stamps are not whole keeps
-        its digests and is counted (`CanaryStats.skipped_moves`).
+        its digests and is counted (`CanaryStats.skipped_moves`). Arguments and errors are those of `copy_slots`.
         """
         if self._backend is not None:
             lists = _Lists("refresh_digests()", self.pools[self._pool_index(pool)], blocks)
@@ -204,11 +226,16 @@ class MoveCalls:
         From here on it is guarded; what was wrong before is not seen. The bytes must be there (on ``stream``).
 
         Args:
-            positions: of each slot, in the KV sequence.
-            tokens: of each slot; negative = unknown: then only the position is judged. Neighbouring entries with the
-                positions 0, 1, 2 ... whose tokens are all known also get their chain; any other known token is
+            slots: [n], as in `copy_slots`; each once.
+            positions: [n] of each slot, in the KV sequence.
+            tokens: [n] of each slot; negative = unknown: then only the position is judged. Neighbouring entries with
+                the positions 0, 1, 2 ... whose tokens are all known also get their chain; any other known token is
                 judged, but not what it continues.
             salt: of the request, for the chain, 0 to 2^64 - 1.
+            pool, stream: as in `copy_slots`.
+
+        Raises:
+            BatchError: lists of different lengths, or with entries that cannot be; else as `copy_slots`.
         """
         if self._backend is None:
             return
@@ -243,6 +270,10 @@ class MoveCalls:
         Args:
             has_digests: whether the DIGEST arrays were copied as well. If not, the digests that the slots had before
                 are dropped: nothing is known of the bytes then (`refresh_digests` would accept them as they are).
+            slots, blocks, pool, stream: as in `copy_slots`.
+
+        Raises:
+            BatchError: slots that cannot be; else as `copy_slots`.
         """
         if self._backend is not None:
             lists = _Lists("localize_slots()", self.pools[self._pool_index(pool)], blocks)
@@ -327,7 +358,7 @@ class _Lists:
             bad = np.flatnonzero((found < low) | (found > high))
             if len(bad):
                 of = f"{what} are" if what else "give"
-                raise BatchError(f"{self.call}: {name}[{bad[0]}]={found[bad[0]]}: {of} {low} to {high}")
+                raise BatchError(f"{self.call}: {name}[{bad[0]}]={found[bad[0]]}: {of} {max(low, 0)} to {high}")
         return found
 
     def _resolve(self, name: str, values: Any) -> Array | ArrayView:

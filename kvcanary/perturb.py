@@ -93,7 +93,8 @@ class Perturber:
         self._names = [pool.name for pool in pools]
         for spec in specs:
             if spec.pool is not None and spec.pool not in self._names:
-                raise ConfigError(f"perturb: pool={spec.pool!r} in '{spec}': the pools are {', '.join(self._names)}")
+                known = ", ".join(map(repr, self._names))
+                raise ConfigError(f"perturb: there is no pool={spec.pool!r} of '{spec}': give one of {known}")
         kinds = [spec.kind for spec in specs]
         faults = [_Fault(spec, kinds[:i].count(spec.kind)) for i, spec in enumerate(specs)]
         self._faults = sorted(faults, key=lambda fault: list(FaultKind).index(fault.spec.kind))

@@ -39,6 +39,7 @@ class Perturbation:
     """One fault that was injected; `str` is its log line.
 
     Attributes:
+        kind: which fault of the drill.
         step: outer step from 1, as `Violation.step` where every step has a forward.
         pool: pool index, with ``pool_name``.
         places: one of a flip, or of the only row whose token was replaced; two of a swap.

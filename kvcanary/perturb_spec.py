@@ -14,7 +14,15 @@ _MAX_STEPS, _MAX_FAULTS, _MAX_SEED = (1 << 31) - 1, 1 << 20, (1 << 63) - 1
 
 
 class FaultKind(Enum):
-    """What is done to the engine's memory; within a step in this order, so that what a fault reads is undamaged."""
+    """What is done to the engine's memory; within a step in this order, so that what a fault reads is undamaged.
+
+    Attributes:
+        FLIP_USED: one bit in a prefix slot of a live row, before the forward.
+        FLIP_UNUSED_CACHED: one bit in a written slot that no row of the batch uses.
+        NEXT_TOKEN_SWAP: the input ids of two rows exchanged; of a lone row, another id.
+        TABLE_SWAP: two block table entries of live rows exchanged, put back at the end of the step.
+        FLIP_AFTER_FORWARD: one bit in a slot of a live row, after the forward.
+    """
 
     FLIP_USED = "flip_used"
     FLIP_UNUSED_CACHED = "flip_unused_cached"

@@ -35,10 +35,15 @@ class PlaneProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """Outcome of `CanaryManager.prove`."""
+    """Outcome of `CanaryManager.prove`; `str` says it in words.
+
+    Attributes:
+        planes: one for each digested plane of each pool.
+        is_off: mode "off": there is no guard to prove anything of.
+    """
 
     planes: tuple[PlaneProof, ...]
-    is_off: bool = False  #: mode "off": there is no guard to prove anything of
+    is_off: bool = False
 
     @property
     def ok(self) -> bool:

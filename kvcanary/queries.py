@@ -14,6 +14,7 @@ from kvcanary.backends import Backend
 from kvcanary.black_box import BlackBox
 from kvcanary.checks import check_salt
 from kvcanary.config import CanaryConfig
+from kvcanary.construct import check_arguments, check_capacities
 from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.describe import describe_pools, estimate_bytes
 from kvcanary.errors import BatchError
@@ -56,12 +57,16 @@ class QueryCalls:
     _is_paused: bool
 
     def poll(self) -> tuple[Violation, ...]:
-        """Read what is new in the ring now, without waiting and without raising; from any thread."""
+        """Read what is new in the ring now, without waiting and without raising; from any thread.
+
+        Returns:
+            The first sightings among them; what mode "raise" raises of them, the next `end_step` does.
+        """
         self._phases.need_parent("poll()")
         return self._violations.poll() if self._backend is not None else ()
 
     def violations(self) -> tuple[Violation, ...]:
-        """Recent first sightings, oldest first; from any thread."""
+        """The newest 1,024 first sightings, oldest first; from any thread."""
         self._phases.need_parent("violations()")
         return self._violations.violations() if self._backend is not None else ()
 
@@ -119,8 +124,14 @@ class QueryCalls:
 
     @staticmethod
     def estimate_bytes(config: CanaryConfig, pools: Sequence[KvPool], max_requests: int) -> int:
-        """Device and pinned memory that a manager of these would take, in bytes; nothing is allocated."""
-        return estimate_bytes(config, pools, max_requests)
+        """Device and pinned memory that a manager of these would take, in bytes; nothing is allocated.
+
+        Raises:
+            ConfigError, LayoutError: a config, pools or a number that no manager can be made of.
+        """
+        given = check_arguments(config, pools)
+        check_capacities(given, max_requests, max_new_tokens=1)
+        return estimate_bytes(config, given, max_requests)
 
     @staticmethod
     def chain(tokens: Sequence[int] | npt.NDArray[Any], salt: int = 0) -> int:

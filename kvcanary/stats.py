@@ -12,14 +12,17 @@ from kvcanary.state import StateSnapshot
 
 @dataclass(frozen=True)
 class CanaryStats:
-    """What the host knows; the fields from ``snapshot_step`` on are as of that step (0 = no snapshot yet).
+    """What the host knows, all of it since the manager was made.
+
+    From ``forwards`` to ``reserved_checks``, but for ``scrub_steps_per_pass``, and in ``digested_bytes``, it is what
+    the device had counted as of ``snapshot_step``; all else is as of now.
 
     Attributes:
-        step: steps ended.
+        step: steps ended, idle ones too.
         sweep_passes: sweeps over all resident sets.
         violations_total: first sightings.
         observations_total: all violations, repeated ones and those without a record too.
-        snapshot_step: step of the newest delivered snapshot.
+        snapshot_step: step of the newest delivered snapshot, 0 = none yet.
         forwards: forwards begun on the device.
         protected_tokens: entries handled, summed over tags (a slot counts once per tag and launch).
         data_slots: (slot, digest) pairs compared.
@@ -35,7 +38,17 @@ class CanaryStats:
             ``scrub_steps_per_pass`` steps with a forward. 0 without scrub_bytes_per_step.
         reserved_checks: (plane, reserved block) pairs that were looked through for NaN and Inf (check_reserved_every).
         live_blocks: blocks that somebody holds, ``shared_blocks`` of them shared, and ``free_blocks`` that nobody
-            holds: of all pools, by the ledger, now; all 0 without lifecycle.
+            holds: of all pools, by the ledger; all 0 without lifecycle.
+        digested_bytes: bytes that the digests compared cover, by the mean of all planes.
+        is_on: False with mode "off", and of a closed manager; ``is_paused``: between `pause` and `resume`.
+        health: what the health check last said: "off", "waiting" (for its first snapshot), "running", "stalled",
+            "fallen" (a counter fell: the guard's memory was overwritten) or "closed".
+        stalls_total: reports of the health check.
+        observer_errors: as `CanaryManager.n_observer_errors`.
+        snapshots_not_taken: snapshots that found all their buffers still waiting for the device.
+        snapshot_interval: steps between two snapshots, as configured; 0 = none are taken.
+        black_box_errors: events that could not be written to the black box.
+        pools: the numbers of each pool, in the manager's order, see `kvcanary.pool_stats.PoolStats`.
     """
 
     step: int = 0

@@ -7,11 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcanary.advice import CONTAIN, FALLEN, FALLEN_ON_HOST, RANK_GONE, STALLED, advice_on
+from kvcanary.advice import (
+    CONTAIN,
+    CONTAIN_RESERVED,
+    CONTAIN_UNREAD,
+    FALLEN,
+    FALLEN_ON_HOST,
+    RANK_GONE,
+    STALLED,
+    advice_on,
+)
 from kvcanary.box_reader import BoxRun
 from kvcanary.causes import Cause, classify
 from kvcanary.config import CanaryConfig
 from kvcanary.records import as_dict
+from kvcanary.tags import Detail
 from kvcanary.violations import Violation
 
 MIN_GAP = 256  # quiet steps after which a finding is told as another story
@@ -82,11 +92,19 @@ class Episode:
     @property
     def advice(self) -> list[str]:
         """What to do, the most urgent first."""
-        return [CONTAIN, self.advice_on(self.causes[0].class_id if self.causes else "")]
+        return [contain(self.violations), self.advice_on(self.causes[0].class_id if self.causes else "")]
 
     def advice_on(self, class_id: str) -> str:
         """What to do about one of the causes."""
         return advice_on(class_id, self.is_on_host, self.has_lifecycle)
+
+
+def contain(violations: Sequence[Violation]) -> str:
+    """What to do first: about requests if any row is named, else about what nobody reads."""
+    if any(v.row >= 0 or v.request_id for v in violations):
+        return CONTAIN
+    is_reserved = all(v.detail == Detail.RESERVED for v in violations)
+    return CONTAIN_RESERVED if is_reserved else CONTAIN_UNREAD
 
 
 def episodes_of(run: BoxRun) -> list[Episode]:

@@ -19,10 +19,12 @@ _NAMES = ("slots", "positions", "predecessors", "tokens")
 class SweepOrchestrator:
     """Every ``interval`` steps, hands the resident slots of each attached provider to the backend.
 
-    A provider is called on the host thread and returns (slots, positions, predecessors[, tokens]), each i32[n], NumPy
-    or on the guard's device; or None for nothing. A sweep whose lists cannot be copied yet without waiting is tried
-    again at the next step. A provider that raises, or whose lists are none, is counted, logged ever more rarely and
-    skipped: the engine's step is not the one to suffer.
+    A provider is called on the thread that ends the step and returns (slots, positions, predecessors[, tokens]), each
+    i32[n], NumPy or on the guard's device; or None for nothing. Of each slot: its position in the text, the slot of the
+    position before (-1 = none, or not known) and its token (-1 = not known).
+
+    A sweep whose lists cannot be copied yet without waiting is tried again at the next step. A provider that raises, or
+    whose lists are none, is counted, logged ever more rarely and skipped: the engine's step is not the one to suffer.
     """
 
     def __init__(self, interval: int) -> None:

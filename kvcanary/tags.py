@@ -6,11 +6,17 @@ from enum import IntEnum, IntFlag
 
 
 class Stage(IntEnum):
-    """When a check runs."""
+    """When a check runs.
 
-    HEAD = 0  #: before the model, inside the graph
-    TAIL = 1  #: after the model, inside the graph
-    SWEEP = 2  #: host-driven, outside the graph
+    Attributes:
+        HEAD: before the model, inside the graph.
+        TAIL: after the model, inside the graph.
+        SWEEP: host-driven, outside the graph.
+    """
+
+    HEAD = 0
+    TAIL = 1
+    SWEEP = 2
 
 
 class Half(IntEnum):
@@ -66,9 +72,21 @@ class CanaryLaunchTag(IntEnum):
 
 
 class Reason(IntFlag):
-    """Why a slot, a write or a row was reported.
+    """Why a slot, a write or a row was reported; bits, of which a violation may have several.
 
-    STALE_EPOCH and FOREIGN_WRITE need ``lifecycle=True``, NONFINITE_RESERVED ``check_reserved_every``.
+    Attributes:
+        CHAIN: the slot does not continue its predecessor, or the prefix is not this request's.
+        POSITION: the slot holds a token of another position.
+        DATA: the bytes are not the bytes that were written.
+        WRITE_TOKEN: the model was given another token than ``expected_tokens`` says.
+        WRITE_POSITION: ``slot_mapping`` disagrees with the block table.
+        TOKEN: the slot holds another token than ``token_history`` says.
+        UNWRITTEN: nothing was written where the request reads, or a write did not arrive.
+        STALE_EPOCH: the block is free, another's, or was handed on since its KV was written. Needs ``lifecycle``.
+        OUT_OF_RANGE: a table entry, slot, length or offset outside its array.
+        FOREIGN_WRITE: a write into a block of another request's, or one that is only shared. Needs ``lifecycle``.
+        DUPLICATE_WRITE: two tokens of one forward claimed one slot.
+        NONFINITE_RESERVED: NaN or Inf in a reserved block. Needs ``check_reserved_every``.
     """
 
     CHAIN = 1

@@ -19,12 +19,19 @@ _OF_WRITES = Reason.WRITE_TOKEN | Reason.WRITE_POSITION | Reason.FOREIGN_WRITE |
 
 
 class Severity(IntEnum):
-    """How bad what a rank has seen is: of several findings, and of several ranks, the worst one counts."""
+    """How bad what a rank has seen is: of several findings, and of several ranks, the worst one counts.
 
-    NONE = 0  #: nothing new
-    RESERVED = 1  #: a reserved block is not finite: rows whose kernel gathers it are spoiled, the KV is right
-    WRITE = 2  #: a write went, or will go, where it should not
-    READ = 3  #: what a request reads is not what was written for it
+    Attributes:
+        NONE: nothing new.
+        RESERVED: a reserved block is not finite: rows whose kernel gathers it are spoiled, the KV is right.
+        WRITE: a write went, or will go, where it should not.
+        READ: what a request reads is not what was written for it.
+    """
+
+    NONE = 0
+    RESERVED = 1
+    WRITE = 2
+    READ = 3
 
     @classmethod
     def of(cls, reasons: Reason) -> Severity:

@@ -14,7 +14,7 @@ from kvcanary import abi, readings
 from kvcanary.elements import Element
 from kvcanary.hashing import mix64_int
 from kvcanary.ledger import owner_name
-from kvcanary.tags import N_HALVES, N_POOL_KINDS, CanaryLaunchTag, Detail, Reason
+from kvcanary.tags import N_HALVES, N_POOL_KINDS, CanaryLaunchTag, Detail, Reason, Stage
 
 # What a reason says, and what is usually behind it; in the order of telling, since the first says most about the cause.
 READINGS: dict[Reason, tuple[str, str]] = {
@@ -208,7 +208,8 @@ class Violation:
         """What happened, who is in the slot, and what is usually behind it."""
         reasons = self._in_order()
         what = " and ".join(self._reading(reason)[0] for reason in reasons) or "no reason is set in the record"
-        who = "the patrol" if self.detail == Detail.SCRUB else _request(self.request_id)
+        is_patrol, is_sweep = self.detail == Detail.SCRUB, self.tag.stage == Stage.SWEEP
+        who = "the patrol" if is_patrol else "the sweep" if is_sweep else _request(self.request_id)
         parts = [f"{who} at position {self.position}, {self._place()}{self._plane()}: {what}"]
         if self.detail == Detail.RESERVED:
             parts = [f"{self._poison()}: {what}"]
@@ -259,7 +260,9 @@ class Violation:
             return f"{came}, as position {self.stored_position}"
         whose = ""
         if self.stamp_owner and self.request_id:
-            whose = " (the same request)" if self.stamp_owner == self.request_id else " (ANOTHER request)"
+            is_own, is_right = self.stamp_owner == self.request_id, self.reasons == Reason.DATA
+            # A right stamp of another's is a shared prefix.
+            whose = " (the same request)" if is_own else " (whose KV it shares)" if is_right else " (ANOTHER request)"
         who = f"its stamp says that {_request(self.stamp_owner)}{whose} wrote it in forward {self.stamp_step}"
         return f"{who} as position {self.stored_position}"
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -232,3 +235,24 @@ def test_a_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("time", "monotonic", "perf_counter"):
         monkeypatch.setattr(time, name, jumping)
     assert run() == expected
+
+
+_UNHEARD = """
+from abuse import flip, served
+engine = served()
+flip(engine)
+engine.step((0, 6, 1))
+"""
+
+
+def test_without_logging_set_up_a_violation_stands_on_stderr() -> None:
+    """Mode "log" is the default: an engine that has not set up logging must hear of it all the same."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", _UNHEARD],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "[canary] violation reasons=DATA" in done.stderr

@@ -161,12 +161,28 @@ def test_an_unexpected_outcome_is_exit_code_1(
     assert "NOT as expected: it was not detected" in capsys.readouterr().out
 
 
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*small, "--json", "."]) == 2
+    assert "clean run" not in capsys.readouterr().out
+
+
+def test_closed_output_is_no_reason_to_fail(small: list[str]) -> None:
+    command = [sys.executable, "-m", "kvcanary", *small, "--fault", "none"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--prompt", "no/such/file.txt"], "no/such/file.txt cannot be read"),
         (["--at-step", "5000"], "found no target from step 5000"),
         (["--json", "no/such/directory/x.json"], "there is no directory"),
+        (["--json", "."], "--json . is a directory: give the path of a file"),
+        # The last one is written to, and fails at the end.
+        (["--json", "/dev/full"], "--json /dev/full cannot be written (No space left on device)"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_exit_code_2(

@@ -193,3 +193,11 @@ def test_this_gpu_is_all_green(run_doctor: Doctor) -> None:
     assert code == 0
     assert {check["status"] for check in checks.values()} == {"ok"}
     assert set(NAMES) <= set(checks)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--json", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"kvcanary doctor: --json {tmp_path} is a directory: give the path of a file\n")

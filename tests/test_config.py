@@ -109,9 +109,10 @@ def test_bad_keywords(settings: dict[str, Any], message: str) -> None:
 
 
 BAD_ENVIRONMENTS = [
-    ({"KVCANARY_MODE": "quiet"}, "mode='quiet': choose one of"),
+    ({"KVCANARY_MODE": "quiet"}, "KVCANARY_MODE='quiet': choose one of"),
+    ({"KVCANARY_VERIFY_DATA_EVERY": "0"}, "KVCANARY_VERIFY_DATA_EVERY=0: give an integer from 1 to 1048576"),
     ({"KVCANARY_MOOD": "log"}, "KVCANARY_MOOD: unknown; the settings are black_box_path"),
-    ({"KVCANARY_RING_CAPACITY": "many"}, "KVCANARY_RING_CAPACITY='many': give an integer"),
+    ({"KVCANARY_RING_CAPACITY": "many"}, "KVCANARY_RING_CAPACITY='many': give an integer from 1 to"),
     ({"KVCANARY_LOG_TOKENS": "maybe"}, "KVCANARY_LOG_TOKENS='maybe': give one of 1, true"),
 ]
 

@@ -13,11 +13,12 @@ from engine import ToyEngine
 from explain_boxes import three_runs, violation  # noqa: F401  a fixture
 
 from kvcanary import Reason
-from kvcanary.advice import ADVICE, CONTAIN, FALLEN, ON_HOST, advice_on
+from kvcanary.advice import ADVICE, CONTAIN, CONTAIN_RESERVED, CONTAIN_UNREAD, FALLEN, ON_HOST, advice_on
 from kvcanary.box_reader import BoxRun, read_box
 from kvcanary.causes import NAMES
 from kvcanary.cli import main
-from kvcanary.story import episodes_of, stall_advice
+from kvcanary.story import contain, episodes_of, stall_advice
+from kvcanary.tags import CanaryLaunchTag, Detail
 from kvcanary.violations import Violation
 
 
@@ -151,6 +152,25 @@ class TestStory:
         run.stalls = [{"error": "CanaryStalledError"}, {"error": "CanaryCounterError"}]
         assert len(stall_advice(run)) == 2 and "overwrote" not in stall_advice(run)[1]
         assert "device memory" in stall_advice(run)[0]
+
+
+NOBODY = {"row": -1, "request_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("of_one", "said"),
+    [
+        ({"row": 0, "request_id": 7}, CONTAIN),
+        ({"row": 0, "request_id": 0}, CONTAIN),
+        ({**NOBODY, "tag": CanaryLaunchTag.SWEEP_K_FULL}, CONTAIN_UNREAD),
+        ({**NOBODY, "detail": Detail.SCRUB}, CONTAIN_UNREAD),
+        ({**NOBODY, "detail": Detail.RESERVED, "reasons": Reason.NONFINITE_RESERVED}, CONTAIN_RESERVED),
+    ],
+)
+def test_requests_are_to_be_aborted_only_where_one_has_read_it(of_one: dict[str, Any], said: str) -> None:
+    assert contain([violation(**of_one)]) == said
+    both = contain([violation(row=1, request_id=3), violation(**of_one)])
+    assert both == CONTAIN
 
 
 def test_the_commands_of_the_readme_work(

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcanary import BlackBoxError
-from kvcanary.box_reader import read_box
+from kvcanary.box_reader import MAX_BYTES, read_box
 from kvcanary.cli import main
 from kvcanary.cli.explain_plot import map_pool
 
@@ -88,6 +88,20 @@ class TestFiles:
         data = box.read_bytes()
         with pytest.raises(BlackBoxError, match="line 2: schema 7, this version of kvcanary reads schema 1"):
             self.read(box, b'{"bla\n{"black_box": 7}\n' + data, skip_damaged=True)
+
+    def test_a_file_that_no_black_box_can_be_is_not_read_into_memory(self, tmp_path: Path) -> None:
+        with (tmp_path / "log").open("wb") as file:
+            file.truncate(MAX_BYTES + 1)
+        with pytest.raises(BlackBoxError, match=f"has {MAX_BYTES + 1} bytes, at most {MAX_BYTES} are read"):
+            read_box(tmp_path / "log")
+
+    @pytest.mark.parametrize("how", [[], ["--json"]])
+    def test_the_exit_code_holds_for_a_reader_that_has_seen_enough(self, box: Path, how: list[str]) -> None:
+        command = [sys.executable, "-m", "kvcanary", "explain", str(box), *how]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as told:
+            told.stdout.close()
+            said = told.stderr.read()
+        assert (told.returncode, said) == (1, b"")
 
     def test_a_pipe_is_refused_at_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         os.mkfifo(tmp_path / "pipe")

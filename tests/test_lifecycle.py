@@ -111,7 +111,7 @@ class TestCalls:
         assert manager.lifecycle.owners(1, 1) == manager.lifecycle.owners(5, "b") == ()
         assert [manager.lifecycle.epoch(b, "b") for b in (1, 5)] == [0, 1]
         for pool in (2, -1, "c", None):
-            with pytest.raises(ConfigError, match="the pools are a, b"):
+            with pytest.raises(ConfigError, match="give one of 'a', 'b', or 0 to 1"):
                 manager.allocate_blocks([1], 7, pool=pool)  # type: ignore[arg-type]
         with pytest.raises(LifecycleError, match="block 4 in pool 'a' is out of range: the pool has blocks 0 to 3"):
             manager.lifecycle.epoch(4)
@@ -140,7 +140,7 @@ class TestApply:
         [
             (("free", [4], 1), "block 4 is held by request 2"),
             (("lend", [4], 1), "kind='lend': choose one of allocate, share, free"),
-            (("free", [3], 1, "nowhere"), "pool 'nowhere': the pools are full"),
+            (("free", [3], 1, "nowhere"), "no pool 'nowhere': give one of 'full'"),
             (("free", [3]), r"\('free', \[3\]\) is no event: give kind, ids, owner and, if not 0, pool"),
             (7, "7 is no event"),
             ({"kind": "free", "ids": [3], "who": 1}, "is no event"),

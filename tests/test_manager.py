@@ -166,7 +166,7 @@ class TestPhases:
         batch = engine.batch((0, 0, 4))
         with engine.manager.forward(batch, pools=["full"]):
             pass
-        with pytest.raises(ConfigError, match="the pools are full"):
+        with pytest.raises(ConfigError, match="there is no pool 'draft': give one of 'full'"):
             engine.manager.head(batch, pools=["draft"])
 
     def test_a_step_under_capture_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:

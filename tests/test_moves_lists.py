@@ -148,7 +148,7 @@ MISUSE = [
     (lambda m: m.copy_slots([1.5], [8]), BatchError, "src is float64: give integers"),
     (lambda m: m.copy_slots([[4]], [[8]]), BatchError, r"src has shape \(1, 1\): give a flat list"),
     (lambda m: m.copy_slots("4", [8]), BatchError, "copy_slots"),
-    (lambda m: m.copy_slots([4], [8], pool="other"), ConfigError, "pool 'other': the pools are full"),
+    (lambda m: m.copy_slots([4], [8], pool="other"), ConfigError, "no pool 'other': give one of 'full', or 0 to 0"),
     (lambda m: m.export_slots([0]), BatchError, r"export_slots\(\): slots\[0\]=0 is in block 0"),
     (
         lambda m: m.import_slots(m.export_slots([4, 5]), [8]),
@@ -174,7 +174,11 @@ MISUSE = [
         r"row_starts=\[0, 1\]: give ascending .* 0 to 2",
     ),
     (lambda m: m.commit_slots([4, 5], [4, 6], [0, 2], [0, 1]), BatchError, "row_starts has 2 entries, 2 rows need 3"),
-    (lambda m: m.commit_slots([4], [4], [0, 1], [0], request_slots=[4]), BatchError, r"request_slots\[0\]=4: give"),
+    (
+        lambda m: m.commit_slots([4], [4], [0, 1], [0], request_slots=[4]),
+        BatchError,
+        r"request_slots\[0\]=4: negative is none, and request slots are 0 to 3$",
+    ),
     (lambda m: m.commit_slots([4], [4], [0, 1], [0], request_slots=[]), BatchError, "request_slots has 0 entries"),
     (lambda m: m.commit_slots([4], [4], None, [0]), BatchError, "row_starts and prefix_lens are needed"),
 ]

@@ -122,7 +122,7 @@ class TestSaying:
         assert line.endswith("until the end of the step")
 
     def test_a_pool_that_is_not_there_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"pool='draft' in 'flip_used.*the pools are full"):
+        with pytest.raises(ConfigError, match=r"no pool='draft' of 'flip_used.*give one of 'full'"):
             DrillToy(backend="host", perturb="flip_used:pool=draft")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 
 import numpy as np
+import pytest
 from engine import ToyEngine
 
 import kvcanary
-from kvcanary import Reason
+from kvcanary import ConfigError, Reason
 from kvcanary.state import CounterLayout
 
 
@@ -34,6 +35,15 @@ class TestKnowing:
         tables = len(engine.pool.planes) * abi.PLANE.itemsize + 4 * abi.DIGEST.itemsize
         per_request = 4 * (abi.ROW.itemsize + 8 * abi.N_WORK)  # and so do row facts and work lists
         assert estimate - tables - per_request - kvcanary.abi.POOL_STATE.itemsize == engine.manager.memory_bytes
+
+    def test_an_estimate_takes_what_a_manager_does_and_refuses_what_it_refuses(self) -> None:
+        engine = ToyEngine()
+        estimate = engine.manager.estimate_bytes
+        assert estimate(engine.config, engine.pool, 4) == estimate(engine.config, [engine.pool], 4)
+        with pytest.raises(ConfigError, match="max_requests=0: give an integer from 1"):
+            estimate(engine.config, [engine.pool], 0)
+        with pytest.raises(ConfigError, match="pools is ndarray: give a list"):
+            estimate(engine.config, engine.history, 4)
 
     def test_one_snapshot_is_a_few_hundred_bytes(self) -> None:
         assert [8 * CounterLayout(n).n_words for n in (1, 2)] == [416, 640]

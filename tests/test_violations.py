@@ -137,6 +137,14 @@ class TestText:
         assert " slot=18 block=1:2 plane=v.1 layer=1: request 7 at position 2, " in summary
         assert "request 7 (the same request) wrote it in forward 1 as position 2" in summary
 
+    def test_a_sweep_is_no_unnamed_request(self) -> None:
+        summary = decode_one(**{**BIT_FLIP, "request_id": 0, "row": -1, "tag": CanaryLaunchTag.SWEEP_V_FULL}).summary()
+        assert ": the sweep at position 2, slot 18 " in summary and "unnamed" not in summary
+
+    def test_damage_in_shared_kv_names_who_wrote_it_and_accuses_nobody(self) -> None:
+        shared = decode_one(**{**BIT_FLIP, "stamp_owner": 9}).summary()
+        assert "its stamp says that request 9 (whose KV it shares) wrote it in forward 1 as position 2" in shared
+
     def test_details_hold_every_number(self) -> None:
         details = decode_one(log_tokens=True, **{**STALE_TABLE, **BIT_FLIP, "reasons": 4, "stamp_epoch": 77}).details()
         for text in (

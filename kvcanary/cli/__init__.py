@@ -6,11 +6,15 @@ An exit code of 0 says that all is as it should be, 1 that it is not, 2 that the
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import kvcanary
 from kvcanary.cli import demo, doctor, drill, explain
+from kvcanary.cli.outputs import let_go_of_stdout
 from kvcanary.errors import KvCanaryError
 
 
@@ -21,11 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in (demo, drill, doctor, explain):
         module.add_parser(commands)
+    _open_closed_streams()
+    logging.getLogger("kvcanary").addHandler(logging.NullHandler())  # the commands tell of violations themselves
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, say) has seen enough
-        sys.stderr.close()
+        let_go_of_stdout()
         return 0
     except (KvCanaryError, OSError) as error:
         print(f"kvcanary {arguments.command}: {error}", file=sys.stderr)
@@ -34,3 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kvcanary {arguments.command}: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _open_closed_streams() -> None:
+    """What is printed goes nowhere where the caller has closed stdout or stderr (``>&-``); Python has None there."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  for the whole process

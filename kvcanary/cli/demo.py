@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvcanary.cli.outputs import check_output, write_output
 from kvcanary.cli.report import Outcome, as_json, judge, print_outcome
 from kvcanary.cli.rig import MAX_NEW_TOKENS, MAX_REQUESTS, Choice, Rig, Sizes, choose_backend, make_rig
 from kvcanary.cli.show import guard_log, progress
@@ -85,8 +86,8 @@ class Demo:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo and return 0 if the guard said just what it promises to say, 1 if not."""
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: there is no directory {arguments.json.parent}; make it first")
+    if arguments.json is not None:
+        check_output("--json", arguments.json)
     prompts = _read_prompts(arguments.prompt)
     demo = Demo(choose_backend(arguments.backend), prompts, arguments.max_tokens, arguments.fault)
     _print_plan(demo)
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         outcome.unguarded = _run_unguarded(demo, at_step)
     print_outcome(outcome)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_json(outcome), indent=2) + "\n", encoding="utf-8")
+        write_output("--json", arguments.json, json.dumps(as_json(outcome), indent=2) + "\n")
         print(f"written to {arguments.json}")
     return 0 if judge(outcome).ok else 1
 

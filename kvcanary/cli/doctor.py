@@ -18,8 +18,9 @@ import numpy as np
 import kvcanary
 from kvcanary.backends.compile import INSTALL, compile_file, kernel_sources, kernels_dir
 from kvcanary.cli import child
+from kvcanary.cli.outputs import check_output, write_output
 from kvcanary.cli.selftest import host_self_test
-from kvcanary.errors import BackendError, ConfigError
+from kvcanary.errors import BackendError
 
 DEFAULT_ARCH = "sm_90"  # to compile for where there is no GPU
 OLDEST_DRIVER = 12000  # CUDA 12.0
@@ -57,8 +58,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make every check, print each as it comes, and return 1 if one failed."""
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: there is no directory {arguments.json.parent}; make it first")
+    if arguments.json is not None:
+        check_output("--json", arguments.json)
     checks = []
     for check in all_checks():
         checks.append(check)
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     ok = all(check.status is not Status.FAILED for check in checks)
     if arguments.json is not None:
         report = {"ok": ok, "checks": [asdict(check) for check in checks]}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_output("--json", arguments.json, json.dumps(report, indent=2) + "\n")
     return 0 if ok else 1
 
 

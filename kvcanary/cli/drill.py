@@ -13,6 +13,7 @@ from kvcanary.cli import fleet
 from kvcanary.cli.drill_options import check_options
 from kvcanary.cli.drill_readme import render
 from kvcanary.cli.drill_report import as_json, causes_ok, print_causes, print_sdc, print_table, sdc_as_json, verdict_of
+from kvcanary.cli.outputs import write_output
 from kvcanary.cli.rig import choose_backend
 from kvcanary.config import given_by_environment
 from kvcanary.errors import ConfigError
@@ -95,11 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{words} ({time.perf_counter() - start:.0f} s)")
     if arguments.json is not None:
         report = [*map(as_json, outcomes), *sdc_as_json(counts)]
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_output("--json", arguments.json, json.dumps(report, indent=1) + "\n")
         print(f"written to {arguments.json}")
     if arguments.render_readme is not None:
         text = arguments.render_readme.read_text(encoding="utf-8")
-        arguments.render_readme.write_text(render(text, outcomes), encoding="utf-8")
+        write_output("--render-readme", arguments.render_readme, render(text, outcomes))
         print(f"renewed {arguments.render_readme}")
     return 0 if ok else 1
 

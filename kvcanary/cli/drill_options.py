@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvcanary.cli import fleet
 from kvcanary.cli.drill_readme import check_markers
+from kvcanary.cli.outputs import check_output
 from kvcanary.errors import ConfigError
 from kvcanary.sim import soak_options
 from kvcanary.sim.soak_options import option
@@ -37,9 +37,9 @@ def check_options(arguments: argparse.Namespace) -> None:
     if arguments.render_readme is not None:
         choosing = _CHOOSING if arguments.lifecycle != "both" else _CHOOSING[:1]
         _refuse(arguments, choosing, "no whole drill, of which --render-readme tells: leave out {options}")
-    for path in (arguments.json, arguments.render_readme):
-        if path is not None:
-            _check_output(path)
+    for name in ("json", "render_readme"):
+        if getattr(arguments, name) is not None:
+            check_output(option(name), getattr(arguments, name))
     if arguments.render_readme is not None:
         _check_readme(arguments.render_readme)
 
@@ -49,15 +49,6 @@ def _refuse(arguments: argparse.Namespace, names: Sequence[str], why: str) -> No
     if given:
         words = ", ".join(given)
         raise ConfigError(f"{words} {'is' if len(given) == 1 else 'are'} {why.format(options=words)}")
-
-
-def _check_output(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no directory {path.parent}; make it first")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a directory: give the path of a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{path} may not be written by this process: give another path")
 
 
 def _check_readme(path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcanary.box_reader import Box, BoxRun, read_box
+from kvcanary.cli.outputs import check_output, let_go_of_stdout, writing
 from kvcanary.config import CanaryConfig
 from kvcanary.errors import BlackBoxError, ConfigError
 from kvcanary.story import Episode, Moment, as_json, episodes_of, stall_advice
@@ -60,6 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
             "(KVCANARY_BLACK_BOX_PATH) named in the guarded process; it is written once a manager was made"
         ) from error
     chosen = _choose(box, arguments.run_id)
+    code = int(any(one.has_findings for one in chosen))
+    try:
+        _tell(arguments, box, chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, and may still ask for the exit code
+        let_go_of_stdout()
+    return code
+
+
+def _tell(arguments: argparse.Namespace, box: Box, chosen: Sequence[BoxRun]) -> None:
     if arguments.json:
         told = {"file": str(box.path), "is_cut": box.is_cut, "damaged_lines": box.damaged}
         print(json.dumps({**told, "runs": [as_json(one) for one in chosen]}, indent=1))
@@ -69,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         from kvcanary.cli.explain_plot import draw
 
         shown = [one for one in chosen if one.violations] or chosen
-        draw(shown[-1], arguments.plot)
+        with writing("--plot", arguments.plot):
+            draw(shown[-1], arguments.plot)
         if not arguments.json:
             _print(f"\ndrawn: run {shown[-1].run} in {arguments.plot}")
-    return int(any(one.has_findings for one in chosen))
 
 
 def _print(text: str) -> None:
@@ -82,8 +93,7 @@ def _print(text: str) -> None:
 
 
 def _check_plot(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot {path}: there is no directory {path.parent}; make it first")
+    check_output("--plot", path)
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ConfigError(f"--plot {path}: the kind of picture is not known; end it in {', '.join(PLOT_SUFFIXES)}")
 

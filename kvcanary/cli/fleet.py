@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import kvcanary
 from kvcanary.cli import child
+from kvcanary.cli.outputs import write_output
 from kvcanary.cli.rig import choose_backend
 from kvcanary.errors import BackendError, ConfigError, KvCanaryError
 from kvcanary.sim import soak
@@ -121,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     n_jobs = len(reports) if minutes > 0 else len(jobs)
     print(told(reports, n_jobs, time.perf_counter() - start))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n", encoding="utf-8")
+        write_output("--json", arguments.json, json.dumps([asdict(r) for r in reports], indent=1) + "\n")
         print(f"written to {arguments.json}")
     return 0 if len(reports) == n_jobs and all(report.result for report in reports) else 1
 

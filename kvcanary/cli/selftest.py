@@ -102,7 +102,8 @@ class Side:
         """Sweep the same resident slots in every pool."""
         for pool in range(len(self.n_halves)):
             self.backend.synchronize()
-            assert self.backend.sweep(pool, resident, None), "the lists of the sweep before are still being copied"
+            is_swept = self.backend.sweep(pool, resident, None)
+            assert is_swept, "the lists of the sweep before are still being copied"
         self.backend.synchronize()
 
     def array(self, pool: int, name: str) -> Array:

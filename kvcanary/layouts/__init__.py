@@ -1,4 +1,15 @@
-"""Pools of the common layouts, and one constructor for each known layout of an engine, in the engine's own words."""
+"""Pools of the common layouts, and one constructor for each known layout of an engine, in the engine's own words.
+
+What most constructors take, and their docstrings do not repeat:
+
+- the arrays, under the engine's names for them, in the order of the layers; nothing is copied, and no element is read;
+- ``page_size`` or ``block_size``: slots per block, where the arrays' shapes do not tell it;
+- ``layers``: numbers of the layers, for reports and `CanaryManager.verify_layer`; None = 0, 1, ...;
+- ``dtype``: name or type object of the elements, where the arrays do not tell it (uint8, uint16, raw pointers);
+- further fields of `KvPool`: ``name``, ``kind``, ``window``, ``reserved_blocks``, ...
+
+All raise `LayoutError` for arrays of another shape or type, and for keywords that there are not.
+"""
 
 from kvcanary.layouts import (
     flashinfer,

@@ -65,6 +65,7 @@ def packed_tensor(
     Args:
         tensor: the buffer, in C order; the first bytes are those of layer 0, block 0.
         layout: one of `ORDERS`, or the older names NHD and HND (VLLM_KV_CACHE_LAYOUT).
+        num_layers, num_blocks, num_kv_heads, block_size: of the group; a block has block_size slots.
         content_bytes: (head_size + head_size_v) * bytes of an element, and scales.
 
     Raises:

@@ -52,7 +52,8 @@ class CudaScribe:
         self.stream.synchronize()
         module = cupy.RawModule(code=(KERNELS_DIR / "scribe.cu").read_text(), options=cuda_model.compile_options())
         self._kernel = module.get_function("kvc_sim_scribe")
-        assert self._kernel.num_regs  # asking loads it: inside a capture it would be too late
+        n_registers = self._kernel.num_regs  # asking loads it: inside a capture it would be too late
+        assert n_registers
         self._history: PinnedTwins | None = None
         self._buckets: dict[tuple[int, int], DeviceStepArrays] = {}
         self._params: dict[tuple[DeviceStepArrays, int, int], Any] = {}

@@ -108,7 +108,8 @@ class CudaPlace:
         self._capture: Any = CAPTURES["cupy"]
         self._graphs: dict[Hashable, Callable[[], None]] = {}
         self._write = self._cupy.RawKernel(_WRITE_KV, "kvc_museum_write")
-        assert self._write.num_regs  # asking loads it: inside a capture it would be too late
+        n_registers = self._write.num_regs  # asking loads it: inside a capture it would be too late
+        assert n_registers
 
     def put(self, values: Array) -> Any:
         array = self._cupy.asarray(values)
