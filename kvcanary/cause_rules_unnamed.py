@@ -13,10 +13,9 @@ _WHOSE = "whose it is, nobody knows without request_ids"
 
 
 def unnamed_duplicates(records: Records) -> Found:
-    astray = {(v.slot, v.forward) for v in records.writes if Reason.WRITE_POSITION in v.reasons}
     for run in records.runs(records.duplicates):
         v = run.records[0]
-        if all((r.slot, r.forward) in astray for r in run.records):
+        if records.is_astray(run):
             continue
         what = f"{run.reader} and another token of forward {v.forward} both went to {run.words}"
         if run.starts_block and len(run.slots) > 1:

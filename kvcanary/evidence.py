@@ -219,8 +219,14 @@ class Records:
     def is_astray(self, run: Run) -> bool:
         """Whether one of two requests came to these slots by a slot mapping that its table does not agree with."""
         v = run.records[0]
-        astray = {(w.slot, w.forward) for w in self.writes if w.request_id and Reason.WRITE_POSITION in w.reasons}
-        return v.stamp_owner != v.request_id and all((r.slot, r.forward) in astray for r in run.records)
+        is_of_two = v.stamp_owner != v.request_id or not self.is_named
+        return is_of_two and all((r.slot, r.forward) in self._astray for r in run.records)
+
+    @cached_property
+    def _astray(self) -> set[tuple[int, int]]:
+        """(slot, forward) of writes that the table does not agree with; of rows without an id only if none has one."""
+        writes = (w for w in self.writes if w.request_id or not self.is_named)
+        return {(w.slot, w.forward) for w in writes if Reason.WRITE_POSITION in w.reasons}
 
     def is_duplicate(self, run: Run) -> bool:
         return any(v.slot in run.slots for v in self.duplicates)

@@ -46,7 +46,8 @@ from kvcanary.state import CanaryDeviceState, StateSnapshot
 from kvcanary.sweep import SweepOrchestrator
 from kvcanary.tags import CanaryLaunchTag, Stage
 from kvcanary.turns import OfThisProcess, Turns, one_at_a_time, watch_forks
-from kvcanary.violations import RingReader, new_secret
+from kvcanary.violation_ring import RingReader
+from kvcanary.violations import new_secret
 
 
 class _Bound(NamedTuple):

@@ -22,11 +22,7 @@ SALTS = (0, 1, (1 << 64) - 3)
 
 
 class Engine(Holdings):
-    """Plans steps; the caller runs their forwards, then says with `commit` or `abort` how they ended.
-
-    Args:
-        luts: the look-up table of each pool that has one (the engine writes into it), else None.
-    """
+    """Plans steps; the caller runs their forwards, then says with `commit` or `abort` how they ended."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The protocols of the guard as small programs, and an explorer that runs all their interleavings.
 
-The ring: writers on the device (`kernels/report.cuh`), a reader on the host (`kvcanary.violations.RingReader`). A
+The ring: writers on the device (`kernels/report.cuh`), a reader on the host (`kvcanary.violation_ring.RingReader`). A
 writer's stores into host memory become visible there one by one, in any order, unless they are to one word or a fence
 lies between; its atomics act on device memory at once. A load of a host word from the device sees the newest store or,
 as it may come out of a cache or a queue, the one that it saw before. The host does its loads and stores in order, as

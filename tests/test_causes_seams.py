@@ -11,11 +11,11 @@ from kvcanary import CanaryManager, PoolKind, layouts
 from kvcanary.manager import CanaryConfig
 
 
-def windowed(**config: object) -> ToyEngine:
+def windowed() -> ToyEngine:
     """An engine over one sliding-window pool."""
     engine = toy()
     engine.pool = layouts.nhd(k=engine.k, v=engine.v, page_size=PAGE, kind=PoolKind.SWA, window=6)
-    engine.manager = CanaryManager(CanaryConfig(verify_data_every=1, **config), [engine.pool], 4, 64)
+    engine.manager = CanaryManager(CanaryConfig(verify_data_every=1), [engine.pool], 4, 64)
     return engine
 
 

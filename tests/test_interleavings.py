@@ -14,7 +14,7 @@ from interleavings_deferred import WaitedError, World
 
 from kvcanary import abi
 from kvcanary.deferred import DelayedDeviceHostHandler
-from kvcanary.violations import RingReader
+from kvcanary.violation_ring import RingReader
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 # (records of each writer, capacity): several laps by one, races of two, of three.

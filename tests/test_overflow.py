@@ -16,7 +16,7 @@ from kvcanary import CanaryConfig, CanaryManager, CanaryStats, Reason, StepBatch
 from kvcanary.observers import counter_deltas
 from kvcanary.state import CounterLayout, StateSnapshot
 from kvcanary.tags import CanaryLaunchTag
-from kvcanary.violations import RingReader
+from kvcanary.violation_ring import RingReader
 
 CAPACITY = 3
 

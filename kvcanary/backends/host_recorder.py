@@ -10,7 +10,7 @@ from kvcanary import abi
 from kvcanary.backends.reference_arrays import Array, PoolArrays
 from kvcanary.state import CanaryDeviceState, CounterLayout
 from kvcanary.tags import Detail, Stage
-from kvcanary.violations import places_of
+from kvcanary.violation_ring import places_of
 
 
 def make_state(layout: CounterLayout, max_requests: int, ring_capacity: int) -> CanaryDeviceState:

@@ -17,6 +17,8 @@ from kvcanary.cli import demo, doctor, drill, explain
 from kvcanary.cli.outputs import let_go_of_stdout
 from kvcanary.errors import KvCanaryError
 
+_UNHEARD = logging.NullHandler()  # the commands tell of violations themselves
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code; wrong arguments, --help and --version exit as argparse does."""
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in (demo, drill, doctor, explain):
         module.add_parser(commands)
     _open_closed_streams()
-    logging.getLogger("kvcanary").addHandler(logging.NullHandler())  # the commands tell of violations themselves
+    logging.getLogger("kvcanary").addHandler(_UNHEARD)  # which does nothing where it is there
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.run(arguments)

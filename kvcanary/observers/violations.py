@@ -17,7 +17,8 @@ from kvcanary.errors import KvCanaryViolation
 from kvcanary.log_lines import ErrorLog, line, run_fields
 from kvcanary.observers.facts import StepFacts
 from kvcanary.tags import Detail, Reason
-from kvcanary.violations import PoolNames, RingReader, Violation, decode, fold_runs, in_order, line_of
+from kvcanary.violation_ring import RingReader, in_order
+from kvcanary.violations import PoolNames, Violation, decode, fold_runs, line_of
 
 logger = logging.getLogger("kvcanary")
 

@@ -19,8 +19,8 @@ def _in(file: str, tests: str, *mutants: tuple[str, str, str], is_quick: bool = 
 
 RING = [
     *_in(
-        "violations.py",
-        "tests/test_violations.py tests/test_overflow.py",
+        "violation_ring.py",
+        "tests/test_violation_ring.py tests/test_overflow.py",
         ("reads what is not complete", "self._n_read += n_complete", "self._n_read += n"),
         ("places not handed back", "        self._control[abi.CONTROL_READ] = self._n_read\n", ""),
         ("laps confused", "self._commits[places] != np.arange", "self._commits[places] == 0 * np.arange"),

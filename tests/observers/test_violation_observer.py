@@ -18,7 +18,8 @@ from kvcanary import abi
 from kvcanary.errors import KvCanaryViolation
 from kvcanary.observers import ViolationObserver, violations
 from kvcanary.tags import CanaryLaunchTag, Detail, Reason
-from kvcanary.violations import RingReader, Violation
+from kvcanary.violation_ring import RingReader
+from kvcanary.violations import Violation
 
 T = CanaryLaunchTag
 
