@@ -302,9 +302,11 @@ struct Pool {
     int32_t ring_length;
     int32_t ring_bubble;
     int32_t sink;
+    uint32_t n_digest_parts;
+    uint32_t digest_parts[9];
     int32_t reserved[8];
 };
-static_assert(sizeof(Pool) == 232, "the layout of kvcanary/abi.py");
+static_assert(sizeof(Pool) == 272, "the layout of kvcanary/abi.py");
 
 struct Batch {
     uint64_t block_table;
@@ -348,14 +350,14 @@ struct BeginParams {
     uint32_t is_first_pool;
     uint32_t unused;
 };
-static_assert(sizeof(BeginParams) == 512, "the layout of kvcanary/abi.py");
+static_assert(sizeof(BeginParams) == 552, "the layout of kvcanary/abi.py");
 
 struct StepParams {
     Guard guard;
     Pool pool;
     Batch batch;
 };
-static_assert(sizeof(StepParams) == 504, "the layout of kvcanary/abi.py");
+static_assert(sizeof(StepParams) == 544, "the layout of kvcanary/abi.py");
 
 struct LayerParams {
     Guard guard;
@@ -364,7 +366,7 @@ struct LayerParams {
     uint32_t n_digests;
     uint32_t digests[15];
 };
-static_assert(sizeof(LayerParams) == 568, "the layout of kvcanary/abi.py");
+static_assert(sizeof(LayerParams) == 608, "the layout of kvcanary/abi.py");
 
 struct SweepParams {
     Guard guard;
@@ -375,7 +377,7 @@ struct SweepParams {
     uint64_t tokens;
     int64_t n;
 };
-static_assert(sizeof(SweepParams) == 352, "the layout of kvcanary/abi.py");
+static_assert(sizeof(SweepParams) == 392, "the layout of kvcanary/abi.py");
 
 struct ReservedParams {
     Guard guard;
@@ -384,7 +386,7 @@ struct ReservedParams {
     uint32_t n_planes;
     uint32_t every;
 };
-static_assert(sizeof(ReservedParams) == 328, "the layout of kvcanary/abi.py");
+static_assert(sizeof(ReservedParams) == 368, "the layout of kvcanary/abi.py");
 
 struct LifecycleParams {
     uint64_t state;
@@ -402,7 +404,7 @@ struct RenumberParams {
     uint32_t n_pools;
     uint32_t unused;
 };
-static_assert(sizeof(RenumberParams) == 320, "the layout of kvcanary/abi.py");
+static_assert(sizeof(RenumberParams) == 360, "the layout of kvcanary/abi.py");
 
 struct MoveParams {
     Guard guard;
@@ -422,4 +424,4 @@ struct MoveParams {
     uint32_t wide;
     uint32_t drops_digests;
 };
-static_assert(sizeof(MoveParams) == 408, "the layout of kvcanary/abi.py");
+static_assert(sizeof(MoveParams) == 448, "the layout of kvcanary/abi.py");

@@ -390,8 +390,11 @@ KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& a
 struct DigestRange {
     uint32_t first, last;
 };
-// Those that this block's grid.y takes.
+// Those that this block's grid.y takes: a part that the pool tells, or an even one of another number of parts.
 KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
+    if (kvc_n_blocks_y() == pool.n_digest_parts) {
+        return {pool.digest_parts[kvc_block_y()], pool.digest_parts[kvc_block_y() + 1]};
+    }
     const uint32_t per_y = (pool.n_digests + kvc_n_blocks_y() - 1) / kvc_n_blocks_y();
     const uint32_t first = kvc_block_y() * per_y, last = first + per_y;
     return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};

@@ -33,6 +33,7 @@ THREADS = 256  # of every kernel
 WARPS = THREADS // 32
 VERIFY_UNIT = 128  # consecutive positions of one request whose stamps a warp verifies at once
 DATA_UNIT = 16  # slots that fall due, about, in a unit of kvc_digests_verify
+MAX_DIGEST_PARTS = 8  # of a pool's digests, for blocks to work on side by side
 LIST_MIN_EVERY = 8  # verify_data_every from which on the slots that fall due are listed
 WRITE_TILE = 1024  # consecutive new tokens of a long row that a block stamps; 256 of a short one
 SHORT_ROW = 16384  # new tokens
@@ -304,6 +305,8 @@ POOL = np.dtype(
         ("ring_length", "<i4"),  # 0 = none, see `place_of` in backends/reference_slots.py
         ("ring_bubble", "<i4"),
         ("sink", "<i4"),
+        ("n_digest_parts", "<u4"),
+        ("digest_parts", "<u4", (MAX_DIGEST_PARTS + 1,)),  # part i is of digests [digest_parts[i], digest_parts[i + 1])
         ("reserved", "<i4", (MAX_RESERVED,)),  # first slot of each reserved block
     ]
 )

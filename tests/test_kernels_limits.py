@@ -13,7 +13,7 @@ from agree_script import A, Row, Script, kinds
 from agree_twins import Twins
 
 from kvcanary import Reason, abi, layouts
-from kvcanary.backends.launches import MAX_DIGEST_SPLIT
+from kvcanary.backends.device_memory import digest_parts
 
 
 class OneRow:
@@ -60,7 +60,7 @@ def test_more_due_slots_than_a_block_takes_at_once(sides: Sides) -> None:
     twins = Twins([spec], sides(), 1, n, real_data="all", verify_data_every=every)
     row, pool = OneRow(n, page, n_blocks), twins.pools[0]
     n_digests = len(pool.digest_units("all"))
-    assert n_digests > MAX_DIGEST_SPLIT and n // every > abi.THREADS  # shares end anywhere
+    assert n_digests > abi.MAX_DIGEST_PARTS and n // every > abi.THREADS  # shares end anywhere
     assert len(twins.forward(row.arrays(0, n))) == 0
     before = int(twins.words[abi.STATE_DATA_SLOTS])
     for _ in range(every):
@@ -72,6 +72,28 @@ def test_more_due_slots_than_a_block_takes_at_once(sides: Sides) -> None:
         pool.host_bytes(kv)[pool.slot_index(kv, np.array([slot]))] ^= 1
     found = [twins.forward(row.arrays(n, n + 1)) for _ in range(every)]
     assert {(int(v["slot"]), int(v["plane"])) for records in found for v in records} == planted
+
+
+def test_digests_of_many_sizes_are_shared_out_by_their_bytes_and_all_compared(sides: Sides) -> None:
+    """Large planes and many small ones: parts of unlike numbers of digests, each compared and judged."""
+    n, page, n_blocks, sizes = 70, 16, 8, [512] * 6 + [16] * 30
+    rng, names = np.random.default_rng(3), [f"p{i}" for i in range(len(sizes))]
+    memory = {k: rng.integers(0, 256, (n_blocks, page, 1, b), np.uint8) for k, b in zip(names, sizes, strict=True)}
+    spec = PoolSpec(memory, lambda b: layouts.nhd(k=[b[k] for k in names], page_size=page))
+    n_words = spec.build(memory).digest_records("all")["n_words"]
+    lengths = np.diff(digest_parts(n_words))
+    assert len(set(lengths.tolist())) > 2 and 2 < len(lengths) <= abi.MAX_DIGEST_PARTS
+    twins = Twins([spec], sides(), 1, n, real_data="all", verify_data_every=1)
+    row, pool = OneRow(n + 1, page, n_blocks), twins.pools[0]
+    assert len(twins.forward(row.arrays(0, n))) == 0
+    before = int(twins.words[abi.STATE_DATA_SLOTS])
+    assert len(twins.forward(row.arrays(n, n + 1))) == 0
+    assert int(twins.words[abi.STATE_DATA_SLOTS]) - before == n * len(sizes)
+    planted = {(int(row.slots[k]), k) for k in range(len(sizes))}
+    for slot, plane in planted:
+        kv = pool.planes[plane]
+        pool.host_bytes(kv)[pool.slot_index(kv, np.array([slot]))] ^= 1
+    assert {(int(v["slot"]), int(v["plane"])) for v in twins.forward(row.arrays(n, n + 1))} == planted
 
 
 @pytest.mark.parametrize("n_back", [abi.N_REGISTER_LENGTHS - 1, abi.N_REGISTER_LENGTHS])

@@ -16,7 +16,7 @@ from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident
 from kvcanary.backends.device_memory import DeviceMemory
 from kvcanary.backends.device_moves import DeviceMoves
 from kvcanary.backends.driver import Driver
-from kvcanary.backends.launches import KERNELS, MAX_DIGEST_SPLIT, BlockUpdate, BoundForward, BoundKernel, grids_of
+from kvcanary.backends.launches import KERNELS, BlockUpdate, BoundForward, BoundKernel, grids_of
 from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
@@ -163,10 +163,9 @@ class DeviceBackend:
         params["guard"], params["pool"], params["n"] = self._guard, self._pools[pool_index], n
         for name, address in zip(("slots", "positions", "predecessors", "tokens"), addresses, strict=True):
             params[name] = address
-        n_digests = int(self._pools[pool_index]["n_digests"])
         wanted = {"kvc_stamps_sweep": (-(-n // abi.THREADS), 1)}
-        if n_digests:
-            wanted["kvc_digests_sweep"] = (-(-n // abi.THREADS), min(n_digests, MAX_DIGEST_SPLIT))
+        if self._pools[pool_index]["n_digests"]:
+            wanted["kvc_digests_sweep"] = (-(-n // abi.THREADS), int(self._pools[pool_index]["n_digest_parts"]))
         grids = {
             name: (max(1, min(x, self._driver.n_multiprocessors * self._resident[name] // y)), y)
             for name, (x, y) in wanted.items()

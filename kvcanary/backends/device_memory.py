@@ -15,6 +15,9 @@ from kvcanary.layout import KvPool
 from kvcanary.reserved import plane_table
 from kvcanary.state import CanaryDeviceState, CounterLayout
 
+MAX_UNEVEN = 1.125  # the largest part of a pool's digests, over an even one: its blocks set the time
+DIGEST_WORDS = 32  # what a digest costs by itself, in words read
+
 Array = npt.NDArray[Any]
 
 
@@ -101,7 +104,28 @@ class DeviceMemory:
         record["ring_length"], record["ring_bubble"], record["sink"] = pool.ring_length, pool.ring_bubble, pool.sink
         record["scrub_blocks"] = scrub_blocks
         record["kind"], record["index"], record["n_halves"] = int(pool.kind), index, len(pool.halves)
-        record["n_digests"] = len(pool.digest_units(self.config.real_data))
+        digests = pool.digest_records(self.config.real_data)
+        parts = digest_parts(digests["n_words"])
+        record["n_digests"], record["n_digest_parts"] = len(digests), len(parts) - 1
+        record["digest_parts"][: len(parts)] = parts
         record["n_reserved"], record["max_requests"] = len(pool.reserved_blocks), self.max_requests
         record["reserved"][: len(pool.reserved_blocks)] = [b * pool.page_size for b in pool.reserved_blocks]
         return record
+
+
+def digest_parts(n_words: Array) -> Array:
+    """Where the parts of a pool's digests begin, and at last where they end: as many parts as are of about one size.
+
+    Args:
+        n_words: i[n_digests] words of a slot that each digest is of.
+    """
+    n = len(n_words)
+    ends = np.cumsum(n_words.astype(np.int64) + DIGEST_WORDS)
+    for n_parts in range(min(n, abi.MAX_DIGEST_PARTS), 1, -1):
+        even = ends[-1] / n_parts
+        inner = 1 + np.abs(ends - even * np.arange(1, n_parts)[:, None]).argmin(axis=1)
+        bounds = np.array([0, *inner, n])
+        parts = np.diff(np.concatenate(([0], ends))[bounds])
+        if parts.min() > 0 and parts.max() <= MAX_UNEVEN * even:
+            return bounds
+    return np.array([0, n])

@@ -34,7 +34,6 @@ KERNELS = {
         *("kvc_moves_localize", "kvc_moves_adopt", "kvc_moves_digest"),
     ),
 }
-MAX_DIGEST_SPLIT = 8  # parts that the digests of prefix slots are split into, for blocks to work on side by side
 MAX_GRID_Y = 1024  # the same for new tokens, whose slots are found at no cost
 MAX_BEGIN_BLOCKS = 2048  # of kvc_begin: enough to claim the slots of a long prefill side by side
 
@@ -107,7 +106,7 @@ def grids_of(
     positions = entries * int(batch["table_page"])
     if pool["window"]:
         positions = min(positions, rows * int(pool["window"] + pool["sink"]))
-    split = max(1, min(int(pool["n_digests"]), MAX_DIGEST_SPLIT))
+    split = int(pool["n_digest_parts"])
     scrub_slots = int(pool["scrub_blocks"]) * int(pool["page_size"])
 
     def blocks(kernel: str, units: int, n_y: int = 1) -> int:
