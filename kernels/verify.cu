@@ -1,6 +1,6 @@
 // verify.cu: who is in each slot. HEAD and TAIL of a forward, and the sweep.
 //
-// kvc_stamps_verify  an even share of all prefix positions per block: HEAD stamps of both halves against table, register, history
+// kvc_stamps_verify  an even share of all prefix positions per warp: HEAD stamps of both halves against table, register, history
 // kvc_stamps_tail    the same for TAIL stamps of the prefix; the new tokens: looked up through the table, TAIL stamps written
 // kvc_stamps_sweep   a lane per resident slot that the host handed in
 //
@@ -136,12 +136,13 @@ KVC_DEVICE bool kvc_is_of_its_block(const Pool& pool, const Batch& batch, const 
     return is_of_epoch && !kvc_may_not_read(block, batch.request_ids, hot.request_id);
 }
 
-// A warp takes units of up to 128 positions of one row at a time, with all stamps of a unit under way at once and the table entries
-// of its next one; each lane gets its predecessor's link from the lane below, the first from memory. The units of a block are
-// neighbours, dealt out to its warps in turn, so that it reads the same few pages of memory at any time.
-#define KVC_GROUPS (KVC_VERIFY_UNIT / 32)
+// A warp goes through neighbouring positions of a row, 64 at a time: all their stamps are under way at once, and the table entries of
+// the next ones. (More of them are more code, which in a step has to be fetched anew, and more registers than there are.) A lane
+// gets its predecessor's link from the lane below, the first one from memory.
+#define KVC_GROUPS 2
+#define KVC_AT_ONCE (32 * KVC_GROUPS)
 struct Entries {
-    uint32_t own[KVC_GROUPS], before;  // before: of the position before the unit
+    uint32_t own[KVC_GROUPS], before;  // before: of the position before them
 };
 KVC_DEVICE Entries kvc_entries(const Batch& batch, const HotRow& hot, uint32_t first) {
     Entries e;
@@ -151,11 +152,11 @@ KVC_DEVICE Entries kvc_entries(const Batch& batch, const HotRow& hot, uint32_t f
     return e;
 }
 
-// Whether this lane has found something odd in positions [first, last) of a live row. `entries` are theirs; afterwards those of
-// the unit from `next` on.
+// Whether this lane has found something odd in positions [first, last), at most 64, of a live row. `entries` are theirs; afterwards
+// those of the 64 behind them.
 template <uint32_t STAGE>
-KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRow& hot, int32_t index, uint32_t first, uint32_t last,
-                                uint32_t next, Entries& entries, uint32_t forward) {
+KVC_DEVICE bool kvc_is_any_odd(const StepParams& p, const HotRow& hot, int32_t index, uint32_t first, uint32_t last,
+                               Entries& entries, uint32_t forward) {
     const Pool& pool = p.pool;
     const Batch& batch = p.batch;
     const uint32_t lane = kvc_lane();
@@ -169,7 +170,7 @@ KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRo
     }
     const int32_t before = lane == 0 && first ? kvc_fast_slot(pool, batch, entries.before, first - 1) : -1;
     const Raw raw_before = kvc_raw<STAGE>(pool, before);
-    entries = kvc_entries(batch, hot, next);
+    entries = kvc_entries(batch, hot, first + KVC_AT_ONCE);
     Carried carried = {0, 1, 1};  // before position 0 stands the anchor
     if (first == 0) {
         carried.chain = kvc_anchor(batch.salts ? kvc_pointer<uint64_t>(batch.salts)[index] : 0);
@@ -179,7 +180,7 @@ KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRo
         carried.is_linkable = kvc_ballot(before >= 0 && seen.is_linkable) & 1;
         carried.is_same = kvc_ballot(seen.is_same) & 1;
     }
-    bool is_odd = row.flags & KVC_ROW_RELATIVE && hot.anchored_at - first < last - first;
+    bool is_odd = false;
     if (pool.blocks) {
 #pragma unroll
         for (uint32_t g = 0; g < KVC_GROUPS; ++g) {
@@ -195,45 +196,50 @@ KVC_DEVICE bool kvc_verify_unit(const StepParams& p, const Row& row, const HotRo
     return is_odd;
 }
 
-// This warp's part of all prefix positions; returns how many there were in its first lane, 0 in the others. What is odd in a row is
-// judged once the warp is through with it: a call inside the loop would cost the loop its registers.
+// Positions [first, stop) of a live row. What is odd is judged once the warp is through: a call inside the loop would cost the loop
+// its registers.
+template <uint32_t STAGE>
+KVC_DEVICE void kvc_verify_stamps(const StepParams& p, const Row& row, int32_t index, uint32_t first, uint32_t stop,
+                                  uint32_t forward) {
+    const HotRow hot = kvc_hot_row(p, row, index);
+    uint32_t odd = stop;  // from where on it takes a closer look
+    if (row.flags & KVC_ROW_RELATIVE && hot.anchored_at - first < stop - first) {
+        odd = hot.anchored_at - (hot.anchored_at - first) % KVC_AT_ONCE;
+    }
+    Entries entries = kvc_entries(p.batch, hot, first);
+#pragma unroll 1
+    for (uint32_t position = first; position < stop; position += KVC_AT_ONCE) {
+        const uint32_t end = position + KVC_AT_ONCE, last = end < stop ? end : stop;
+        const bool is_odd = kvc_is_any_odd<STAGE>(p, hot, index, position, last, entries, forward);
+        if (kvc_ballot(is_odd) && position < odd) odd = position;
+    }
+    if (odd < stop) kvc_judge_run(p, index, odd, stop, STAGE, forward);
+}
+
+// This warp's part of all prefix positions; returns how many there were in its first lane, 0 in the others.
 template <uint32_t STAGE>
 KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
     const int64_t* work = kvc_work(p.pool, KVC_WORK_VERIFY);
     const int64_t n_units = work[p.batch.rows];
-    const Share share = kvc_even_share(n_units, kvc_block(), kvc_n_blocks());
+    const Share share = kvc_even_share(n_units, (uint32_t)kvc_global_warp(), (uint32_t)kvc_global_warps());
     const int64_t end = share.last;
-    int64_t u = share.first + kvc_warp_in_block();
+    int64_t u = share.first;
     uint32_t n_entries = 0;
     while (u < end) {
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(p.pool.rows)[unit.row];
         const int64_t n_left = (int64_t)kvc_units((uint32_t)(row.verify_end - row.verify_start), KVC_VERIFY_UNIT) - unit.chunk;
-        const int64_t row_end = u + n_left < end ? u + n_left : end;
-        if (!(row.flags & KVC_ROW_LIVE) || n_left <= 0 || p.pool.ring_length) {
-            const Range slow = kvc_unit_range(p.pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
-            if (row.flags & KVC_ROW_LIVE) {  // a unit of a ring, or the sink
-                kvc_judge_run(p, unit.row, (uint32_t)slow.first, (uint32_t)slow.last, STAGE, forward);
-                n_entries += (uint32_t)(slow.last - slow.first);
-            }
-            u += KVC_WARPS;
-            continue;
+        const bool is_run = n_left > 0 && !p.pool.ring_length;
+        const int64_t n = !is_run ? 1 : n_left < end - u ? n_left : end - u;
+        u += n;
+        if (!(row.flags & KVC_ROW_LIVE)) continue;
+        const Range range = kvc_unit_range(p.pool, row, unit.chunk, n, KVC_VERIFY_UNIT);
+        if (is_run) {
+            kvc_verify_stamps<STAGE>(p, row, unit.row, (uint32_t)range.first, (uint32_t)range.last, forward);
+        } else {  // a unit of a ring, or the sink
+            kvc_judge_run(p, unit.row, (uint32_t)range.first, (uint32_t)range.last, STAGE, forward);
         }
-        const HotRow hot = kvc_hot_row(p, row, unit.row);
-        uint32_t first = (uint32_t)row.verify_start + (uint32_t)unit.chunk * KVC_VERIFY_UNIT, odd = 0xffffffffu;
-        Entries entries = kvc_entries(p.batch, hot, first);
-#pragma unroll 1
-        for (; u < row_end; u += KVC_WARPS, first += KVC_WARPS * KVC_VERIFY_UNIT) {
-            const uint32_t stop = first + KVC_VERIFY_UNIT, last = stop < (uint32_t)row.verify_end ? stop : (uint32_t)row.verify_end;
-            const uint32_t next = first + KVC_WARPS * KVC_VERIFY_UNIT;
-            const bool is_odd = kvc_verify_unit<STAGE>(p, row, hot, unit.row, first, last, next, entries, forward);
-            if (odd == 0xffffffffu && kvc_ballot(is_odd)) odd = first;
-            n_entries += last - first;
-        }
-        for (; odd < first; odd += KVC_WARPS * KVC_VERIFY_UNIT) {
-            const uint32_t stop = odd + KVC_VERIFY_UNIT, last = stop < (uint32_t)row.verify_end ? stop : (uint32_t)row.verify_end;
-            kvc_judge_run(p, unit.row, odd, last, STAGE, forward);
-        }
+        n_entries += (uint32_t)(range.last - range.first);
     }
     return kvc_lane() == 0 ? n_entries : 0;
 }
@@ -265,8 +271,7 @@ KVC_DEVICE void kvc_claim_unknown(const StepParams& p, uint32_t forward) {
     if (n_claimed) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_ADOPTED_SLOTS, n_claimed);
 }
 
-// Even shares of all prefix positions for the blocks, both halves in one pass, no plan: a warp finds the row of a unit by searching
-// the prefix sums of kvc_begin, once per row.
+// Both halves in one pass, and no plan: a warp finds the row of a unit by searching the prefix sums of kvc_begin, once per row.
 KVC_KERNEL(KVC_THREADS, 2) kvc_stamps_verify(KVC_PARAM StepParams p) {
     const uint32_t forward = kvc_forward_number(p.guard);
     if (p.batch.adopt) kvc_claim_unknown(p, forward);

@@ -12,7 +12,7 @@ from agree_pools import random_pool
 from agree_script import A, Row, Script, kinds
 from agree_twins import Twins
 
-from kvcanary import Reason, abi, layouts
+from kvcanary import CanaryLaunchTag, Half, Reason, Stage, abi, layouts
 from kvcanary.backends.device_memory import digest_parts
 
 
@@ -21,14 +21,14 @@ class OneRow:
 
     def __init__(self, n: int, page: int, n_blocks: int) -> None:
         rng = np.random.default_rng(n)
-        self._table = (1 + rng.permutation(n_blocks - 1)).astype(np.int32)[None]
+        self.table = (1 + rng.permutation(n_blocks - 1)).astype(np.int32)[None]
         self._ids, positions = rng.integers(0, 1 << 30, n + 1).astype(np.int32), np.arange(n + 1)
-        self.slots = self._table[0, positions // page].astype(np.int64) * page + positions % page
+        self.slots = self.table[0, positions // page].astype(np.int64) * page + positions % page
 
     def arrays(self, first: int, last: int) -> dict[str, Any]:
         """The forward that brings positions [first, last)."""
         return {
-            "block_table": self._table,
+            "block_table": self.table,
             "seq_lens": np.array([last], np.int32),
             "query_start_loc": np.array([0, last - first], np.int32),
             "input_ids": self._ids[first:last],
@@ -46,6 +46,27 @@ def test_prefill_around_the_length_from_which_on_tiles_are_long(sides: Sides, n:
     row = OneRow(n, page, n_blocks)
     for first, last in ((0, n), (n, n + 1)):
         assert len(twins.forward(row.arrays(first, last))) == 0
+
+
+@pytest.mark.parametrize("seam", [28, 32, 60, 64, 96, 124, 128, 192, 252, 256])
+def test_a_block_of_another_text_anywhere_in_a_long_prefix(sides: Sides, seam: int) -> None:
+    """Nobody knows the text: the links into the foreign block and out of it are broken, wherever lanes and warps part."""
+    n, page, n_blocks = 300, 4, 80
+    pool = random_pool(random.Random(4), n_blocks=2 * n_blocks, page_size=page, layout="token_major")
+    twins = Twins([pool], sides(), 1, n, real_data="none")
+    own, other = OneRow(n, page, n_blocks), OneRow(n + 1, page, n_blocks)
+    other.table += n_blocks
+    other.slots += n_blocks * page
+    unnamed = ("request_slots", "request_ids")
+    for row, last in ((own, n), (other, n)):
+        assert len(twins.forward({k: v for k, v in row.arrays(0, last).items() if k not in unnamed})) == 0
+    own.table[0, seam // page] = other.table[0, seam // page]
+    records = twins.forward({k: v for k, v in own.arrays(n, n + 1).items() if k not in unnamed})
+    wanted = {(int(other.slots[seam]), seam), (int(own.slots[seam + page]), seam + page)}
+    assert {Reason(int(v["reasons"])) for v in records} == {Reason.CHAIN}
+    for stage in (Stage.HEAD, Stage.TAIL):
+        found = [v for v in records if v["tag"] == CanaryLaunchTag.of(stage, Half.K, twins.pools[0].kind)]
+        assert {(int(v["slot"]), int(v["position"])) for v in found} == wanted and len(found) == len(wanted)
 
 
 def test_more_due_slots_than_a_block_takes_at_once(sides: Sides) -> None:
