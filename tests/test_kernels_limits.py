@@ -50,7 +50,7 @@ def test_prefill_around_the_length_from_which_on_tiles_are_long(sides: Sides, n:
 
 @pytest.mark.parametrize("seam", [28, 32, 60, 64, 96, 124, 128, 192, 252, 256])
 def test_a_block_of_another_text_anywhere_in_a_long_prefix(sides: Sides, seam: int) -> None:
-    """Nobody knows the text: the links into the foreign block and out of it are broken, wherever lanes and warps part."""
+    """Nobody knows the text: the links into the foreign block and out of it are broken, wherever lanes part."""
     n, page, n_blocks = 300, 4, 80
     pool = random_pool(random.Random(4), n_blocks=2 * n_blocks, page_size=page, layout="token_major")
     twins = Twins([pool], sides(), 1, n, real_data="none")
