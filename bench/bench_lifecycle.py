@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -34,8 +35,8 @@ PATROLS = {
 def call_times(place: GpuPlace) -> dict[str, float]:
     """Median host microseconds of a call about 1,000 blocks, ids as an int32 array; a launch each.
 
-    Every round has blocks that never came together before, as an allocator gives them; they are shared and freed as
-    they were allocated.
+    Every round has blocks that never came together before, as an allocator gives them. They are shared and freed as
+    they were allocated, in turn with those of a second request.
     """
     n_blocks = 1 << 16
     planes = place.xp.zeros((n_blocks, PAGE, 1, 8), np.uint8)
@@ -43,18 +44,19 @@ def call_times(place: GpuPlace) -> dict[str, float]:
     manager = CanaryManager(config, [layouts.nhd(k=[planes], page_size=PAGE)], 16, 64)
     rng = np.random.default_rng(0)
     calls = {
-        "allocate_blocks": lambda ids: manager.allocate_blocks(ids, 7),
-        "share_blocks": lambda ids: manager.share_blocks(ids, 8),
-        "free_blocks, shared": lambda ids: manager.free_blocks(ids, 8),
-        "free_blocks": lambda ids: manager.free_blocks(ids, 7),
+        "allocate_blocks": manager.allocate_blocks,
+        "share_blocks": lambda ids, owner: manager.share_blocks(ids, owner + 1),
+        "free_blocks, shared": lambda ids, owner: manager.free_blocks(ids, owner + 1),
+        "free_blocks": manager.free_blocks,
     }
     spent: dict[str, list[float]] = {name: [] for name in calls}
     with manager.step(place.stream):
         for _ in range(N_CALLS):
-            ids = 1 + rng.choice(n_blocks - 1, N_IDS, replace=False).astype(np.int32)
-            for name, call in calls.items():
+            ids = 1 + rng.choice(n_blocks - 1, 2 * N_IDS, replace=False).astype(np.int32)
+            turns = [(ids[:N_IDS].copy(), 7), (ids[N_IDS:].copy(), 17)]
+            for (name, call), (blocks, owner) in itertools.product(calls.items(), turns):
                 start = time.perf_counter_ns()
-                call(ids)
+                call(blocks, owner)
                 spent[name].append((time.perf_counter_ns() - start) / 1e3)
             place.synchronize()
     manager.close()
