@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
-from kvcanary.backends.driver import Driver
+from kvcanary.backends.driver import Driver, Packed
 from kvcanary.batch import BoundBatch
 from kvcanary.ledger import BlockChanges
 
@@ -48,7 +48,7 @@ class BoundKernel:
     driver: Driver
     kernel: Any
     grid: tuple[int, int]
-    params: Any
+    params: Packed
 
     def launch(self, stream: Any) -> None:
         """May run inside a capture; neither allocates nor waits."""
@@ -80,9 +80,9 @@ class BlockUpdate:
         self._owner_at, ids_at = fields["owner"][1], fields["ids"][1]
         as_bytes = record.reshape(1).view(np.uint8)
         self._memory, self._ids = as_bytes.data, as_bytes[ids_at:].view(np.int32)
-        self._params = record[()]  # of the same memory: a launch reads what is in it then
+        self._params = Packed(record)
 
-    def pack(self, changes: BlockChanges, first: int, n: int) -> Any:
+    def pack(self, changes: BlockChanges, first: int, n: int) -> Packed:
         """By-value parameters for ``n`` ids from ``first`` on."""
         owner, ids, ends = changes
         if len(ids) > n:
