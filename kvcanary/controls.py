@@ -90,13 +90,13 @@ class ControlCalls:
         bound = self._bind(batch, True, None)
         return prove_batch(backend, self.pools, self.config, list(zip(bound.calls, bound.batches, strict=True)), stream)
 
-    def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
-        stream = self._stream if stream is None else stream
-        self._host_driven(call, stream)
-        return stream, self._step + (self._phases.phase is Phase.STEP)
-
     def _host_driven(self, call: str, stream: Any = None) -> Backend:
-        stream = self._stream if stream is None else stream
+        self._gate(call, stream)
+        return self.backend
+
+    def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
+        if stream is None:
+            stream = self._stream
         self._phases.need_open(call)
         try:
             is_capturing = self._handlers[0].is_capturing(stream)
@@ -108,4 +108,4 @@ class ControlCalls:
         if is_capturing:
             raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
         self._phases.need_outside_forward(call)
-        return self.backend
+        return stream, self._step + (self._phases.phase is Phase.STEP)

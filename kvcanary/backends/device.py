@@ -54,9 +54,8 @@ class DeviceBackend:
         self.state, self._guard, self._pool_states = memory.make_state(config.ring_capacity)
         scrub_blocks = [patrol.n_blocks for patrol in plan_patrol(config, pools)]
         self._pools = [memory.pool_record(i, p, self._arrays[i], scrub_blocks[i]) for i, p in enumerate(pools)]
-        self._updates = [
-            BlockUpdate(int(self._guard["state"]), int(p["blocks"]), int(p["n_blocks"])) for p in self._pools
-        ]
+        update, state = self._kernels["kvc_blocks_update"], int(self._guard["state"])
+        self._updates = [BlockUpdate(driver, update, state, int(p["blocks"]), int(p["n_blocks"])) for p in self._pools]
         self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
@@ -176,11 +175,7 @@ class DeviceBackend:
         return True
 
     def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
-        kernel, update, n_ids = self._kernels["kvc_blocks_update"], self._updates[pool], len(changes.ids)
-        for first in range(0, n_ids, abi.MAX_BLOCK_IDS):
-            n = min(n_ids - first, abi.MAX_BLOCK_IDS)
-            grid = (-(-n // abi.THREADS), 1)
-            self._driver.launch(kernel, grid, update.pack(changes, first, n), stream)
+        self._updates[pool].launch(changes, stream)
 
     def move(self, move: Move, stream: Any) -> SlotImage | None:
         return self._moves.run(move, stream)
