@@ -85,14 +85,14 @@ class BlockUpdate:
 
     def launch(self, changes: BlockChanges, stream: Any) -> None:
         """One launch for each ``abi.MAX_BLOCK_IDS`` ids."""
-        owner, ids, ends = changes
+        ids = changes.ids
         n = len(ids)
         if n > abi.MAX_BLOCK_IDS:
             for first in range(0, n, abi.MAX_BLOCK_IDS):
                 self.launch(_part(changes, first), stream)
             return
         self._ids[:n] = ids
-        self._head.pack_into(self._memory, self._owner_at, owner, *ends)
+        self._head.pack_into(self._memory, self._owner_at, changes.owner, *changes.ends)
         self._driver.launch(self._kernel, (-(-n // abi.THREADS), 1), self._params, stream)
 
 
