@@ -17,6 +17,9 @@ from kvcanary.prove import Proof, prove_batch
 from kvcanary.turns import Turns, one_at_a_time
 
 
+_STEP, _OUTSIDE = Phase.STEP, Phase.OUTSIDE  # at hand: to look up a member of an enum takes its time
+
+
 class ControlCalls:
     """`CanaryManager`'s part for host-driven calls, and the gate that all of them pass."""
 
@@ -97,7 +100,10 @@ class ControlCalls:
     def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
         if stream is None:
             stream = self._stream
-        self._phases.need_open(call)
+        phase = self._phases.phase
+        is_between_forwards = phase is _STEP or phase is _OUTSIDE
+        if not is_between_forwards:
+            self._phases.need_open(call)
         try:
             is_capturing = self._handlers[0].is_capturing(stream)
         except Exception as error:  # of the driver: the stream, or its context, is gone
@@ -107,5 +113,6 @@ class ControlCalls:
             ) from error
         if is_capturing:
             raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
-        self._phases.need_outside_forward(call)
-        return stream, self._step + (self._phases.phase is Phase.STEP)
+        if not is_between_forwards:
+            self._phases.need_outside_forward(call)
+        return stream, self._step + (phase is _STEP)
