@@ -16,7 +16,6 @@ from kvcanary.phases import Phase, PhaseChecker
 from kvcanary.prove import Proof, prove_batch
 from kvcanary.turns import Turns, one_at_a_time
 
-
 _STEP, _OUTSIDE = Phase.STEP, Phase.OUTSIDE  # at hand: to look up a member of an enum takes its time
 
 

@@ -31,6 +31,7 @@ _KIND_SHIFT, _STEP_SHIFT, _STEP_MASK = 62, 32, (1 << 30) - 1
 _KINDS = ("allocate", "share", "free", "claim")
 _ALLOCATE, _SHARE, _FREE, _CLAIM = range(4)
 _INT32, _UINT32, _INTP, _UINT64 = (np.dtype(t) for t in (np.int32, np.uint32, np.intp, np.uint64))
+_NO_IDS = np.zeros(0, _INTP)
 _PAIR, _pack_pair = np.dtype((np.void, 16)), struct.Struct("=QQ").pack_into
 
 
@@ -93,6 +94,7 @@ class BlockLedger:
         self._mark = np.zeros(n_blocks, np.uint16)  # scratch: where in a call's list an id stands
         self._places = np.arange(1024, dtype=np.uint16)
         self._places_as_bytes = self._places.tobytes()
+        self._marked = _NO_IDS  # ids whose marks stand
         self._references = References(n_blocks)  # the sharers'
 
     # ---- calls -------------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class BlockLedger:
             LifecycleError: bad ids or owner; a block that is reserved, or that somebody holds. Nothing is changed.
         """
         owner, given, at = self._array("allocate", ids, owner)
-        self._check("allocate", owner, given, at)
+        self._mark_all("allocate", owner, given, at)
         n, held = len(at), self._held[at]
         if n and held.item(held.argmax()):
             self._refuse("allocate", owner, at[held > 0], self._why_not_allocate)
@@ -126,7 +128,8 @@ class BlockLedger:
         n = len(at)
         if not n:
             return BlockChanges(owner, at, (0, 0, 0, 0, 0, 0))
-        self._check("share", owner, given, at)
+        if not self._are_marked(at):
+            self._mark_all("share", owner, given, at)
         held = self._held[at]
         lowest, highest = _range_of(held)
         if highest >= _RESERVED:
@@ -153,7 +156,8 @@ class BlockLedger:
             changes = self._end_shares(at, self._held[at], owner, step)
             references.end(owner)
             return changes
-        self._check("free", owner, given, at)
+        if not self._are_marked(at):
+            self._mark_all("free", owner, given, at)
         held, found = self._held[at], references.find(owner, at, self._mark)
         if not found.n:
             return self._end_ownership(at, held, owner, step)
@@ -176,12 +180,13 @@ class BlockLedger:
             LifecycleError: bad ids or owner; a block that the owner does not hold, or not alone. Nothing is changed.
         """
         owner, given, at = self._array("claim", ids, owner)
-        self._check("claim", owner, given, at)
+        if not self._are_marked(at):
+            self._mark_all("claim", owner, given, at)
         held = self._held[at]
         is_lone = held == _SHARER  # by whom?
         lone, found = at[is_lone], NOTHING
         if len(lone):
-            self._mark[lone] = self._places[: len(lone)]
+            self._mark[lone], self._marked = self._places[: len(lone)], lone
             found = self._references.find(owner, lone, self._mark)
             if found.n < len(lone):
                 is_lone[is_lone] = found.n > 0 if found.is_there is None else found.is_there
@@ -291,37 +296,51 @@ class BlockLedger:
             hint = "0 means nobody" if owner == 0 else "it must fit 32 bits"
             raise LifecycleError(f"{kind}: owner={owner}: {hint}; give a request id from 1 to 2^32 - 1")
         given = ids if isinstance(ids, np.ndarray) else _array_of(kind, ids)
+        if given.dtype == _INT32 and given.ndim == 1:
+            # A negative id would count from the end; as an unsigned number it is out of range, as NumPy will find.
+            return owner, given, given.view(_UINT32).astype(_INTP)
         if given.ndim != 1 or given.dtype.kind not in "iu":
             shape = f"{given.dtype}{list(given.shape)}"
             raise LifecycleError(
                 f"{kind}: ids are {shape}: give one integer, or a list or 1-d array of them on the host"
             )
-        # A negative id would count from the end; as an unsigned number it is out of range, as NumPy will find.
-        if given.dtype == _INT32:
-            return owner, given, given.view(_UINT32).astype(_INTP)
         at = given.astype(_INTP)
         if len(at) and int(at.min()) < 0:
             self._refuse(kind, owner, at[at < 0], self._why_out_of_range)
         return owner, given, at
 
-    def _check(self, kind: str, owner: int, given: Array, at: Array) -> None:
+    def _are_marked(self, at: Array) -> bool:
+        """Whether a call has named these ids before, so that they may be named, and mark[at[i]] still is i."""
+        n = len(at)
+        if n == len(self._marked) and at.tobytes() == self._marked.tobytes():
+            return True  # the call before, as when blocks are shared with a cache and then freed
+        try:
+            if self._mark.item(at.item(-1)) != n - 1:
+                return False
+            is_marked = self._places_as_bytes.startswith(self._mark.take(at).tobytes())  # no two have one mark
+        except IndexError:
+            return False
+        if is_marked:
+            self._marked = at
+        return is_marked
+
+    def _mark_all(self, kind: str, owner: int, given: Array, at: Array) -> None:
         """Refuse ids that are out of range or come twice; mark[at[i]] is i from here on."""
         n = len(at)
         if n > len(self._places):
             self._places = np.arange(2 * n, dtype=np.min_scalar_type(2 * n))
             self._places_as_bytes = self._places.tobytes()
             self._mark = self._mark.astype(self._places.dtype)
-        mark, places = self._mark, self._places_as_bytes
+        self._marked = _NO_IDS
         try:
-            if not n or (mark.item(at.item(-1)) == n - 1 and places.startswith(mark.take(at).tobytes())):
-                return  # as an earlier call left them: no two have one mark
-            mark[at] = self._places[:n]
+            self._mark[at] = self._places[:n]
         except IndexError:
             self._refuse(kind, owner, given[at >= self.n_blocks], self._why_out_of_range)
-        marks = mark.take(at)
-        if not places.startswith(marks.tobytes()):  # the later of two has left its mark
+        marks = self._mark.take(at)
+        if not self._places_as_bytes.startswith(marks.tobytes()):  # the later of two has left its mark
             is_twice = marks != self._places[:n]
             self._refuse(kind, owner, at[is_twice], lambda _block, _owner: "is named twice in this call")
+        self._marked = at
 
     def _refuse(self, kind: str, owner: int, blocks: Array, why: Callable[[int, int], str]) -> None:
         named = list(dict.fromkeys(blocks.tolist()))

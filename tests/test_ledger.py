@@ -363,6 +363,17 @@ def test_an_id_named_twice_is_found_among_shares_of_two_calls() -> None:
     assert parts(of.free([2, 1], 7)) == {abi.OP_FREE: [2]}
 
 
+def test_a_refused_call_between_two_about_the_same_ids() -> None:
+    of = ledger()
+    of.share(1, 7)
+    of.share(2, 7)
+    of.share([2, 1], 8)
+    with pytest.raises(LifecycleError, match="block 1 is named twice"):
+        of.share([1, 2, 1], 8)
+    assert parts(of.free([2, 1], 7)) == {}
+    assert of.owners(1) == of.owners(2) == (8,)
+
+
 def test_more_ids_than_16_bits_count() -> None:
     of, n = BlockLedger(70_000), 70_000
     ids = np.arange(n, dtype=np.int32)

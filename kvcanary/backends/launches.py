@@ -70,7 +70,7 @@ class BoundForward:
 class BlockUpdate:
     """kvc_blocks_update for one pool; what changes from call to call is put into the memory of its parameters."""
 
-    _head = struct.Struct(f"<I{abi.N_BLOCK_OPS}I")  # owner, ends: side by side
+    _pack = struct.Struct(f"<I{abi.N_BLOCK_OPS}I").pack_into  # owner, ends: side by side
 
     def __init__(self, driver: Driver, kernel: Any, state: int, blocks: int, n_blocks: int) -> None:
         self._driver, self._kernel = driver, kernel
@@ -92,7 +92,8 @@ class BlockUpdate:
                 self.launch(_part(changes, first), stream)
             return
         self._ids[:n] = ids
-        self._head.pack_into(self._memory, self._owner_at, changes.owner, *changes.ends)
+        allocated, shared, left, unshared, freed, claimed = changes.ends
+        self._pack(self._memory, self._owner_at, changes.owner, allocated, shared, left, unshared, freed, claimed)
         self._driver.launch(self._kernel, (-(-n // abi.THREADS), 1), self._params, stream)
 
 

@@ -92,8 +92,10 @@ MANAGER_LOGIC = [
     *_in(
         "ledger.py",
         LEDGER,
-        ("ids may come twice", "if not places.startswith(marks.tobytes()):", "if False:"),
-        ("ids as before, it seems", " and places.startswith(mark.take(at).tobytes())", ""),
+        ("ids may come twice", "if not self._places_as_bytes.startswith(marks.tobytes()):", "if False:"),
+        ("ids as before, it seems", "self._places_as_bytes.startswith(self._mark.take(at).tobytes())", "True"),
+        ("as many ids as before, it seems", " and at.tobytes() == self._marked.tobytes()", ""),
+        ("ids as before a refused call", "        self._marked = _NO_IDS\n        try", "        try"),
         ("places in too few bits", "self._mark = self._mark.astype(self._places.dtype)", "pass"),
         ("sharers not counted", "lowest + _SHARER if lowest == highest else held + _SHARER", "lowest + _SHARER"),
         ("freed by one who never had it", "int(np.bitwise_or.reduce(left))) & _OWNER_MASK:", "0) & _OWNER_MASK:"),
