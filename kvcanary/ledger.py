@@ -1,7 +1,7 @@
 """The host's ledger of block ownership: who holds which block of a pool, and which calls make no sense.
 
 Pure NumPy. It decides what each call means for the device's words (`BlockChanges`), and refuses misuse before anything
-is changed anywhere. A call costs some five to twenty passes of NumPy over its ids, whoever shares what: for 1,000 ids 8
+is changed anywhere. A call costs some five to twenty passes of NumPy over its ids, whoever shares what: for 1,000 ids 7
 to 32 us (bench/bench_ledger.py). Memory: 18 to 36 bytes a block, and 8 to 128 a reference of a sharer's.
 """
 
@@ -110,7 +110,7 @@ class BlockLedger:
             LifecycleError: bad ids or owner; a block that is reserved, or that somebody holds. Nothing is changed.
         """
         owner, given, at = self._array("allocate", ids, owner)
-        self._mark_all("allocate", owner, given, at)
+        self._mark_all("allocate", owner, given, at)  # new blocks seldom were named together before
         n, held = len(at), self._held[at]
         if n and held.item(held.argmax()):
             self._refuse("allocate", owner, at[held > 0], self._why_not_allocate)
@@ -213,18 +213,21 @@ class BlockLedger:
         else:
             is_freed = left == 0
             unshared, freed = _those(at, (left < _SHARER) > is_freed), _those(at, is_freed)
-            n_unshared, n = len(unshared), len(unshared) + len(freed)
-            changes = BlockChanges(owner, np.concatenate((unshared, freed)), (0, 0, 0, n_unshared, n, n))
-        _, _, _, n_unshared, n, _ = changes.ends
-        self.n_live -= n - n_unshared
-        self.n_shared -= n
+            n_unshared, n_ended = len(unshared), len(unshared) + len(freed)
+            ends = (0, 0, 0, n_unshared, n_ended, n_ended)
+            changes = BlockChanges(owner, np.concatenate((unshared, freed)), ends)
+        _, _, _, n_unshared, n_ended, _ = changes.ends
+        self.n_live -= n_ended - n_unshared
+        self.n_shared -= n_ended
         return changes
 
     def _end_ownership(self, at: Array, held: Array, owner: int, step: int) -> BlockChanges:
         """Take the primary owner's reference from each block."""
         n, (lowest, highest) = len(at), _range_of(held)
-        left: Any = lowest - owner if lowest == highest else held - owner
-        if (left if lowest == highest else int(np.bitwise_or.reduce(left))) & _OWNER_MASK:  # it is not their owner
+        is_uniform = lowest == highest
+        left: Any = lowest - owner if is_uniform else held - owner
+        bits_left = left if is_uniform else int(np.bitwise_or.reduce(left))
+        if bits_left & _OWNER_MASK:  # of another owner
             self._refuse("free", owner, at[held & _OWNER_MASK != owner], self._why_not_free)
         self._write(at, left, _FREE, owner, step)
         if highest == owner:
@@ -287,7 +290,7 @@ class BlockLedger:
 
     # ---- checks ------------------------------------------------------------------------------------------------------
     def _array(self, kind: str, ids: Any, owner: int) -> tuple[int, Array, Array]:
-        """The owner as an int, the ids as an array, and as a new intp[n], none of them negative."""
+        """The owner as an int, the ids as an array, and as a new intp[n]: of negative ones, numbers out of range."""
         try:
             owner = operator.index(owner)
         except TypeError:
@@ -310,7 +313,7 @@ class BlockLedger:
         return owner, given, at
 
     def _are_marked(self, at: Array) -> bool:
-        """Whether a call has named these ids before, so that they may be named, and mark[at[i]] still is i."""
+        """Whether a call before has named these ids, in range and none twice, and mark[at[i]] still is i."""
         n = len(at)
         if n == len(self._marked) and at.tobytes() == self._marked.tobytes():
             return True  # the call before, as when blocks are shared with a cache and then freed

@@ -98,7 +98,7 @@ MANAGER_LOGIC = [
         ("ids as before a refused call", "        self._marked = _NO_IDS\n        try", "        try"),
         ("places in too few bits", "self._mark = self._mark.astype(self._places.dtype)", "pass"),
         ("sharers not counted", "lowest + _SHARER if lowest == highest else held + _SHARER", "lowest + _SHARER"),
-        ("freed by one who never had it", "int(np.bitwise_or.reduce(left))) & _OWNER_MASK:", "0) & _OWNER_MASK:"),
+        ("freed by one who never had it", "left if is_uniform else int(np.bitwise_or.reduce(left))", "left if is_uniform else 0"),
         ("some shares given back, others taken", "(left < _SHARER) > is_freed", "left < _SHARER"),
     ),
     *_in(
