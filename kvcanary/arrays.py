@@ -362,6 +362,8 @@ def stream_pointer(stream: Any, error: type[KvCanaryError] = KvCanaryError) -> i
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
         pointer = (protocol() if callable(protocol) else protocol)[1]
+        if type(pointer) is int and pointer >= 0:  # nearly always, and many times in a step
+            return pointer
     elif stream is not None and not _is_int(stream):
         found = (getattr(stream, name, None) for name in ("ptr", "cuda_stream", "handle"))
         is_handle = hasattr(stream, "__index__") and not isinstance(stream, bool)

@@ -16,6 +16,8 @@ from kvcanary.phases import Phase, PhaseChecker
 from kvcanary.prove import Proof, prove_batch
 from kvcanary.turns import Turns, one_at_a_time
 
+_STEP, _OUTSIDE = Phase.STEP, Phase.OUTSIDE  # at hand: to look up a member of an enum takes its time
+
 
 class ControlCalls:
     """`CanaryManager`'s part for host-driven calls, and the gate that all of them pass."""
@@ -90,14 +92,17 @@ class ControlCalls:
         bound = self._bind(batch, True, None)
         return prove_batch(backend, self.pools, self.config, list(zip(bound.calls, bound.batches, strict=True)), stream)
 
-    def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
-        stream = self._stream if stream is None else stream
-        self._host_driven(call, stream)
-        return stream, self._step + (self._phases.phase is Phase.STEP)
-
     def _host_driven(self, call: str, stream: Any = None) -> Backend:
-        stream = self._stream if stream is None else stream
-        self._phases.need_open(call)
+        self._gate(call, stream)
+        return self.backend
+
+    def _gate(self, call: str, stream: Any) -> tuple[Any, int]:
+        if stream is None:
+            stream = self._stream
+        phase = self._phases.phase
+        is_between_forwards = phase is _STEP or phase is _OUTSIDE
+        if not is_between_forwards:
+            self._phases.need_open(call)
         try:
             is_capturing = self._handlers[0].is_capturing(stream)
         except Exception as error:  # of the driver: the stream, or its context, is gone
@@ -107,5 +112,6 @@ class ControlCalls:
             ) from error
         if is_capturing:
             raise CaptureError(f"{call} came while its stream is being captured: call it outside the capture")
-        self._phases.need_outside_forward(call)
-        return self.backend
+        if not is_between_forwards:
+            self._phases.need_outside_forward(call)
+        return stream, self._step + (phase is _STEP)

@@ -1,49 +1,47 @@
 """The host's ledger of block ownership: who holds which block of a pool, and which calls make no sense.
 
 Pure NumPy. It decides what each call means for the device's words (`BlockChanges`), and refuses misuse before anything
-is changed anywhere. A call costs some ten to twenty passes of NumPy over its ids, whoever shares what: for 1,000 ids 8
-to 31 us (bench/bench_ledger.py). Memory: 20 to 36 bytes a block, and 8 to 128 a reference of a sharer's.
+is changed anywhere. A call costs some five to twenty passes of NumPy over its ids, whoever shares what: for 1,000 ids 7
+to 32 us (bench/bench_ledger.py). Memory: 18 to 36 bytes a block, and 8 to 128 a reference of a sharer's.
 """
 
 from __future__ import annotations
 
 import operator
+import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcanary.errors import LifecycleError
-from kvcanary.references import NOTHING, Found, References
+from kvcanary.references import NOTHING, References
 
 PREFIX_CACHE = 0xFFFFFFFF  #: owner id for engines whose prefix cache holds references of its own
 MAX_NAMED = 8  # bad blocks that one error names
 
 Array = npt.NDArray[Any]
-# A block's word: state << 62 | ODD << 61 | step of the last call << 32 | primary owner (of a FREE block: who freed it).
-# Words of SHARED blocks are ODD, and have the number of references besides the primary's in place of the step.
-_FREE, _SOLE, _SHARED, _RESERVED = range(4)  # SOLE: one reference, the primary owner's
-_ODD = 1 << 61  # the word does not tell the last call: `_calls` does
-_STATE_SHIFT, _COUNT_SHIFT, _STEP_MASK, _OWNER_MASK = 62, 32, (1 << 29) - 1, 0xFFFFFFFF
-_LIVE = np.uint64(_SOLE << _STATE_SHIFT)  # words from here on are not of FREE blocks
-_SHARED_BY_NONE = np.uint64(_SHARED << _STATE_SHIFT | _ODD)
-_ONE_SHARER = np.uint64(1 << _COUNT_SHIFT)
-_SHARED_BY_ONE = _SHARED_BY_NONE | _ONE_SHARER
-_SHARED_BY_TWO = _SHARED_BY_ONE + _ONE_SHARER
-_SHARED_BY_ONE_TO_SOLE = _ONE_SHARER + np.uint64((_SHARED - _SOLE) << _STATE_SHIFT)
-_OWNER = np.uint64(_OWNER_MASK)
-_STATE_AND_OWNER = np.uint64(3 << _STATE_SHIFT | _OWNER_MASK)
-_KINDS = ("allocate", "share", "free", "claim")  # a call's word: kind << 62 | step << 32 | owner
-_BY_SHARE, _BY_FREE, _BY_CLAIM = 1, 2, 3
+# A block is two numbers, side by side, so that a call writes both in one pass over its ids:
+# who holds it: references of sharers << 32 | primary owner; 0: nobody does, _RESERVED: nobody may;
+# the last call: kind << 62 | step << 32 | owner; 0: there was none.
+_SHARER, _OWNER_MASK, _RESERVED = 1 << 32, (1 << 32) - 1, 1 << 63
+_KIND_SHIFT, _STEP_SHIFT, _STEP_MASK = 62, 32, (1 << 30) - 1
+_KINDS = ("allocate", "share", "free", "claim")
+_ALLOCATE, _SHARE, _FREE, _CLAIM = range(4)
+_INT32, _UINT32, _INTP, _UINT64 = (np.dtype(t) for t in (np.int32, np.uint32, np.intp, np.uint64))
+_NO_IDS = np.zeros(0, _INTP)
+_PAIR, _pack_pair = np.dtype((np.void, 16)), struct.Struct("=QQ").pack_into
 
 
-class BlockChanges(NamedTuple):
+@dataclass(slots=True)
+class BlockChanges:
     """What a call changes on the device: operation o (``abi.OP_*``) is done to ids[ends[o - 1]] up to ids[ends[o]].
 
     Attributes:
         owner: of allocated blocks.
-        ids: int[n] blocks, none twice.
+        ids: int[n] blocks, none twice; not to be changed.
         ends: ``abi.N_BLOCK_OPS`` ascending numbers, the last is n.
     """
 
@@ -88,12 +86,16 @@ class BlockLedger:
         self.n_live = 0  #: blocks that somebody holds
         self.n_shared = 0  #: blocks with sharers
         self._n_reserved = len(set(reserved))
-        self._word = np.zeros(n_blocks, np.uint64)
-        self._word[list(reserved)] = np.uint64(_RESERVED << _STATE_SHIFT)
-        self._mark = np.zeros(n_blocks, np.int32)  # scratch: where in a call's list an id stands
-        self._places = np.arange(1024, dtype=np.int32)
+        self._blocks = np.zeros(n_blocks, _PAIR)
+        self._held, self._calls = self._blocks.view(_UINT64).reshape(n_blocks, 2).T
+        self._held[list(reserved)] = _RESERVED
+        self._pair = np.zeros((), _PAIR)  # scratch: what a call makes of all its blocks alike
+        self._pair_memory = self._pair.reshape(1).view(np.uint8).data
+        self._mark = np.zeros(n_blocks, np.uint16)  # scratch: where in a call's list an id stands
+        self._places = np.arange(1024, dtype=np.uint16)
+        self._places_as_bytes = self._places.tobytes()
+        self._marked = _NO_IDS  # ids whose marks stand
         self._references = References(n_blocks)  # the sharers'
-        self._calls = np.zeros(n_blocks, np.uint64)  # the last calls on blocks with an ODD word
 
     # ---- calls -------------------------------------------------------------------------------------------------------
     def allocate(self, ids: Any, owner: int, step: int = 0) -> BlockChanges:
@@ -107,11 +109,12 @@ class BlockLedger:
         Raises:
             LifecycleError: bad ids or owner; a block that is reserved, or that somebody holds. Nothing is changed.
         """
-        owner, at = self._check("allocate", ids, owner)
-        n, words = len(at), self._word.take(at)
-        if n and words.item(words.argmax()) >= _LIVE:
-            self._refuse("allocate", owner, at[words >= _LIVE], self._why_not_allocate)
-        self._word[at] = _word_of(_SOLE, owner, step)
+        owner, given, at = self._array("allocate", ids, owner)
+        self._mark_all("allocate", owner, given, at)  # new blocks seldom were named together before
+        n, held = len(at), self._held[at]
+        if n and held.item(held.argmax()):
+            self._refuse("allocate", owner, at[held > 0], self._why_not_allocate)
+        self._write(at, owner, _ALLOCATE, owner, step)
         self.n_live += n
         return BlockChanges(owner, at, (n, n, n, n, n, n))
 
@@ -121,45 +124,23 @@ class BlockLedger:
         Raises:
             LifecycleError: bad ids or owner; a reserved block. Nothing is changed.
         """
-        owner, at = self._check("share", ids, owner)
+        owner, given, at = self._array("share", ids, owner)
         n = len(at)
         if not n:
             return BlockChanges(owner, at, (0, 0, 0, 0, 0, 0))
-        words = self._word.take(at)
-        lowest, highest = _range_of(words)
-        if highest >> _STATE_SHIFT == _RESERVED:
-            self._refuse("share", owner, at[words >> _STATE_SHIFT == _RESERVED], self._why_reserved)
-        if lowest >= _SHARED_BY_NONE:
-            self._word[at] = words + _ONE_SHARER
-        elif highest < _LIVE:
-            self._word[at] = _SHARED_BY_ONE
-            self.n_live += n
-            self.n_shared += n
-        elif lowest == highest:
-            self._word[at] = _SHARED_BY_ONE | np.uint64(lowest & _OWNER_MASK)
-            self.n_shared += n
-        else:
-            self._word[at] = self._shared_once_more(words, lowest, highest)
-        self._calls[at] = _word_of(_BY_SHARE, owner, step)
+        if not self._are_marked(at):
+            self._mark_all("share", owner, given, at)
+        held = self._held[at]
+        lowest, highest = _range_of(held)
+        if highest >= _RESERVED:
+            self._refuse("share", owner, at[held >= _RESERVED], self._why_reserved)
+        self._write(at, lowest + _SHARER if lowest == highest else held + _SHARER, _SHARE, owner, step)
         self._references.take(owner, at)
+        if not lowest:
+            self.n_live += n - int(np.count_nonzero(held))
+        if lowest < _SHARER:
+            self.n_shared += n if highest < _SHARER else int(np.count_nonzero(held < _SHARER))
         return BlockChanges(owner, at, (0, n, n, n, n, n))
-
-    def _shared_once_more(self, words: Array, lowest: int, highest: int) -> Array:
-        """New words of FREE, SOLE and SHARED blocks."""
-        n = n_unshared = len(words)
-        new = words & _OWNER
-        if lowest < _LIVE:
-            is_live = words >= _LIVE
-            self.n_live += n - int(np.count_nonzero(is_live))
-            new *= is_live  # who freed a block is not its primary owner
-        new |= _SHARED_BY_ONE
-        if highest >= _SHARED_BY_NONE:
-            is_shared = words >= _SHARED_BY_NONE
-            n_unshared -= int(np.count_nonzero(is_shared))
-            words += _ONE_SHARER
-            new = np.where(is_shared, words, new)
-        self.n_shared += n_unshared
-        return new
 
     def free(self, ids: Any, owner: int, step: int = 0) -> BlockChanges:
         """Give back one reference of an owner's on each block: one that it shared, or else its primary ownership.
@@ -167,29 +148,27 @@ class BlockLedger:
         Raises:
             LifecycleError: bad ids or owner; a block that the owner does not hold. Nothing is changed.
         """
-        owner, at = self._check("free", ids, owner)
-        n, words = len(at), self._word.take(at)
-        if not n:
+        owner, given, at = self._array("free", ids, owner)
+        if not len(at):
             return BlockChanges(owner, at, (0, 0, 0, 0, 0, 0))
-        found = self._references.find(owner, at, self._mark)
-        if found.n == n:
-            unshared, freed = self._end_of_shares(at, words, owner, step)
-            self._references.give(owner, at, found)
-            return _changes(owner, at[:0], unshared, freed)
-        left, shared, sole = self._by_way_of_holding(at, words, owner, found)
-        self._end_of_sole(sole, owner, step)
-        if len(sole) == n:
-            return BlockChanges(owner, at, (0, 0, 0, 0, n, n))
-        if len(left):
-            self._word[left] = (words if len(left) == n else self._word.take(left)) - np.uint64(owner)
-            self._calls[left] = _word_of(_BY_FREE, owner, step)
-            if len(left) == n:
-                return BlockChanges(owner, at, (0, 0, n, n, n, n))
+        references = self._references
+        if references.are_all_of(owner, at):  # named by a call before, so they are in range and none comes twice
+            changes = self._end_shares(at, self._held[at], owner, step)
+            references.end(owner)
+            return changes
+        if not self._are_marked(at):
+            self._mark_all("free", owner, given, at)
+        held, found = self._held[at], references.find(owner, at, self._mark)
         if not found.n:
-            return _changes(owner, left, at[:0], sole)
-        unshared, freed = self._end_of_shares(shared, self._word.take(shared), owner, step)
-        self._references.give(owner, at, found)
-        return _changes(owner, left, unshared, sole if not len(freed) else np.concatenate((freed, sole)))
+            return self._end_ownership(at, held, owner, step)
+        if found.is_there is None:
+            changes = self._end_shares(at, held, owner, step)
+        else:
+            own, shared = _those(at, ~found.is_there), _those(at, found.is_there)
+            changes = self._end_ownership(own, self._held[own], owner, step)  # first: it may refuse
+            changes = _both(changes, self._end_shares(shared, self._held[shared], owner, step))
+        references.give(owner, at, found)
+        return changes
 
     def claim(self, ids: Any, owner: int, step: int = 0) -> BlockChanges:
         """Make the only holder of blocks their primary owner, who may write them; their epoch goes on.
@@ -200,78 +179,77 @@ class BlockLedger:
         Raises:
             LifecycleError: bad ids or owner; a block that the owner does not hold, or not alone. Nothing is changed.
         """
-        owner, at = self._check("claim", ids, owner)
-        words = self._word.take(at)
-        is_sole = words & _STATE_AND_OWNER == _word_of(_SOLE, owner, 0)
-        is_lone = words == _SHARED_BY_ONE  # by whom?
+        owner, given, at = self._array("claim", ids, owner)
+        if not self._are_marked(at):
+            self._mark_all("claim", owner, given, at)
+        held = self._held[at]
+        is_lone = held == _SHARER  # by whom?
         lone, found = at[is_lone], NOTHING
         if len(lone):
-            self._mark[lone] = self._places[: len(lone)]
+            self._mark[lone], self._marked = self._places[: len(lone)], lone
             found = self._references.find(owner, lone, self._mark)
             if found.n < len(lone):
                 is_lone[is_lone] = found.n > 0 if found.is_there is None else found.is_there
-        is_ours = is_sole | is_lone
+        is_ours = is_lone | (held == owner)
         if np.count_nonzero(is_ours) < len(at):
             self._refuse("claim", owner, at[~is_ours], self._why_not_claim)
         if len(lone):
             self._references.give(owner, lone, found)
             self.n_shared -= len(lone)
-        self._word[at] = _word_of(_SOLE, owner, step) | _ODD
-        self._calls[at] = _word_of(_BY_CLAIM, owner, step)
+        self._write(at, owner, _CLAIM, owner, step)
         return BlockChanges(owner, lone, (0, 0, 0, 0, 0, len(lone)))
 
-    def _by_way_of_holding(self, at: Array, words: Array, owner: int, found: Found) -> tuple[Array, Array, Array]:
-        """Blocks that others share and the owner does not, those that it shares, those that it alone holds."""
-        none = at[:0]
-        if not found.n and _is_uniform(words):
-            word = words.item(0) & int(_STATE_AND_OWNER)
-            if word == _word_of(_SOLE, owner, 0):
-                return none, none, at
-            if word == _word_of(_SHARED, owner, 0):
-                return at, none, none
-        mine = words & _STATE_AND_OWNER
-        is_sole = mine == _word_of(_SOLE, owner, 0)
-        n_sole = int(np.count_nonzero(is_sole))
-        n_left = len(at) - n_sole - found.n  # if it holds them all
-        left = none
-        if n_left:
-            is_left = mine == _word_of(_SHARED, owner, 0)
-            if found.is_there is not None:
-                is_left = is_left > found.is_there
-            if np.count_nonzero(is_left) < n_left:
-                is_held = is_sole | is_left if found.is_there is None else is_sole | is_left | found.is_there
-                self._refuse("free", owner, at[~is_held], self._why_not_free)
-            left = _those(at, is_left, n_left)
-        shared = none if found.is_there is None else _those(at, found.is_there, found.n)
-        return left, shared, _those(at, is_sole, n_sole)
+    def _end_shares(self, at: Array, held: Array, owner: int, step: int) -> BlockChanges:
+        """Take a sharer's reference from each block."""
+        n, (lowest, highest) = len(at), _range_of(held)
+        left: Any = lowest - _SHARER if lowest == highest else held - _SHARER
+        self._write(at, left, _FREE, owner, step)
+        if highest == _SHARER:
+            changes = BlockChanges(owner, at, (0, 0, 0, 0, n, n))
+        elif lowest >= 2 * _SHARER:
+            changes = BlockChanges(owner, at[:0], (0, 0, 0, 0, 0, 0))
+        elif lowest > _SHARER and highest < 2 * _SHARER:
+            changes = BlockChanges(owner, at, (0, 0, 0, n, n, n))
+        else:
+            is_freed = left == 0
+            unshared, freed = _those(at, (left < _SHARER) > is_freed), _those(at, is_freed)
+            n_unshared, n_ended = len(unshared), len(unshared) + len(freed)
+            ends = (0, 0, 0, n_unshared, n_ended, n_ended)
+            changes = BlockChanges(owner, np.concatenate((unshared, freed)), ends)
+        _, _, _, n_unshared, n_ended, _ = changes.ends
+        self.n_live -= n_ended - n_unshared
+        self.n_shared -= n_ended
+        return changes
 
-    def _end_of_sole(self, at: Array, owner: int, step: int) -> None:
-        self._word[at] = _word_of(_FREE, owner, step)
-        self.n_live -= len(at)
+    def _end_ownership(self, at: Array, held: Array, owner: int, step: int) -> BlockChanges:
+        """Take the primary owner's reference from each block."""
+        n, (lowest, highest) = len(at), _range_of(held)
+        is_uniform = lowest == highest
+        left: Any = lowest - owner if is_uniform else held - owner
+        bits_left = left if is_uniform else int(np.bitwise_or.reduce(left))
+        if bits_left & _OWNER_MASK:  # of another owner
+            self._refuse("free", owner, at[held & _OWNER_MASK != owner], self._why_not_free)
+        self._write(at, left, _FREE, owner, step)
+        if highest == owner:
+            self.n_live -= n
+            return BlockChanges(owner, at, (0, 0, 0, 0, n, n))
+        if lowest > owner:
+            return BlockChanges(owner, at, (0, 0, n, n, n, n))
+        still, freed = _those(at, left > 0), _those(at, left == 0)
+        n_left = len(still)
+        self.n_live -= n - n_left
+        return BlockChanges(owner, np.concatenate((still, freed)), (0, 0, n_left, n_left, n, n))
 
-    def _end_of_shares(self, at: Array, words: Array, owner: int, step: int) -> tuple[Array, Array]:
-        """One sharer's reference less to SHARED blocks: those that only their primary owner holds now, and nobody."""
-        none = at[:0]
-        lowest, highest = _range_of(words)
-        if highest == _SHARED_BY_ONE:
-            self._end_of_sole(at, owner, step)
-            self.n_shared -= len(at)
-            return none, at
-        self._calls[at] = _word_of(_BY_FREE, owner, step)
-        if lowest >= _SHARED_BY_TWO:
-            self._word[at] = words - _ONE_SHARER
-            return none, none
-        if lowest > _SHARED_BY_ONE and highest < _SHARED_BY_TWO:
-            self._word[at] = words - _SHARED_BY_ONE_TO_SOLE
-            self.n_shared -= len(at)
-            return at, none
-        is_freed, is_shared = words == _SHARED_BY_ONE, words >= _SHARED_BY_TWO
-        shared, freed, unshared = (at.take(of.nonzero()[0]) for of in (is_shared, is_freed, ~(is_shared | is_freed)))
-        self._word[shared] = self._word.take(shared) - _ONE_SHARER
-        self._word[unshared] = self._word.take(unshared) - _SHARED_BY_ONE_TO_SOLE
-        self._end_of_sole(freed, owner, step)
-        self.n_shared -= len(at) - len(shared)
-        return unshared, freed
+    def _write(self, at: Array, held: Any, kind: int, owner: int, step: int) -> None:
+        """What blocks are from now on. held: an int for all of them, or u64[n]."""
+        call = kind << _KIND_SHIFT | (step & _STEP_MASK) << _STEP_SHIFT | owner
+        if type(held) is int:
+            _pack_pair(self._pair_memory, 0, held, call)
+            self._blocks[at] = self._pair
+        else:
+            pairs = np.empty((len(at), 2), _UINT64)
+            pairs[:, 0], pairs[:, 1] = held, call
+            self._blocks[at] = pairs.view(_PAIR)[:, 0]
 
     # ---- what it knows -----------------------------------------------------------------------------------------------
     @property
@@ -285,29 +263,23 @@ class BlockLedger:
 
     def holders(self, block: int) -> tuple[int, ...]:
         """The owners of a block, each as often as it holds a reference. Looks through all references of the pool."""
-        word = int(self._word[self._inside(block)])
-        primary, state = word & _OWNER_MASK, word >> _STATE_SHIFT
-        if state in (_FREE, _RESERVED):
+        held = int(self._held[self._inside(block)])
+        if held in (0, _RESERVED):
             return ()
-        sharers = self._references.sharers(block) if state == _SHARED else []
+        primary, sharers = held & _OWNER_MASK, self._references.sharers(block) if held >= _SHARER else []
         return (*((primary,) if primary else ()), *(owner for owner, n in sharers for _ in range(n)))
 
     def n_references(self, block: int) -> int:
         """References that all owners of a block hold together."""
-        word = int(self._word[self._inside(block)])
-        state, n_sharers = word >> _STATE_SHIFT, word >> _COUNT_SHIFT & _STEP_MASK
-        return (state in (_SOLE, _SHARED) and word & _OWNER_MASK > 0) + (n_sharers if state == _SHARED else 0)
+        held = int(self._held[self._inside(block)])
+        return 0 if held == _RESERVED else held // _SHARER + (held & _OWNER_MASK > 0)
 
     def last_call(self, block: int) -> BlockCall | None:
         """The last call on a block; None if there was none."""
-        word = int(self._word[self._inside(block)])
-        if word & _ODD:
-            call = int(self._calls[block])
-            return BlockCall(_KINDS[call >> _STATE_SHIFT], call & _OWNER_MASK, call >> _COUNT_SHIFT & _STEP_MASK)
-        state, owner = word >> _STATE_SHIFT, word & _OWNER_MASK
-        if state == _RESERVED or not owner:
+        call = int(self._calls[self._inside(block)])
+        if not call:
             return None
-        return BlockCall("allocate" if state == _SOLE else "free", owner, word >> 32 & _STEP_MASK)
+        return BlockCall(_KINDS[call >> _KIND_SHIFT], call & _OWNER_MASK, call >> _STEP_SHIFT & _STEP_MASK)
 
     def _inside(self, block: int) -> int:
         if not hasattr(block, "__index__"):
@@ -317,8 +289,8 @@ class BlockLedger:
         return block
 
     # ---- checks ------------------------------------------------------------------------------------------------------
-    def _check(self, kind: str, ids: Any, owner: int) -> tuple[int, Array]:
-        """The owner as an int, and the ids as a new intp[n], all of them in range and none twice."""
+    def _array(self, kind: str, ids: Any, owner: int) -> tuple[int, Array, Array]:
+        """The owner as an int, the ids as an array, and as a new intp[n]: of negative ones, numbers out of range."""
         try:
             owner = operator.index(owner)
         except TypeError:
@@ -327,32 +299,51 @@ class BlockLedger:
             hint = "0 means nobody" if owner == 0 else "it must fit 32 bits"
             raise LifecycleError(f"{kind}: owner={owner}: {hint}; give a request id from 1 to 2^32 - 1")
         given = ids if isinstance(ids, np.ndarray) else _array_of(kind, ids)
+        if given.dtype == _INT32 and given.ndim == 1:
+            # A negative id would count from the end; as an unsigned number it is out of range, as NumPy will find.
+            return owner, given, given.view(_UINT32).astype(_INTP)
         if given.ndim != 1 or given.dtype.kind not in "iu":
             shape = f"{given.dtype}{list(given.shape)}"
             raise LifecycleError(
                 f"{kind}: ids are {shape}: give one integer, or a list or 1-d array of them on the host"
             )
-        # A negative id would count from the end; as an unsigned number it is out of range, as NumPy will find.
-        if given.dtype == np.int32:
-            at = given.view(np.uint32).astype(np.intp)
-        else:
-            at = given.astype(np.intp)
-            if len(at) and int(at.min()) < 0:
-                self._refuse(kind, owner, at[at < 0], self._why_out_of_range)
+        at = given.astype(_INTP)
+        if len(at) and int(at.min()) < 0:
+            self._refuse(kind, owner, at[at < 0], self._why_out_of_range)
+        return owner, given, at
+
+    def _are_marked(self, at: Array) -> bool:
+        """Whether a call before has named these ids, in range and none twice, and mark[at[i]] still is i."""
+        n = len(at)
+        if n == len(self._marked) and at.tobytes() == self._marked.tobytes():
+            return True  # the call before, as when blocks are shared with a cache and then freed
+        try:
+            if self._mark.item(at.item(-1)) != n - 1:
+                return False
+            is_marked = self._places_as_bytes.startswith(self._mark.take(at).tobytes())  # no two have one mark
+        except IndexError:
+            return False
+        if is_marked:
+            self._marked = at
+        return is_marked
+
+    def _mark_all(self, kind: str, owner: int, given: Array, at: Array) -> None:
+        """Refuse ids that are out of range or come twice; mark[at[i]] is i from here on."""
         n = len(at)
         if n > len(self._places):
-            self._places = np.arange(2 * n, dtype=np.int32)
-        places = self._places[:n]
+            self._places = np.arange(2 * n, dtype=np.min_scalar_type(2 * n))
+            self._places_as_bytes = self._places.tobytes()
+            self._mark = self._mark.astype(self._places.dtype)
+        self._marked = _NO_IDS
         try:
-            if not n or (self._mark.item(at.item(-1)) == n - 1 and _is_same(self._mark.take(at), places)):
-                return owner, at  # as an earlier call left them: no two have one mark
-            self._mark[at] = places
+            self._mark[at] = self._places[:n]
         except IndexError:
             self._refuse(kind, owner, given[at >= self.n_blocks], self._why_out_of_range)
         marks = self._mark.take(at)
-        if not _is_same(marks, places):  # the later of two has left its mark
-            self._refuse(kind, owner, at[marks != places], lambda _block, _owner: "is named twice in this call")
-        return owner, at
+        if not self._places_as_bytes.startswith(marks.tobytes()):  # the later of two has left its mark
+            is_twice = marks != self._places[:n]
+            self._refuse(kind, owner, at[is_twice], lambda _block, _owner: "is named twice in this call")
+        self._marked = at
 
     def _refuse(self, kind: str, owner: int, blocks: Array, why: Callable[[int, int], str]) -> None:
         named = list(dict.fromkeys(blocks.tolist()))
@@ -372,22 +363,22 @@ class BlockLedger:
         return "is reserved: no KV is expected there (see reserved_blocks of the pool)"
 
     def _why_not_allocate(self, block: int, owner: int) -> str:
-        if int(self._word[block]) >> _STATE_SHIFT == _RESERVED:
+        if int(self._held[block]) == _RESERVED:
             return self._why_reserved(block, owner)
         return f"{self._held_by(block)}: it would have two sole owners; free it first, or share it"
 
     def _why_not_free(self, block: int, owner: int) -> str:
-        state, call = int(self._word[block]) >> _STATE_SHIFT, self.last_call(block)
-        if state == _RESERVED:
+        held, call = int(self._held[block]), self.last_call(block)
+        if held == _RESERVED:
             return self._why_reserved(block, owner)
-        if state != _FREE:
+        if held:
             return f"{self._held_by(block)}, not by {owner_name(owner)}: free only what you hold"
         if call is None:
             return "was never allocated"
         return f"is freed twice: nobody holds it (the call before: {call})"
 
     def _why_not_claim(self, block: int, owner: int) -> str:
-        if int(self._word[block]) >> _STATE_SHIFT in (_FREE, _RESERVED):
+        if int(self._held[block]) in (0, _RESERVED):
             return self._why_not_free(block, owner)
         n = self.n_references(block)
         return f"{self._held_by(block)}, {n} references: only its one holder can claim it; copy it instead"
@@ -397,38 +388,24 @@ class BlockLedger:
         return f"is held by {holders} (the call before: {self.last_call(block)})"
 
 
-def _word_of(state: int, owner: int, step: int) -> int:
-    return state << _STATE_SHIFT | (step & _STEP_MASK) << 32 | owner
+def _both(own: BlockChanges, shared: BlockChanges) -> BlockChanges:
+    """What comes of the ends of ownership and of shares."""
+    n_left, n_unshared = own.ends[2], shared.ends[3]
+    n_kept, n = n_left + n_unshared, len(own.ids) + len(shared.ids)
+    parts = (own.ids[:n_left], shared.ids, own.ids[n_left:])  # left, unshared, freed
+    return BlockChanges(own.owner, np.concatenate(parts), (0, 0, n_left, n_kept, n, n))
 
 
-def _changes(owner: int, left: Array, unshared: Array, freed: Array) -> BlockChanges:
-    n_left, n_unshared, n = len(left), len(unshared), len(left) + len(unshared) + len(freed)
-    if n_left + n_unshared == 0:
-        ids = freed
-    elif n == n_unshared:
-        ids = unshared
-    else:
-        ids = np.concatenate((left, unshared, freed))
-    return BlockChanges(owner, ids, (0, 0, n_left, n_left + n_unshared, n, n))
+def _those(at: Array, which: Array) -> Array:
+    return at.take(which.nonzero()[0])  # faster than at[which]
 
 
-def _those(at: Array, which: Array, n: int) -> Array:
-    return at if n == len(at) else at.take(which.nonzero()[0]) if n else at[:0]
-
-
-def _range_of(words: Array) -> tuple[int, int]:
-    if _is_uniform(words):
-        return words.item(0), words.item(0)
-    return words.item(words.argmin()), words.item(words.argmax())  # which NumPy finds faster than min() and max()
-
-
-def _is_same(a: Array, b: Array) -> bool:
-    return a.tobytes() == b.tobytes()  # the cheapest way to compare
-
-
-def _is_uniform(words: Array) -> bool:
-    """Whether all are the same: blocks of one past, as often."""
-    return bool(words.item(0) == words.item(-1)) and words.tobytes() == words[:1].tobytes() * len(words)
+def _range_of(numbers: Array) -> tuple[int, int]:
+    """The lowest and the highest of at least one."""
+    as_bytes = numbers.tobytes()
+    if as_bytes.startswith(as_bytes[8:]):  # all the same, as blocks of one past are
+        return numbers.item(0), numbers.item(0)
+    return numbers.item(numbers.argmin()), numbers.item(numbers.argmax())  # faster than min() and max()
 
 
 def _array_of(kind: str, ids: Any) -> Array:

@@ -63,9 +63,14 @@ class Lifecycle(OfThisProcess):
         Raises:
             LifecycleError: misuse; nothing was changed. PhaseError, CaptureError: at a wrong moment.
         """
-        if self._gate is not None:
+        if self._gate is None:
+            return
+        lock = self._turns.begin(CALLS[kind])
+        try:
             stream, step = self._gate(CALLS[kind], stream)
             self._do(kind, ids, owner, pool, stream, step)
+        finally:
+            lock.release()
 
     @one_at_a_time
     def apply(self, events: Iterable[LifecycleEvent | tuple[Any, ...] | Mapping[str, Any]], stream: Any = None) -> None:
@@ -140,7 +145,6 @@ class OwnershipCalls:
     """`CanaryManager`'s part for block ownership."""
 
     _lifecycle: Lifecycle | None
-    _turns: Turns
 
     @property
     def lifecycle(self) -> Lifecycle:
@@ -151,7 +155,6 @@ class OwnershipCalls:
             )
         return self._lifecycle
 
-    @one_at_a_time
     def allocate_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that blocks of a pool now belong to a request (or to `kvcanary.PREFIX_CACHE`), for new content.
 
@@ -168,7 +171,6 @@ class OwnershipCalls:
         """
         self.lifecycle.call("allocate", ids, owner, pool, stream)
 
-    @one_at_a_time
     def share_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that one more owner holds blocks, to read them; also of freed blocks that are still cached.
 
@@ -176,7 +178,6 @@ class OwnershipCalls:
         """
         self.lifecycle.call("share", ids, owner, pool, stream)
 
-    @one_at_a_time
     def free_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that an owner lets go of blocks; they stay cached, in their epoch, until they are allocated anew.
 
@@ -184,7 +185,6 @@ class OwnershipCalls:
         """
         self.lifecycle.call("free", ids, owner, pool, stream)
 
-    @one_at_a_time
     def claim_blocks(self, ids: Any, owner: int, *, pool: str | int = 0, stream: Any = None) -> None:
         """Say that the only holder of blocks, who came to them by sharing, writes them from now on.
 

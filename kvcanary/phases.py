@@ -20,6 +20,7 @@ class Phase(Enum):
 
 
 _OUTSIDE, _STEP, _FORWARD, _FORWARD_IN_STEP = Phase.OUTSIDE, Phase.STEP, Phase.FORWARD, Phase.FORWARD_IN_STEP
+_CLOSED, _FORKED = Phase.CLOSED, Phase.FORKED
 
 
 class PhaseChecker:
@@ -68,11 +69,11 @@ class PhaseChecker:
     @property
     def is_over(self) -> bool:
         """Closed, or in a forked child."""
-        return self.phase is Phase.CLOSED or self.phase is Phase.FORKED
+        return self.phase is _CLOSED or self.phase is _FORKED
 
     def need_open(self, call: str) -> None:
         """Neither closed nor in a forked child."""
-        if self.is_over:
+        if self.phase is _CLOSED or self.phase is _FORKED:
             self._refuse(call)
 
     def need_parent(self, call: str) -> None:

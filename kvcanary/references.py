@@ -60,13 +60,22 @@ class References:
         return len(self._of)
 
     def take(self, owner: int, at: Array) -> None:
-        """One more reference of an owner's to each block; some blocks, none twice."""
+        """One more reference of an owner's to each block; some blocks, none twice. The array is kept."""
         self._n_calls += 1
         held = self._of.get(owner)
         if held is None:
-            self._of[owner] = _List(at.copy(), self._n_calls & _CALL)
+            self._of[owner] = _List(at, self._n_calls & _CALL)
         else:
             held.add(at, self._n_calls & _CALL)
+
+    def are_all_of(self, owner: int, at: Array) -> bool:
+        """Whether these are all the blocks that an owner shares, as one call of its own named them."""
+        held = self._of.get(owner)
+        return isinstance(held, _List) and held.is_one_call(at)
+
+    def end(self, owner: int) -> None:
+        """Give back all that an owner shares, in a list."""
+        del self._of[owner]
 
     def find(self, owner: int, at: Array, mark: Array) -> Found:
         """Which of these blocks (at least one) an owner shares; mark[at[i]] is i, other marks may be anything."""
@@ -118,6 +127,9 @@ class _List:
     def arrays(self) -> tuple[Array, Array]:
         calls = self._calls
         return self._blocks[: self.n], np.full(self.n, calls) if isinstance(calls, int) else calls[: self.n]
+
+    def is_one_call(self, at: Array) -> bool:
+        return len(at) == self.n and isinstance(self._calls, int) and self._blocks.tobytes() == at.tobytes()
 
     def add(self, at: Array, call: int) -> None:
         n = self.n + len(at)

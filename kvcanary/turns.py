@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import wraps
+from threading import get_ident
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 from kvcanary.errors import ConfigError, PhaseError
@@ -29,8 +30,15 @@ class Turns:
         """In a forked child: the thread that holds the lock may not be in this process."""
         self.lock = threading.RLock()
 
-    def wait(self, call: str) -> None:
-        """Take the lock, which another thread has. Raises PhaseError."""
+    def begin(self, call: str) -> threading.RLock:
+        """Take the lock, which may take its time; the caller gives it back. Raises PhaseError."""
+        lock = self.lock  # the same one is given back, also where a callback has forked and this is the child
+        if not lock.acquire(False):
+            self._wait(call)
+        self.call, self.thread = call, get_ident()
+        return lock
+
+    def _wait(self, call: str) -> None:
         if self.lock.acquire(timeout=MAX_WAIT_S):
             return
         mine = threading.current_thread().name
@@ -52,15 +60,11 @@ S = TypeVar("S", bound=TakesTurns)
 
 def one_at_a_time(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """A method that waits for its turn: it never runs beside another one of its object, in another thread."""
-    call, get_ident = f"{method.__name__}()", threading.get_ident
+    call = f"{method.__name__}()"
 
     @wraps(method)
     def in_turn(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        turns = self._turns
-        lock = turns.lock  # the same one is given back, also where a callback has forked and this is the child
-        if not lock.acquire(False):
-            turns.wait(call)
-        turns.call, turns.thread = call, get_ident()
+        lock = self._turns.begin(call)
         try:
             return method(self, *args, **kwargs)
         finally:

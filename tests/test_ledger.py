@@ -354,6 +354,36 @@ def test_ids_that_came_together_before_are_looked_at_again(ids: list[int]) -> No
     assert parts(of.allocate([1, 2, 3], 7)) == {abi.OP_ALLOCATE: [1, 2, 3]}
 
 
+def test_an_id_named_twice_is_found_among_shares_of_two_calls() -> None:
+    of = ledger()
+    of.share([1, 2], 7)
+    of.share([1], 7)
+    with pytest.raises(LifecycleError, match="block 1 is named twice"):
+        of.free([1, 2, 1], 7)
+    assert parts(of.free([2, 1], 7)) == {abi.OP_FREE: [2]}
+
+
+def test_a_refused_call_between_two_about_the_same_ids() -> None:
+    of = ledger()
+    of.share(1, 7)
+    of.share(2, 7)
+    of.share([2, 1], 8)
+    with pytest.raises(LifecycleError, match="block 1 is named twice"):
+        of.share([1, 2, 1], 8)
+    assert parts(of.free([2, 1], 7)) == {}
+    assert of.owners(1) == of.owners(2) == (8,)
+
+
+def test_more_ids_than_16_bits_count() -> None:
+    of, n = BlockLedger(70_000), 70_000
+    ids = np.arange(n, dtype=np.int32)
+    ids[n - 1] = ids[n - 1 - (1 << 16)]
+    with pytest.raises(LifecycleError, match=f"block {n - 1 - (1 << 16)} is named twice in this call. Nothing"):
+        of.allocate(ids, 7)
+    ids[n - 1] = n - 1
+    assert len(of.allocate(ids, 7).ids) == of.n_live == n
+
+
 def test_an_error_names_a_few_blocks_and_counts_the_rest() -> None:
     of = BlockLedger(100)
     of.allocate(range(100), 7)

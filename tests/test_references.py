@@ -49,6 +49,21 @@ def test_an_owner_holds_a_block_repeatedly(pool: Pool) -> None:
     assert (pool.references.n_owners, pool.references.n_bytes) == (0, 0)
 
 
+def test_all_that_one_call_took_is_known_again(pool: Pool) -> None:
+    of = pool.references
+    pool.take(7, 2, 0, 1)
+    assert of.are_all_of(7, np.array([2, 0, 1]))
+    others = ([2, 0], [2, 1, 0], [2, 0, 1, 1], [])
+    assert not any(of.are_all_of(7, np.array(blocks, np.intp)) for blocks in others)
+    assert not of.are_all_of(8, np.array([2, 0, 1]))
+    of.end(7)
+    assert not of.are_all_of(7, np.array([2, 0, 1]))
+    pool.take(7, 1, 2)
+    pool.take(7, 1)
+    assert pool.give(7, 2) == 1
+    assert not of.are_all_of(7, np.array([1, 1])), "of two calls, which may name a block twice"
+
+
 def test_owners_stay_where_they_arrived(pool: Pool) -> None:
     pool.take(9, 1, 2)
     pool.take(8, 1)

@@ -8,7 +8,6 @@ by plain driver calls (cuda.bindings), each with the engine's context pushed for
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from kvcanary import abi
 from kvcanary.arrays import host_array, stream_pointer
 from kvcanary.backends.compile import INSTALL, compile_cubin
 from kvcanary.backends.cuda import Array, CudaDriver, no_pinned_memory
+from kvcanary.backends.driver import Packed
 from kvcanary.backends.whose import buffer_id
 from kvcanary.errors import BackendError
 
@@ -251,7 +251,6 @@ class ContextDriver(CudaDriver):
         minor = of_device(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self._arch = f"sm_{int(major)}{int(minor)}"
         self._modules = {}
-        self._streams = {}
         self._lists = self._lender = self._capture_stream = None
 
     @contextlib.contextmanager
@@ -301,11 +300,9 @@ class ContextDriver(CudaDriver):
     def resident_blocks(self, kernel: Any) -> int:
         return int(self._calls.cuOccupancyMaxActiveBlocksPerMultiprocessor(kernel, abi.THREADS, 0))
 
-    def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
-        held = np.asarray(params)  # the driver copies it at the launch, also in a capture
-        pointers = (ctypes.c_void_p * 1)(held.ctypes.data)
-        block, address = (abi.THREADS, 1, 1), ctypes.addressof(pointers)
-        self._calls.cuLaunchKernel(kernel, *grid, 1, *block, 0, stream_pointer(stream), address, 0)
+    def launch(self, kernel: Any, grid: tuple[int, int], params: Packed, stream: Any) -> None:
+        block, pointer = (abi.THREADS, 1, 1), stream_pointer(stream)
+        self._calls.cuLaunchKernel(kernel, *grid, 1, *block, 0, pointer, params.address, 0)
 
     def give_back(self) -> None:
         """Memory is freed as soon as nothing uses it."""

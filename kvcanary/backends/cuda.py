@@ -19,6 +19,7 @@ from kvcanary import abi
 from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
+from kvcanary.backends.driver import Packed
 from kvcanary.backends.lending import Lender
 from kvcanary.backends.whose import check_devices, foreign_context
 from kvcanary.config import CanaryConfig
@@ -93,16 +94,6 @@ def no_pinned_memory(n_bytes: int, error: Exception) -> BackendError:
     )
 
 
-class _Handle:
-    """A raw stream pointer as an object of the CUDA stream protocol."""
-
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
-
-
 class CudaGraph:
     """`kvcanary.backends.CapturedGraph`: a handle and whoever destroys it."""
 
@@ -130,7 +121,7 @@ class CudaDriver:
         self.wanted = 0  #: bytes that all of the guard takes, for messages
         self._out_of_memory = self._cupy.cuda.memory.OutOfMemoryError
         self._modules: dict[str, Any] = {}
-        self._streams: dict[int, Any] = {}
+        self._launch = self._cupy.cuda.driver.launchKernel
         self._lists: _ListUploader | None = None
         self._lender: Lender | None = None
         self._capture_stream: Any = None
@@ -219,6 +210,7 @@ class CudaDriver:
 
     # ---- launches ----------------------------------------------------------------------------------------------------
     def kernel(self, source: str, name: str) -> Any:
+        """Its ``CUfunction``; CuPy keeps the module loaded."""
         if source not in self._modules:
             directory = kernels_dir()
             code = (directory / f"{source}.cu").read_text()
@@ -228,17 +220,18 @@ class CudaDriver:
         try:
             kernel = self._modules[source].get_function(name)
             n_registers = kernel.num_regs  # asks the driver about the function, which loads it now and not in a capture
+            function = int(kernel.kernel.ptr)
         except Exception as error:  # CuPy's compile errors share no public base class
             raise BackendError(f"kernel {name} of {source}.cu cannot be compiled or loaded: {error}") from error
         assert n_registers > 0
-        return kernel
+        return function
 
     def resident_blocks(self, kernel: Any) -> int:
-        return int(self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, abi.THREADS, 0))
+        return int(self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel, abi.THREADS, 0))
 
-    def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
-        # The function itself, on a stream that is named: a RawKernel under `with stream` takes 2.5 us more.
-        kernel.kernel(grid, (abi.THREADS,), (params,), 0, self._cupy_stream(stream))
+    def launch(self, kernel: Any, grid: tuple[int, int], params: Packed, stream: Any) -> None:
+        # What a RawKernel does at last: before that it packs its arguments anew, which takes longer than the launch.
+        self._launch(kernel, *grid, 1, abi.THREADS, 1, 1, 0, stream_pointer(stream), params.address, 0)
 
     def capture(self, launch: Callable[[Any], None]) -> CudaGraph:
         runtime = self._runtime
@@ -255,15 +248,6 @@ class CudaDriver:
                     runtime.graphDestroy(runtime.streamEndCapture(pointer))
                 raise
             return CudaGraph(int(runtime.streamEndCapture(pointer)), runtime.graphDestroy)
-
-    def _cupy_stream(self, stream: Any) -> Any:
-        pointer = stream_pointer(stream)
-        if pointer not in self._streams:
-            if pointer in _LEGACY_STREAMS:
-                self._streams[pointer] = self._cupy.cuda.Stream.null
-            else:
-                self._streams[pointer] = self._cupy.cuda.Stream.from_external(_Handle(pointer))
-        return self._streams[pointer]
 
     def staging(self, n_words: int, depth: int) -> Staging:
         with self.current():
@@ -304,7 +288,6 @@ class CudaDriver:
             self._cupy.get_default_memory_pool().free_all_blocks()
 
     def close(self) -> None:
-        self._streams.clear()
         self._modules.clear()
         self._lists = self._lender = self._capture_stream = None
 

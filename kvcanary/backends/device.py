@@ -15,7 +15,7 @@ from kvcanary import abi
 from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident
 from kvcanary.backends.device_memory import DeviceMemory
 from kvcanary.backends.device_moves import DeviceMoves
-from kvcanary.backends.driver import Driver
+from kvcanary.backends.driver import Driver, Packed
 from kvcanary.backends.launches import KERNELS, BlockUpdate, BoundForward, BoundKernel, grids_of
 from kvcanary.backends.moves import Move, SlotImage
 from kvcanary.batch import BoundBatch
@@ -54,9 +54,8 @@ class DeviceBackend:
         self.state, self._guard, self._pool_states = memory.make_state(config.ring_capacity)
         scrub_blocks = [patrol.n_blocks for patrol in plan_patrol(config, pools)]
         self._pools = [memory.pool_record(i, p, self._arrays[i], scrub_blocks[i]) for i, p in enumerate(pools)]
-        self._updates = [
-            BlockUpdate(int(self._guard["state"]), int(p["blocks"]), int(p["n_blocks"])) for p in self._pools
-        ]
+        update, state = self._kernels["kvc_blocks_update"], int(self._guard["state"])
+        self._updates = [BlockUpdate(driver, update, state, int(p["blocks"]), int(p["n_blocks"])) for p in self._pools]
         self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
@@ -88,10 +87,10 @@ class DeviceBackend:
         if self._pools[pool]["scrub_blocks"] and is_first_forward:
             head.append("kvc_scrub")
 
-        def kernel(name: str, packed: Any) -> BoundKernel:
+        def kernel(name: str, packed: Packed) -> BoundKernel:
             return BoundKernel(self._driver, self._kernels[name], grids[name], packed)
 
-        other, first = (kernel("kvc_begin", b[()]) for b in begin)
+        other, first = (kernel("kvc_begin", Packed(b)) for b in begin)
         launches = [kernel(n, params) for n in head]
         if is_first_forward and "float_planes" in self._arrays[pool]:
             launches.append(self._reserved_check(pool))
@@ -106,13 +105,13 @@ class DeviceBackend:
         name = "kvc_reserved_check"
         most = self._driver.n_multiprocessors * self._resident[name]
         grid = (min(len(planes) * int(self._pools[pool]["n_reserved"]), most), 1)
-        return BoundKernel(self._driver, self._kernels[name], grid, params[()])
+        return BoundKernel(self._driver, self._kernels[name], grid, Packed(params))
 
     @staticmethod
-    def _step_params(guard: Array, pool: Array, batch: Array) -> Any:
+    def _step_params(guard: Array, pool: Array, batch: Array) -> Packed:
         params = abi.zeros_of(abi.PARAMS["StepParams"])
         params["guard"], params["pool"], params["batch"] = guard, pool, batch
-        return params[()]
+        return Packed(params)
 
     # ---- a forward ---------------------------------------------------------------------------------------------------
     def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
@@ -144,10 +143,10 @@ class DeviceBackend:
                 chosen = digests[first : first + abi.MAX_LAYER_DIGESTS]
                 params = abi.zeros_of(abi.PARAMS["LayerParams"])
                 for name in ("guard", "pool", "batch"):
-                    params[name] = verify.params[name]
+                    params[name] = verify.params.record[name]
                 params["n_digests"], params["digests"][: len(chosen)] = len(chosen), chosen
                 kernel = self._kernels["kvc_digests_layer"]
-                known[layer].append(BoundKernel(self._driver, kernel, verify.grid, params[()]))
+                known[layer].append(BoundKernel(self._driver, kernel, verify.grid, Packed(params)))
         return known[layer]
 
     def graphs(self, calls: Sequence[BoundCall]) -> tuple[CapturedGraph, CapturedGraph]:
@@ -171,15 +170,11 @@ class DeviceBackend:
             for name, (x, y) in wanted.items()
         }
         for name, grid in grids.items():
-            self._driver.launch(self._kernels[name], grid, params[()], stream)
+            self._driver.launch(self._kernels[name], grid, Packed(params), stream)
         return True
 
     def update_blocks(self, pool: int, changes: BlockChanges, stream: Any) -> None:
-        kernel, update, n_ids = self._kernels["kvc_blocks_update"], self._updates[pool], len(changes.ids)
-        for first in range(0, n_ids, abi.MAX_BLOCK_IDS):
-            n = min(n_ids - first, abi.MAX_BLOCK_IDS)
-            grid = (-(-n // abi.THREADS), 1)
-            self._driver.launch(kernel, grid, update.pack(changes, first, n), stream)
+        self._updates[pool].launch(changes, stream)
 
     def move(self, move: Move, stream: Any) -> SlotImage | None:
         return self._moves.run(move, stream)
@@ -209,8 +204,8 @@ class DeviceBackend:
             params["pool"] = pool
             blocks = -(-max(int(pool["n_slots"]), self._max_requests) // abi.THREADS)
             grid = (max(1, min(blocks, most)), 1)
-            self._driver.launch(self._kernels["kvc_renumber"], grid, params[()].copy(), stream)
-        self._driver.launch(self._kernels["kvc_renumber_end"], (1, 1), params[()], stream)
+            self._driver.launch(self._kernels["kvc_renumber"], grid, Packed(params.copy()), stream)
+        self._driver.launch(self._kernels["kvc_renumber_end"], (1, 1), Packed(params), stream)
 
     def reset(self, pool: int | None, stream: Any) -> None:
         for arrays in self._arrays if pool is None else [self._arrays[pool]]:
@@ -277,8 +272,8 @@ class DeviceBackend:
             driver.upload(on_device[name], values, stream)
             pool[name] = driver.pointer(on_device[name])
         driver.upload(state.words, words, stream)
-        verify = next(k for k in call.batch.head if k.kernel is self._kernels["kvc_digests_verify"])
-        params = self._step_params(guard, pool, verify.params["batch"])
+        verify = next(k for k in call.batch.head if k.kernel == self._kernels["kvc_digests_verify"])
+        params = self._step_params(guard, pool, verify.params.record["batch"])
         driver.launch(verify.kernel, verify.grid, params, stream)
         driver.synchronize()
         n = int(driver.download(state.words)[abi.STATE_CLAIMED])

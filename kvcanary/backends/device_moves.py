@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
-from kvcanary.backends.driver import Driver
+from kvcanary.backends.driver import Driver, Packed
 from kvcanary.backends.moves import Move, MoveOp, SlotImage
 
 _LISTS = ("slots", "positions", "tokens", "chains", "row_starts", "request_slots", "prefix_lens")
@@ -90,4 +90,4 @@ class DeviceMoves:
         room = self._driver.n_multiprocessors * self._resident[name]
         x = max(1, min(n_blocks, room))
         grid = x, max(1, min(n_parts, _MAX_SPLIT, room // x))
-        self._driver.launch(self._kernels[name], grid, params[()], stream)
+        self._driver.launch(self._kernels[name], grid, Packed(params), stream)

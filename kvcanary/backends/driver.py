@@ -18,6 +18,22 @@ from kvcanary.deferred import Staging
 Array = npt.NDArray[Any]
 
 
+class Packed:
+    """By-value parameters of a kernel, where a launch finds them; it copies them, also in a capture.
+
+    Attributes:
+        record: one structure, as a 0-d array; a launch reads what is in it then.
+        address: of the list of pointers that ``cuLaunchKernel`` takes: one, to the record.
+    """
+
+    __slots__ = ("_pointers", "address", "record")
+
+    def __init__(self, record: Array) -> None:
+        self.record = record
+        self._pointers = np.array([record.ctypes.data], np.uintp)
+        self.address = int(self._pointers.ctypes.data)
+
+
 class Driver(Protocol):
     """A device: memory, kernels, streams. ``stream`` is what the engine handed in (None = the default stream)."""
 
@@ -38,7 +54,7 @@ class Driver(Protocol):
     def resident_blocks(self, kernel: Any) -> int:
         """Blocks of ``abi.THREADS`` threads of a kernel that a multiprocessor holds at once."""
 
-    def launch(self, kernel: Any, grid: tuple[int, int], params: Any, stream: Any) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, int], params: Packed, stream: Any) -> None:
         """Launch with ``abi.THREADS`` threads a block and one by-value structure."""
 
     def capture(self, launch: Callable[[Any], None]) -> CapturedGraph:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
-from kvcanary.backends.driver import Driver
+from kvcanary.backends.driver import Driver, Packed
 from kvcanary.batch import BoundBatch
 from kvcanary.ledger import BlockChanges
 
@@ -47,7 +47,7 @@ class BoundKernel:
     driver: Driver
     kernel: Any
     grid: tuple[int, int]
-    params: Any
+    params: Packed
 
     def launch(self, stream: Any) -> None:
         """May run inside a capture; neither allocates nor waits."""
@@ -67,11 +67,12 @@ class BoundForward:
 
 
 class BlockUpdate:
-    """The parameters of kvc_blocks_update for one pool; what changes from call to call is put into their memory."""
+    """kvc_blocks_update for one pool; what changes from call to call is put into the memory of its parameters."""
 
-    _head = struct.Struct(f"<I{abi.N_BLOCK_OPS}I")  # owner, ends: side by side
+    _pack = struct.Struct(f"<I{abi.N_BLOCK_OPS}I").pack_into  # owner, ends: side by side
 
-    def __init__(self, state: int, blocks: int, n_blocks: int) -> None:
+    def __init__(self, driver: Driver, kernel: Any, state: int, blocks: int, n_blocks: int) -> None:
+        self._driver, self._kernel = driver, kernel
         record = abi.zeros_of(abi.PARAMS["LifecycleParams"])
         record["state"], record["blocks"], record["n_blocks"] = state, blocks, n_blocks
         fields = record.dtype.fields
@@ -79,16 +80,26 @@ class BlockUpdate:
         self._owner_at, ids_at = fields["owner"][1], fields["ids"][1]
         as_bytes = record.reshape(1).view(np.uint8)
         self._memory, self._ids = as_bytes.data, as_bytes[ids_at:].view(np.int32)
-        self._params = record[()]  # of the same memory: a launch reads what is in it then
+        self._params = Packed(record)
 
-    def pack(self, changes: BlockChanges, first: int, n: int) -> Any:
-        """By-value parameters for ``n`` ids from ``first`` on."""
-        owner, ids, ends = changes
-        if len(ids) > n:
-            ids, ends = ids[first : first + n], tuple(min(max(end - first, 0), n) for end in ends)
+    def launch(self, changes: BlockChanges, stream: Any) -> None:
+        """One launch for each ``abi.MAX_BLOCK_IDS`` ids."""
+        ids = changes.ids
+        n = len(ids)
+        if n > abi.MAX_BLOCK_IDS:
+            for first in range(0, n, abi.MAX_BLOCK_IDS):
+                self.launch(_part(changes, first), stream)
+            return
         self._ids[:n] = ids
-        self._head.pack_into(self._memory, self._owner_at, owner, *ends)
-        return self._params
+        allocated, shared, left, unshared, freed, claimed = changes.ends
+        self._pack(self._memory, self._owner_at, changes.owner, allocated, shared, left, unshared, freed, claimed)
+        self._driver.launch(self._kernel, (-(-n // abi.THREADS), 1), self._params, stream)
+
+
+def _part(changes: BlockChanges, first: int) -> BlockChanges:
+    """The ``abi.MAX_BLOCK_IDS`` ids from ``first`` on."""
+    ids = changes.ids[first : first + abi.MAX_BLOCK_IDS]
+    return BlockChanges(changes.owner, ids, tuple(min(max(end - first, 0), len(ids)) for end in changes.ends))
 
 
 def grids_of(

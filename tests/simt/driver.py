@@ -53,7 +53,7 @@ class SimtDriver:
     def launch(self, kernel: str, grid: tuple[int, int], params: Any, stream: Any) -> None:
         self._seed += 1
         self.launches.append((kernel, grid))
-        self._library.launch(kernel, grid, abi.THREADS, params, seed=self._seed)
+        self._library.launch(kernel, grid, abi.THREADS, params.record, seed=self._seed)
 
     def capture(self, launch: Any) -> Any:
         raise CaptureError("what runs at the call cannot be captured: tests of graphs take simt.fake_cuda")

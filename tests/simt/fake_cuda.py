@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from .exact import exact_array
 from .runner import SimtLibrary
 
+_FIRST_FUNCTION = 1 << 20  # handles of functions; no addresses
 Work = Callable[[], bool]  # False: not yet, try again later
 
 
@@ -148,7 +149,10 @@ class FakeCuda:
                 Device=lambda _id=0: _Context(device),
                 Stream=stream,
                 memory=SimpleNamespace(OutOfMemoryError=MemoryError),
-                driver=SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda _kernel, _threads, _shared: 2),
+                driver=SimpleNamespace(
+                    occupancyMaxActiveBlocksPerMultiprocessor=lambda _kernel, _threads, _shared: 2,
+                    launchKernel=self._launch_kernel,
+                ),
             ),
         )
         self.core = SimpleNamespace(
@@ -210,36 +214,26 @@ class FakeCuda:
 
     # ---- kernels -----------------------------------------------------------------------------------------------------
     def _kernel(self, name: str) -> Any:
-        assert name in self._library.kernels
-        return _Kernel(self, name)
+        address = _FIRST_FUNCTION + self._library.kernels.index(name)
+        return SimpleNamespace(num_regs=32, kernel=SimpleNamespace(ptr=address))
 
-    def launch(self, name: str, grid: Sequence[int], block: int, params: np.void, stream: FakeStream) -> None:
+    def _launch_kernel(self, function: int, x: int, y: int, z: int, *rest: int) -> None:
+        threads, one, also_one, shared, stream, pointers, extra = rest
+        assert (z, one, also_one, shared, extra) == (1, 1, 1, 0, 0)
+        name = self._library.kernels[function - _FIRST_FUNCTION]
+        address = ctypes.c_void_p.from_address(pointers).value
+        params = np.frombuffer(ctypes.string_at(address, self._library.info[name].params_bytes), np.uint8)
+        self.launch(name, (x, y), threads, params, self.streams[stream])
+
+    def launch(self, name: str, grid: tuple[int, int], block: int, params: np.ndarray, stream: FakeStream) -> None:
+        """``params`` are the launch's own."""
         self.calls["launch"] += 1
-        held = params.copy()
 
         def run() -> None:
             self._n_launches += 1
-            self._library.launch(name, tuple(grid), block, held, seed=self._n_launches)
+            self._library.launch(name, grid, block, params, seed=self._n_launches)
 
         stream.submit(run)
-
-
-class _Kernel:
-    """A RawKernel, and the function of the context that its `kernel` gives."""
-
-    num_regs, ptr = 32, 1
-
-    def __init__(self, world: FakeCuda, name: str) -> None:
-        self._world, self._name = world, name
-
-    @property
-    def kernel(self) -> _Kernel:
-        return self
-
-    def __call__(
-        self, grid: tuple[int, ...], block: tuple[int], args: tuple[np.void], shared: int, stream: FakeStream
-    ) -> None:
-        self._world.launch(self._name, grid, block[0], args[0], stream)
 
 
 class _Context(SimpleNamespace):
