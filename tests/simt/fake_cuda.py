@@ -140,14 +140,12 @@ class FakeCuda:
             streamIsCapturing=lambda handle: self.streams[handle].captured is not None,
         )
         device = SimpleNamespace(attributes={"MultiProcessorCount": 2})
-        stream = SimpleNamespace(null=self.streams[0], from_external=lambda obj: self.streams[obj.__cuda_stream__()[1]])
         self.cupy = SimpleNamespace(
             zeros=self._zeros,
             RawModule=lambda code, options, backend: SimpleNamespace(get_function=self._kernel),
             cuda=SimpleNamespace(
                 runtime=runtime,
                 Device=lambda _id=0: _Context(device),
-                Stream=stream,
                 memory=SimpleNamespace(OutOfMemoryError=MemoryError),
                 driver=SimpleNamespace(
                     occupancyMaxActiveBlocksPerMultiprocessor=lambda _kernel, _threads, _shared: 2,
