@@ -76,7 +76,7 @@ def drive(
         plan = engine.plan()
         tell_owners(twins, engine, faults)
         for loaded in plan.loads:
-            twins.write_kv(loaded.pool, np.array(loaded.slots, np.int64), bytes_of)
+            twins.write_kv(loaded.pool, np.array(list(loaded.places), np.int64), bytes_of)
         load(twins, engine, plan.loads, rng)
         while not run(twins, plan, bytes_of, rng, after, faults):
             if rng.random() < 0.5:

@@ -59,6 +59,7 @@ class Engine(Holdings):
             request = self.waiting.pop(0)
             self._admit(plan, request)
             budget -= self._add_row(plan, request, budget)
+        plan.loads, self.loads = [load for load in self.loads if load.places], []
         self._place_rows(plan)
         main = [i for i in range(len(self.pools)) if i not in self.draft_pools]
         plan.forwards.append(self.batches.forward(plan.rows, main, 0, shift=0))
@@ -135,8 +136,9 @@ class Engine(Holdings):
             blocks = [take(request.id) for _ in range(n * self.unit // page)]
             request.blocks[i], request.shown[i] = blocks, list(blocks)
             slots = [b * page + o for b in blocks for o in range(page)]
-            shift = int(i in self.draft_pools)
-            plan.loads.append(Load(i, slots, request.tokens[shift : shift + len(slots)], request.salt))
+            tokens = request.tokens[int(i in self.draft_pools) :]
+            places = {slot: (p, tokens[p]) for p, slot in enumerate(slots)}
+            self.loads.append(Load(i, places, request.salt))
         request.computed = n * self.unit
         self.did["imports"] += 1
         if self.habits.shares_early:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from agree_batches import n_places, table_pool
-from agree_state import Book, Habits, Plan, Request
+from agree_state import Book, Habits, Load, Plan, Request
 from numpy.typing import NDArray
 
 from kvcanary import PREFIX_CACHE, KvPool, LifecycleEvent
@@ -46,6 +46,7 @@ class Holdings:
         self.cache: dict[tuple[Any, ...], list[list[int]]] = {}
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.loads: list[Load] = []  # not begun yet
         self.free_slots = list(range(max_requests))
         self.rng.shuffle(self.free_slots)
         self.did: Counter[str] = Counter()  # how often what was done, for tests that ask whether it was
@@ -170,12 +171,20 @@ class Holdings:
                 self._drop(i, b, PREFIX_CACHE)
 
     def _drop(self, i: int, block: int, owner: int) -> None:
-        if block < 0 or not self.books[i].drop(block, owner) or i:
+        if block < 0 or not self.books[i].drop(block, owner):
             return
-        page = self.pools[0].page_size
-        for j, lut in enumerate(self.luts):  # whatever the tables of the first pool place
-            for s in range(block * page, (block + 1) * page) if lut is not None else ():
+        page = self.pools[i].page_size
+        slots = range(block * page, (block + 1) * page)
+        self._give_up_loads(i, slots)
+        for j, lut in enumerate(self.luts if i == 0 else ()):  # whatever the tables of the first pool place
+            for s in slots if lut is not None else ():
                 self._unmap(j, s)
+
+    def _give_up_loads(self, i: int, slots: range) -> None:
+        """Nothing is loaded into a block that nobody holds: whoever is given it next may have other text there."""
+        for load in self.loads:
+            for slot in slots if load.pool == i else ():
+                load.places.pop(slot, None)
 
     def _unmap(self, j: int, full_slot: int) -> None:
         lut = self.luts[j]

@@ -97,8 +97,9 @@ def carry_bytes(twins: Twins, pool: int, source: Array, target: Array) -> None:
 
 def load(twins: Twins, engine: Any, loads: Sequence[Load], rng: random.Random) -> None:
     """What was loaded from elsewhere is adopted at once, or found unstamped by the next forward."""
-    for pool, slots, tokens, salt in loads:
+    for pool, places, salt in loads:
         if rng.random() < 0.5:
             engine.did["adopted loads"] += 1
+            positions, tokens = map(list, zip(*places.values(), strict=True))
             known = rng.choice((None, tokens, [t if rng.random() < 0.9 else -1 for t in tokens]))
-            twins.call("adopt_slots", slots, range(len(slots)), tokens=known, salt=salt, pool=pool)
+            twins.call("adopt_slots", list(places), positions, tokens=known, salt=salt, pool=pool)

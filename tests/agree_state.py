@@ -97,11 +97,10 @@ class Forward:
 
 
 class Load(NamedTuple):
-    """A prefix that comes from elsewhere: its slots in a pool, from position 0 on, and the tokens in them."""
+    """A prefix that comes from elsewhere: position and token of each slot of a pool that waits for some of it."""
 
     pool: int
-    slots: list[int]
-    tokens: list[int]
+    places: dict[int, tuple[int, int]]
     salt: int
 
 

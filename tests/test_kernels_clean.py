@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 from agree import Side, SimtSide
 from agree_drive import drive, random_scenario
+from agree_engine import Engine
 from agree_faults import Faults
+from agree_script import MAX_LEN, pool_spec
+from agree_state import Habits
 from hypothesis import given
 from hypothesis import strategies as st
 from simt.runner import SimtLibrary
@@ -60,3 +63,26 @@ def test_the_engine_does_all_that_it_claims() -> None:
     rare = {name: n for name, n in did.items() if n < 5}
     assert len(did) == 22
     assert not rare
+
+
+def test_what_is_loaded_is_the_text_of_who_holds_the_block() -> None:
+    """A request may lose its blocks to others in the step that admits it, before what it imports has come."""
+    n_imports = n_loads = 0
+    spec = pool_spec()
+    for seed in range(40):
+        habits = Habits(imports=True, preempts=True, shares=seed % 2 > 0, shares_early=seed % 4 > 1)
+        engine = Engine([spec.build(spec.buffers)], [None], habits, seed, 4, 24, MAX_LEN)
+        engine.tells_owners = True
+        for _ in range(N_STEPS):
+            plan = engine.plan()
+            places = [(slot, place) for load in plan.loads for slot, place in load.places.items()]
+            assert len(places) == len(dict(places)), "loaded twice"
+            for slot, (position, token) in places:
+                block = slot // engine.pools[0].page_size
+                assert block in engine.books[0].refs
+                holders = [request for request in engine.running if block in request.blocks[0]]
+                assert {request.tokens[position] for request in holders} <= {token}
+            n_loads += len(plan.loads)
+            engine.commit(plan)
+        n_imports += engine.did["imports"]
+    assert 5 < n_loads < n_imports - 5, "some are given up, some are not"
