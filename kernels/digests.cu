@@ -40,7 +40,7 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
     return n_compared;
 }
 
-// The slots that kvc_stamps_write has listed, one digest after the other: an even share of all of them for each block of the grid.
+// The slots that kvc_stamps_verify has listed, one digest after the other: an even share of all of them for each block of the grid.
 // A block goes through its share a digest and up to 256 slots at a time: the fewer turns, the less often a digest is set up.
 struct ListedTurn {
     uint32_t digest, first, n;  // entries [first, first + n) of the list
@@ -80,7 +80,7 @@ KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint
 }
 
 // An even share of all units for each block, in the order of the rows: runs of sixteen positions of rows of which many slots are
-// due. Where few are, kvc_stamps_write has listed them; should the list have been too short, those rows are units too.
+// due. Where few are, kvc_stamps_verify has listed them; should the list have been too short, those rows are units too.
 KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     if (!kvc_is_judging(p.guard)) return;

@@ -1,7 +1,7 @@
 // stamps.cu: HEAD stamps and registers of the new tokens.
 //
 // kvc_stamps_write  a warp per short row, a block per tile of a longer one: HEAD stamps of both halves by an affine scan, the
-//                   register; and for kvc_digests_verify, which slots fall due
+//                   register
 //
 // Launched after kvc_begin, on whose rows, claims and work lists it builds.
 #include "report.cuh"
@@ -331,38 +331,6 @@ KVC_DEVICE void kvc_scan_data_work(const Pool& pool, const Batch& batch) {
     }
 }
 
-// Lists the slots that fall due in rows in which few do, a warp per unit of positions. A list that is full only counts on.
-KVC_DEVICE void kvc_list_due(const Guard& guard, const Pool& pool, const Batch& batch) {
-    const bool any_fresh = *kvc_n_fresh(guard, pool) != 0;
-    const int64_t* work = kvc_work(pool, KVC_WORK_VERIFY);
-    const int64_t n_units = work[batch.rows];
-    Due* list = kvc_due_list(pool);
-    for (int64_t u = kvc_global_warp(); u < n_units; u += kvc_global_warps()) {
-        const KvcUnit unit = kvc_find_unit(work, batch.rows, u, n_units);
-        const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-        if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING || !kvc_is_listed(pool, batch, row)) continue;
-        const TableRow table = kvc_table_row(batch, unit.row);
-        const Range range = kvc_unit_range(pool, row, unit.chunk, 1, KVC_VERIFY_UNIT);
-        const uint32_t first = (uint32_t)range.first, last = (uint32_t)range.last;
-        uint32_t entries[KVC_VERIFY_UNIT / 32];
-#pragma unroll
-        for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) entries[g] = kvc_fast_entry(batch, table, first + 32 * g + kvc_lane());
-#pragma unroll
-        for (uint32_t g = 0; g < KVC_VERIFY_UNIT / 32; ++g) {
-            const uint32_t position = first + 32 * g + kvc_lane();
-            int32_t slot = position < last && !pool.ring_length ? kvc_fast_slot(pool, batch, entries[g], position) : -1;
-            if (position < last && pool.ring_length) slot = (int32_t)kvc_table_slot(pool, batch, unit.row, position).slot;
-            const bool is_due = slot >= 0 && kvc_is_due(pool, batch, row, slot, any_fresh);
-            const uint32_t due = kvc_ballot(is_due);
-            if (due == 0) continue;
-            uint32_t place = 0;
-            if (kvc_lane() == 0) place = kvc_atomic_add_u32(&list->slot, kvc_popcount(due));
-            place = kvc_shfl_u32(place, 0) + kvc_popcount(due & ((1u << kvc_lane()) - 1));
-            if (is_due && place < pool.due_capacity) list[1 + place] = {(uint32_t)slot, (int32_t)position, unit.row, 0};
-        }
-    }
-}
-
 // What is to be said of the rows themselves. All threads of the block take part.
 KVC_DEVICE void kvc_judge_rows(const StepParams& p) {
     const uint32_t bad = KVC_ROW_BAD_LENGTH | KVC_ROW_BAD_REQUEST_SLOT, unjudged = KVC_ROW_BAD_QUERY | KVC_ROW_BAD_TABLE;
@@ -377,26 +345,9 @@ KVC_DEVICE void kvc_judge_rows(const StepParams& p) {
     if (kvc_lane() == 0 && n_unanchored) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_UNANCHORED_ROWS, n_unanchored);
 }
 
-// A block per tile of longer rows, then a warp per row of at most 32 new tokens: each tile recomputes the cheap hash of the
-// tokens before it, so tiles do not wait for each other. The last block prepares the digests and judges the rows instead.
-KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
-    KVC_SHARED uint32_t n_written[KVC_WARPS];
-    uint64_t* state = kvc_state(p.guard);
-    const uint32_t forward = kvc_forward_number(p.guard);
-    const bool is_judging = kvc_is_judging(p.guard);
+// Stamps this block's share of the tiles and of the short rows; returns how many stamps this thread wrote.
+KVC_DEVICE uint32_t kvc_write_rows(const StepParams& p, uint32_t forward, bool is_judging, uint32_t n_blocks) {
     const int32_t rows = p.batch.rows;
-    const uint32_t n_blocks = kvc_n_blocks() - 1;
-    if (kvc_block() == n_blocks) {
-        if (kvc_thread() == 0) {
-            kvc_count_launch(p.guard, p.pool, KVC_STAGE_HEAD);
-            state[KVC_STATE_FORWARD_DONE] = forward;
-            state[KVC_STATE_STEP_DONE] = state[KVC_STATE_STEP];
-        }
-        if (p.pool.n_digests) kvc_scan_data_work(p.pool, p.batch);
-        if (is_judging) kvc_judge_rows(p);
-        if (is_judging && p.pool.due) kvc_list_due(p.guard, p.pool, p.batch);
-        return;
-    }
     const int64_t* tiles = kvc_work(p.pool, KVC_WORK_WRITE);
     const int64_t n_tiles = tiles[rows];
     uint32_t n = 0;
@@ -412,12 +363,32 @@ KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
         r += (int64_t)n_blocks * KVC_WARPS;
         if (r < rows) row = kvc_pointer<Row>(p.pool.rows)[r];
     }
-    n = (uint32_t)kvc_warp_sum(n);
-    if (kvc_lane() == 0) n_written[kvc_warp_in_block()] = n;
-    kvc_sync_block();
-    if (kvc_thread() == 0) {
-        for (uint32_t w = 1; w < KVC_WARPS; ++w) n += n_written[w];
-        kvc_count_entries(p.guard, p.pool, KVC_STAGE_HEAD, n);
+    return n;
+}
+
+// A block per tile of longer rows, then a warp per row of at most 32 new tokens: each tile recomputes the cheap hash of the
+// tokens before it, so tiles do not wait for each other. The last block prepares the digests and judges the rows instead.
+KVC_KERNEL(KVC_THREADS) kvc_stamps_write(KVC_PARAM StepParams p) {
+    KVC_SHARED uint32_t n_written[KVC_WARPS];
+    uint64_t* state = kvc_state(p.guard);
+    const uint32_t forward = kvc_forward_number(p.guard);
+    const bool is_judging = kvc_is_judging(p.guard);
+    const uint32_t n_writers = kvc_n_blocks() - 1;
+    if (kvc_block() == n_writers) {
+        if (kvc_thread() == 0) {
+            kvc_count_launch(p.guard, p.pool, KVC_STAGE_HEAD);
+            state[KVC_STATE_FORWARD_DONE] = forward;
+            state[KVC_STATE_STEP_DONE] = state[KVC_STATE_STEP];
+        }
+        if (p.pool.n_digests) kvc_scan_data_work(p.pool, p.batch);
+        if (is_judging) kvc_judge_rows(p);
+    } else {
+        uint32_t n = (uint32_t)kvc_warp_sum(kvc_write_rows(p, forward, is_judging, n_writers));
+        if (kvc_lane() == 0) n_written[kvc_warp_in_block()] = n;
+        kvc_sync_block();
+        if (kvc_thread() == 0) {
+            for (uint32_t w = 1; w < KVC_WARPS; ++w) n += n_written[w];
+            kvc_count_entries(p.guard, p.pool, KVC_STAGE_HEAD, n);
+        }
     }
-    if (is_judging && p.pool.due) kvc_list_due(p.guard, p.pool, p.batch);
 }

@@ -1,6 +1,7 @@
 // verify.cu: who is in each slot. HEAD and TAIL of a forward, and the sweep.
 //
-// kvc_stamps_verify  an even share of all prefix positions per warp: HEAD stamps of both halves against table, register, history
+// kvc_stamps_verify  an even share of all prefix positions per warp: HEAD stamps of both halves against table, register, history;
+//                    and for kvc_digests_verify, which slots fall due
 // kvc_stamps_tail    the same for TAIL stamps of the prefix; the new tokens: looked up through the table, TAIL stamps written
 // kvc_stamps_sweep   a lane per resident slot that the host handed in
 //
@@ -17,10 +18,16 @@ struct HotRow {
     uint32_t anchored_at;  // the position whose chain must be the anchor
     uint32_t request_id;
     uint64_t anchor;
+    bool is_listed, any_fresh;  // whether the slots that fall due are listed, and whether fresh ones may be among them
+    uint32_t share;             // the share of the data that is due
 };
 KVC_DEVICE HotRow kvc_hot_row(const StepParams& p, const Row& row, int32_t index) {
     const Batch& batch = p.batch;
-    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.request_id, row.anchor};
+    HotRow hot = {kvc_table_row(batch, index), nullptr, 0, 0, 0xffffffffu, row.request_id, row.anchor, false, false, row.share};
+    if (kvc_is_listed(p.pool, batch, row) && !(row.flags & KVC_ROW_PENDING)) {
+        hot.is_listed = true;
+        hot.any_fresh = kvc_load_volatile_u32(kvc_n_fresh(p.guard, p.pool)) != 0;
+    }
     const int64_t offset = p.pool.token_offset;
     if (batch.token_history && row.request_slot >= 0 && batch.history_length > offset) {
         hot.known_from = offset < 0 ? (uint32_t)-offset : 0;
@@ -136,6 +143,33 @@ KVC_DEVICE bool kvc_is_of_its_block(const Pool& pool, const Batch& batch, const 
     return is_of_epoch && !kvc_may_not_read(block, batch.request_ids, hot.request_id);
 }
 
+// ---- which slots fall due --------------------------------------------------------------------------------------------------
+// Of a row of which few slots do: lists those that do among the lanes' slots (-1: none). All lanes take part. A list that is full
+// only counts on.
+KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch, const HotRow& hot, int32_t index, uint32_t position,
+                             int32_t slot) {
+    bool is_due = slot >= 0 && kvc_share(slot, batch.verify_data_every) == hot.share;
+    if (hot.any_fresh && slot >= 0) is_due |= kvc_is_fresh_and_known(pool, slot);
+    const uint32_t due = kvc_ballot(is_due);
+    if (due == 0) return;
+    Due* list = kvc_due_list(pool);
+    uint32_t place = 0;
+    if (kvc_lane() == 0) place = kvc_atomic_add_u32(&list->slot, kvc_popcount(due));
+    place = kvc_shfl_u32(place, 0) + kvc_popcount(due & ((1u << kvc_lane()) - 1));
+    if (is_due && place < pool.due_capacity) list[1 + place] = {(uint32_t)slot, (int32_t)position, index, 0};
+}
+// Positions of a ring, or of the sink.
+KVC_NOINLINE void kvc_list_due_run(const StepParams& p, int32_t index, uint32_t first, uint32_t last) {
+    const HotRow hot = kvc_hot_row(p, kvc_pointer<Row>(p.pool.rows)[index], index);
+    if (!hot.is_listed) return;
+    for (uint32_t base = first; base < last; base += 32) {
+        const uint32_t position = base + kvc_lane();
+        const int32_t slot = position < last ? (int32_t)kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
+        kvc_list_due(p.pool, p.batch, hot, index, position, slot);
+    }
+}
+
+// ---- runs ------------------------------------------------------------------------------------------------------------------
 // A warp goes through neighbouring positions of a row, 64 at a time: all their stamps are under way at once, and the table entries of
 // the next ones. (More of them are more code, which in a step has to be fetched anew, and more registers than there are.) A lane
 // gets its predecessor's link from the lane below, the first one from memory.
@@ -171,6 +205,10 @@ KVC_DEVICE bool kvc_is_any_odd(const StepParams& p, const HotRow& hot, int32_t i
     const int32_t before = lane == 0 && first ? kvc_fast_slot(pool, batch, entries.before, first - 1) : -1;
     const Raw raw_before = kvc_raw<STAGE>(pool, before);
     entries = kvc_entries(batch, hot, first + KVC_AT_ONCE);
+    if (STAGE == KVC_STAGE_HEAD && hot.is_listed) {  // while the stamps are on their way
+#pragma unroll
+        for (uint32_t g = 0; g < KVC_GROUPS; ++g) kvc_list_due(pool, batch, hot, index, first + 32 * g + lane, slots[g]);
+    }
     Carried carried = {0, 1, 1};  // before position 0 stands the anchor
     if (first == 0) {
         carried.chain = kvc_anchor(batch.salts ? kvc_pointer<uint64_t>(batch.salts)[index] : 0);
@@ -238,6 +276,7 @@ KVC_DEVICE uint32_t kvc_verify_prefixes(const StepParams& p, uint32_t forward) {
             kvc_verify_stamps<STAGE>(p, row, unit.row, (uint32_t)range.first, (uint32_t)range.last, forward);
         } else {  // a unit of a ring, or the sink
             kvc_judge_run(p, unit.row, (uint32_t)range.first, (uint32_t)range.last, STAGE, forward);
+            if (STAGE == KVC_STAGE_HEAD) kvc_list_due_run(p, unit.row, (uint32_t)range.first, (uint32_t)range.last);
         }
         n_entries += (uint32_t)(range.last - range.first);
     }

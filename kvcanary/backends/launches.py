@@ -125,7 +125,6 @@ def grids_of(
 
     verify_units = -(-positions // abi.VERIFY_UNIT) + rows
     data_units, tail_chunks = rows + positions // abi.DATA_UNIT, rows + n_tokens // abi.TAIL_CHUNK
-    writers = max(rows, verify_units if pool["due"] else 0)  # warps: a row to stamp, or a unit to look through
     write_blocks = -(-n_tokens // abi.WARPS)  # that find work: a token for each warp
     # Few tokens: a block for each digest, so that they are all under way at once.
     fits = n_multiprocessors * resident["kvc_digests_write"] // max(1, write_blocks)
@@ -133,9 +132,7 @@ def grids_of(
     return {
         "kvc_begin": (rows + 1, max(1, min(n_tokens // abi.WRITE_TILE, MAX_BEGIN_BLOCKS // max(1, rows)))),
         "kvc_stamps_write": (
-            blocks(
-                "kvc_stamps_write", max(-(-writers // abi.WARPS), min(rows, n_tokens // 32) + n_tokens // abi.THREADS)
-            )
+            blocks("kvc_stamps_write", max(-(-rows // abi.WARPS), min(rows, n_tokens // 32) + n_tokens // abi.THREADS))
             + 1,
             1,
         ),

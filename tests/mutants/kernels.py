@@ -92,12 +92,24 @@ VERIFY = [
         ("end of a forward not noted", ".tail_forward = forward;", ".tail_forward = forward - 1;"),
     ),
     *_in(
+        "verify.cu",
+        f"{CATCH} {AGREE}",
+        ("pending rows listed", "(kvc_is_listed(p.pool, batch, row) && !(row.flags & KVC_ROW_PENDING))",
+         "(kvc_is_listed(p.pool, batch, row))"),
+        ("fresh slots not listed", "if (hot.any_fresh && slot >= 0) is_due |= kvc_is_fresh_and_known(pool, slot);", ""),
+        ("another share listed", "kvc_share(slot, batch.verify_data_every) == hot.share;",
+         "kvc_share(slot, batch.verify_data_every) == 0;"),
+        ("rings and sinks not listed", "if (STAGE == KVC_STAGE_HEAD) kvc_list_due_run(", "if (false) kvc_list_due_run("),
+        ("second group of a run not listed", "g = 0; g < KVC_GROUPS; ++g) kvc_list_due(", "g = 0; g < 1; ++g) kvc_list_due("),
+        ("one entry too many", "if (is_due && place < pool.due_capacity)", "if (is_due && place <= pool.due_capacity)"),
+    ),
+    *_in(
         "judge.cuh",
         f"{CATCH} {LIMITS} {MUSEUM} {AGREE}",
         ("floor of failed forwards off by one", "forward <= s.aborted_floor", "forward < s.aborted_floor"),
         ("link before the window judged", "may_link = (position > row.verify_start ||", "may_link = (true ||"),
     ),
-]
+]  # fmt: skip
 
 BYTES = [
     *_in("mix.cuh", CATCH, ("wrong shift", "(x ^ (x >> 27)) * KVC_MIX_2;", "(x ^ (x >> 28)) * KVC_MIX_2;")),
