@@ -146,8 +146,9 @@ def step_times(make: Callable[[CanaryConfig], Rig]) -> dict[str, dict[str, float
     both = whole_step_times(make, CanaryConfig())
     return {
         "step, nothing due": both["plain"],
-        "step, nothing due, after stats()": both["nothing due"],  # whose Python has used up the caches
+        "step, nothing due, after stats()": both["plain, cold"],  # whose Python has used up the caches
         "step, a snapshot due": one["due"],
+        "step, a snapshot due, after stats()": one["due, cold"],
         "step, a snapshot delivered": one["delivered"],
         "step, two snapshots due": both["due"],
         "step, two snapshots delivered": both["delivered"],
@@ -169,27 +170,31 @@ def whole_step_times(make: Callable[[CanaryConfig], Rig], config: CanaryConfig) 
         manager.begin_step(stream)
 
     timed_us(step, 2 * EVERY, before)  # warm up, beyond the health checker's own warm-up
-    whole, begins, ends = np.empty(N_STEPS), np.empty(N_STEPS // 4), np.empty(N_STEPS // 4)
-    is_due, is_delivered = np.empty(N_STEPS, bool), np.empty(N_STEPS, bool)
+
+    def in_flight() -> int:
+        return sum(handler.n_in_flight for handler in manager._handlers)
+
+    plain, cold, since_due = np.empty(N_STEPS), np.empty(N_STEPS), np.empty((2, N_STEPS), np.int64)
+    is_delivered = np.empty(N_STEPS, bool)
     for i in range(N_STEPS):
-        known = manager.stats().snapshot_step
-        whole[i] = timed_us(step, 1, before)[0]
-        is_due[i] = manager.step_number % EVERY == 0
-        is_delivered[i] = manager.stats().snapshot_step != known
-    plain = np.empty(N_STEPS)
-    for i in range(N_STEPS):
+        n = in_flight()
         plain[i] = timed_us(step, 1, before)[0]
-        if manager.step_number % EVERY < N_AROUND:
-            plain[i] = np.nan
+        since_due[0, i], is_delivered[i] = manager.step_number % EVERY, in_flight() < n
+    for i in range(N_STEPS):
+        manager.stats()
+        cold[i] = timed_us(step, 1, before)[0]
+        since_due[1, i] = manager.step_number % EVERY
+    begins, ends = np.empty(N_STEPS // 4), np.empty(N_STEPS // 4)
     for i in range(len(ends)):
         begins[i] = timed_us(begin, 1, before)[0]
         ends[i] = timed_us(manager.end_step, 1)[0]
     _must_be_silent(rig)
     return {
-        "plain": summary(plain[~np.isnan(plain)]),
-        "nothing due": summary(whole[~is_due & ~is_delivered]),
-        "due": summary(whole[is_due]),
-        "delivered": summary(whole[is_delivered]),
+        "plain": summary(plain[since_due[0] >= N_AROUND]),
+        "due": summary(plain[since_due[0] == 0]),
+        "delivered": summary(plain[is_delivered]),
+        "plain, cold": summary(cold[since_due[1] >= N_AROUND]),
+        "due, cold": summary(cold[since_due[1] == 0]),
         "begin_step": summary(begins),
         "end_step": summary(ends),
     }
