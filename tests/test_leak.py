@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import mmap
 import os
 import random
 import sys
@@ -207,9 +208,14 @@ def test_a_leak_is_told() -> None:
     kept: list[object] = []
     with pytest.raises(AssertionError, match="Python objects grow"):
         assert_flat(lambda n: kept.extend(object() for _ in range(n)), N_STEPS)
+
+    def touch_new_memory(_n: int) -> None:  # mapped anew: malloc would look among what tests before have freed
+        memory = mmap.mmap(-1, 40 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        np.frombuffer(memory, np.uint8).fill(1)
+        kept.append(memory)
+
     with pytest.raises(AssertionError, match="resident memory grows"):
-        # 40 MiB are always mapped anew; less may come from what tests before have freed.
-        assert_flat(lambda _n: kept.append(np.ones(40 * MIB, np.uint8)), N_STEPS)
+        assert_flat(touch_new_memory, N_STEPS)
 
 
 def test_batches_that_are_gone_are_forgotten() -> None:
