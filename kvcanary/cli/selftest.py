@@ -240,9 +240,13 @@ class Side:
         return {"kvc_renumber": {"numbers": self.arrays(*names)}, "kvc_renumber_end": {"forwards": numbers}}
 
     def adopted(self) -> Facts:
-        """What the adopting launch left behind."""
-        n = self.backend.snapshot_words()[abi.STATE_ADOPTED_SLOTS : abi.STATE_ADOPTED_SLOTS + 1]
-        return {"kvc_digests_adopt": {"adopted slots": n, "stamps and digests": self.arrays("head", "tail", "digests")}}
+        """What the adopting launch left behind, and how much was compared of data of which little falls due."""
+        words = self.backend.snapshot_words()
+        n = words[abi.STATE_ADOPTED_SLOTS : abi.STATE_ADOPTED_SLOTS + 1]
+        return {
+            "kvc_digests_adopt": {"adopted slots": n, "stamps and digests": self.arrays("head", "tail", "digests")},
+            "kvc_digests_verify": {"listed slots compared": words[abi.STATE_DATA_SLOTS : abi.STATE_DATA_SLOTS + 1]},
+        }
 
 
 def self_test(make_backend: MakeBackend, devices: Mapping[str, Device]) -> list[KernelCheck]:
@@ -319,8 +323,9 @@ def host_self_test() -> str:
 
 
 def _config(on_unwritten: str) -> CanaryConfig:
+    is_listed = on_unwritten == "adopt"  # the slots that fall due, which are few then
     return CanaryConfig(
-        verify_data_every=2,
+        verify_data_every=abi.LIST_MIN_EVERY if is_listed else 2,
         lifecycle=True,
         scrub_bytes_per_step=1 << 14,
         check_reserved_every=2,
