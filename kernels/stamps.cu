@@ -1,7 +1,7 @@
 // stamps.cu: HEAD stamps and registers of the new tokens.
 //
-// kvc_stamps_write  a warp per short row, a block per tile of a longer one: HEAD stamps of both halves by an affine scan, the
-//                   register
+// kvc_stamps_write  a warp per short row, a block per tile of a longer one: HEAD stamps of both halves by an affine scan, and
+//                   the register of the request
 //
 // Launched after kvc_begin, on whose rows, claims and work lists it builds.
 #include "report.cuh"
@@ -345,8 +345,9 @@ KVC_DEVICE void kvc_judge_rows(const StepParams& p) {
     if (kvc_lane() == 0 && n_unanchored) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_UNANCHORED_ROWS, n_unanchored);
 }
 
-// Stamps this block's share of the tiles and of the short rows; returns how many stamps this thread wrote.
-KVC_DEVICE uint32_t kvc_write_rows(const StepParams& p, uint32_t forward, bool is_judging, uint32_t n_blocks) {
+// Stamps this block's share of the tiles and of the short rows; returns how many stamps this thread wrote. All threads of the
+// block take part.
+KVC_DEVICE uint32_t kvc_write_rows(const StepParams& p, uint32_t forward, bool is_judging, uint32_t n_writers) {
     const int32_t rows = p.batch.rows;
     const int64_t* tiles = kvc_work(p.pool, KVC_WORK_WRITE);
     const int64_t n_tiles = tiles[rows];
@@ -354,13 +355,13 @@ KVC_DEVICE uint32_t kvc_write_rows(const StepParams& p, uint32_t forward, bool i
     int64_t r = kvc_global_warp();
     Row row = {};
     if (r < rows) row = kvc_pointer<Row>(p.pool.rows)[r];  // under way while the tiles are looked at
-    for (int64_t u = kvc_block(); u < n_tiles; u += n_blocks) {
+    for (int64_t u = kvc_block(); u < n_tiles; u += n_writers) {
         const KvcUnit unit = kvc_find_unit(tiles, rows, u, n_tiles);
         n += kvc_write_tile(p, unit.row, unit.chunk, forward, is_judging);
     }
     while (r < rows) {
         if (row.n_new <= 32 && row.flags & KVC_ROW_LIVE) n += kvc_write_short_row(p, row, (int32_t)r, forward, is_judging);
-        r += (int64_t)n_blocks * KVC_WARPS;
+        r += (int64_t)n_writers * KVC_WARPS;
         if (r < rows) row = kvc_pointer<Row>(p.pool.rows)[r];
     }
     return n;

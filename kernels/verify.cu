@@ -144,8 +144,8 @@ KVC_DEVICE bool kvc_is_of_its_block(const Pool& pool, const Batch& batch, const 
 }
 
 // ---- which slots fall due --------------------------------------------------------------------------------------------------
-// Of a row of which few slots do: lists those that do among the lanes' slots (-1: none). All lanes take part. A list that is full
-// only counts on.
+// Of a row of which few slots do: lists those that do (kvc_is_due) among the lanes' slots (-1: none). All lanes take part. A list
+// that is full only counts on. What other blocks adopt meanwhile changes nothing: a fresh slot whose stamp is known is not adopted.
 KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch, const HotRow& hot, int32_t index, uint32_t position,
                              int32_t slot) {
     bool is_due = slot >= 0 && kvc_share(slot, batch.verify_data_every) == hot.share;
@@ -186,8 +186,8 @@ KVC_DEVICE Entries kvc_entries(const Batch& batch, const HotRow& hot, uint32_t f
     return e;
 }
 
-// Whether this lane has found something odd in positions [first, last), at most 64, of a live row. `entries` are theirs; afterwards
-// those of the 64 behind them.
+// Whether this lane has found something odd in positions [first, last), at most 64, of a live row; HEAD also lists those that fall
+// due. `entries` are theirs; afterwards those of the 64 behind them.
 template <uint32_t STAGE>
 KVC_DEVICE bool kvc_is_any_odd(const StepParams& p, const HotRow& hot, int32_t index, uint32_t first, uint32_t last,
                                Entries& entries, uint32_t forward) {
@@ -234,8 +234,8 @@ KVC_DEVICE bool kvc_is_any_odd(const StepParams& p, const HotRow& hot, int32_t i
     return is_odd;
 }
 
-// Positions [first, stop) of a live row. What is odd is judged once the warp is through: a call inside the loop would cost the loop
-// its registers.
+// Positions [first, stop) of a live row. What is odd is judged once the warp is through: a call inside the loop costs the loop
+// registers. (The one that looks for fresh slots, in a pool that has some, costs thirteen, which there are.)
 template <uint32_t STAGE>
 KVC_DEVICE void kvc_verify_stamps(const StepParams& p, const Row& row, int32_t index, uint32_t first, uint32_t stop,
                                   uint32_t forward) {
