@@ -1,8 +1,8 @@
 """What block ownership costs: host time of its calls, and how fast the patrol reads. Needs a GPU.
 
 ``PYTHONPATH=. python bench/bench_lifecycle.py [--json FILE]``; see `bench/RESULTS.md` for what came out.
-Calls are timed in ten processes one after the other, each on a core of its own: how fast a host is depends on the core
-and on its neighbours.
+Calls are timed in ten processes one after the other, each bound to one core: how fast a host is depends on the core and
+on its neighbours.
 """
 
 from __future__ import annotations
@@ -137,6 +137,8 @@ def main() -> int:
         "--calls-on", type=int, metavar="CORE", help="print the times of the calls, from this core, as JSON"
     )
     args = parser.parse_args()
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes}: give at least 1")
     if args.calls_on is not None:
         os.sched_setaffinity(0, {args.calls_on})
         print(json.dumps(call_times(GpuPlace())))

@@ -134,7 +134,10 @@ class Rig:
             pass  # the model: it leaves the bytes as they are
 
     def run(self) -> None:
-        """One whole forward; after it each launch but `kvc_begin` may be repeated alone."""
+        """One whole forward; after it each launch but `kvc_begin` may be repeated alone.
+
+        With real data `kvc_stamps_verify` would list the slots that fall due once more: such cases measure data alone.
+        """
         self._forward(self.batch, self.place.stream)
 
     def launcher(self, measure: Measure) -> Callable[[Any], None]:

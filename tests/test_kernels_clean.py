@@ -11,7 +11,7 @@ from agree_drive import drive, random_scenario
 from agree_engine import Engine
 from agree_faults import Faults
 from agree_script import MAX_LEN, pool_spec
-from agree_state import Habits
+from agree_state import Habits, Load
 from hypothesis import given
 from hypothesis import strategies as st
 from simt.runner import SimtLibrary
@@ -67,9 +67,9 @@ def test_the_engine_does_all_that_it_claims() -> None:
 
 def test_what_is_loaded_is_the_text_of_who_holds_the_block() -> None:
     """A request may lose its blocks to others in the step that admits it, before what it imports has come."""
-    n_imports = n_loads = 0
+    n_imports = n_loads = n_shared = 0
     spec = pool_spec()
-    for seed in range(40):
+    for seed in range(80):
         habits = Habits(imports=True, preempts=True, shares=seed % 2 > 0, shares_early=seed % 4 > 1)
         engine = Engine([spec.build(spec.buffers)], [None], habits, seed, 4, 24, MAX_LEN)
         engine.tells_owners = True
@@ -82,7 +82,24 @@ def test_what_is_loaded_is_the_text_of_who_holds_the_block() -> None:
                 assert block in engine.books[0].refs
                 holders = [request for request in engine.running if block in request.blocks[0]]
                 assert {request.tokens[position] for request in holders} <= {token}
+                n_shared += len(holders) > 1
             n_loads += len(plan.loads)
             engine.commit(plan)
         n_imports += engine.did["imports"]
     assert 5 < n_loads < n_imports - 5, "some are given up, some are not"
+    assert n_shared > 0
+
+
+def test_a_load_is_given_up_block_by_block() -> None:
+    spec = pool_spec()
+    engine = Engine([spec.build(spec.buffers)], [None], Habits(), 0, 4, 24, MAX_LEN)
+    page, book = engine.pools[0].page_size, engine.books[0]
+    first, second = book.take(1), book.take(1)
+    book.share(second, 2)
+    slots = [block * page + offset for block in (first, second) for offset in range(page)]
+    engine.loads = [Load(0, {slot: (p, 7 + p) for p, slot in enumerate(slots)}, 0)]
+    engine._drop(0, first, 1)
+    engine._drop(0, second, 1)
+    assert engine.loads[0].places == {slot: (page + p, 7 + page + p) for p, slot in enumerate(slots[page:])}
+    engine._drop(0, second, 2)
+    assert not engine.loads[0].places
