@@ -235,7 +235,7 @@ KVC_DEVICE bool kvc_is_any_odd(const StepParams& p, const HotRow& hot, int32_t i
 }
 
 // Positions [first, stop) of a live row. What is odd is judged once the warp is through: a call inside the loop costs the loop
-// registers. (The one that looks for fresh slots, in a pool that has some, costs thirteen, which there are.)
+// registers. (The one that looks for fresh slots, in a pool that has some, costs eleven, which there are.)
 template <uint32_t STAGE>
 KVC_DEVICE void kvc_verify_stamps(const StepParams& p, const Row& row, int32_t index, uint32_t first, uint32_t stop,
                                   uint32_t forward) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,3 +93,22 @@ def test_a_kernel_that_does_nothing_is_named(library: SimtLibrary, left_out: str
     problems = {check.kernel: check.problem for check in self_test(backend_without(library, left_out), {"eager": HOST})}
     assert problems[left_out]
     assert problems[left_out].endswith("(eager)")
+
+
+class ForgetfulDriver(SimtDriver):
+    """Loses the list of slots that fall due before it is read."""
+
+    def launch(self, kernel: str, grid: tuple[int, int], params: Any, stream: Any) -> None:
+        if kernel == "kvc_digests_verify" and (due := int(params.record["pool"]["due"])):
+            ctypes.c_uint32.from_address(due).value = 0
+        super().launch(kernel, grid, params, stream)
+
+
+@needs_compiler
+def test_a_list_that_is_lost_is_told(library: SimtLibrary) -> None:
+    def backend(*arguments: Any) -> DeviceBackend:
+        return DeviceBackend("simt", ForgetfulDriver(library), *arguments)
+
+    problems = {check.kernel: check.problem for check in self_test(backend, {"eager": HOST}) if check.problem}
+    assert list(problems) == ["kvc_digests_verify"]
+    assert problems["kvc_digests_verify"].startswith("listed slots compared: ")
