@@ -62,8 +62,8 @@ KVC_NOINLINE bool kvc_is_fresh_and_known(const Pool& pool, int64_t slot) {
     const Stamp stamp = kvc_pointer<Stamp>(pool.head[0])[slot];
     return stamp.step && !kvc_is_outlived(pool, slot, stamp);
 }
-// Whether the bytes of a slot of a row's prefix are to be digested in this forward. `any_fresh`: the pool has fresh slots.
-KVC_DEVICE bool kvc_is_due(const Pool& pool, const Batch& batch, const Row& row, int64_t slot, bool any_fresh) {
-    return row.flags & KVC_ROW_FULL_DATA || kvc_share(slot, batch.verify_data_every) == row.share ||
-           (any_fresh && kvc_is_fresh_and_known(pool, slot));
+// Whether the bytes of a slot of a row's prefix are to be digested in this forward, if not those of the whole row are. `share`: the
+// row's; `any_fresh`: the pool has fresh slots.
+KVC_DEVICE bool kvc_is_in_turn(const Pool& pool, const Batch& batch, uint32_t share, int64_t slot, bool any_fresh) {
+    return kvc_share(slot, batch.verify_data_every) == share || (any_fresh && kvc_is_fresh_and_known(pool, slot));
 }

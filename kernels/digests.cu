@@ -34,7 +34,8 @@ KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t 
     for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
         const int64_t slot = next;
         next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS).slot : -1;
-        const bool is_due = slot >= 0 && kvc_is_due(p.pool, p.batch, row, slot, any_fresh);
+        const bool is_due =
+            slot >= 0 && (row.flags & KVC_ROW_FULL_DATA || kvc_is_in_turn(p.pool, p.batch, row.share, slot, any_fresh));
         n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, is_due ? slot : -1, position), forward);
     }
     return n_compared;

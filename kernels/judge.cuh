@@ -1,6 +1,6 @@
 // judge.cuh: what is wrong with a prefix stamp, if anything: the full judgement and its records.
 //
-// Called only for runs of positions that the fast path of verify.cu did not find healthy.
+// Called only for runs of positions that the fast path of prefix.cuh did not find healthy.
 #pragma once
 #include "report.cuh"
 
@@ -174,7 +174,7 @@ KVC_DEVICE bool kvc_judge_position(const StepParams& p, int32_t index, int64_t p
     return is_left;
 }
 
-// A lane per position of [first, last), in which the fast path of verify.cu did not find everything healthy.
+// A lane per position of [first, last), in which the fast path of prefix.cuh did not find everything healthy.
 KVC_NOINLINE void kvc_judge_run(const StepParams& p, int32_t index, uint32_t first, uint32_t last, uint32_t stage, uint32_t forward) {
     uint32_t n_left = 0;
     for (uint32_t position = first + kvc_lane(); position < last; position += 32) {
