@@ -17,7 +17,7 @@
 #define KVC_N_TAGS 12
 #define KVC_THREADS 256
 #define KVC_WARPS 8
-#define KVC_VERIFY_UNIT 128
+#define KVC_VERIFY_UNIT 64
 #define KVC_DATA_UNIT 16
 #define KVC_LIST_MIN_EVERY 8
 #define KVC_WRITE_TILE 1024
@@ -219,8 +219,9 @@ struct PoolState {
     uint32_t n_fresh;
     uint32_t step;
     uint32_t is_repeated;
+    uint32_t n_turns_taken;
 };
-static_assert(sizeof(PoolState) == 264, "the layout of kvcanary/abi.py");
+static_assert(sizeof(PoolState) == 268, "the layout of kvcanary/abi.py");
 
 struct Violation {
     uint64_t commit;

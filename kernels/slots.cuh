@@ -241,7 +241,7 @@ KVC_DEVICE bool kvc_is_listed(const Pool& pool, const Batch& batch, const Row& r
     return pool.due && batch.verify_data_every >= KVC_LIST_MIN_EVERY && !(row.flags & KVC_ROW_FULL_DATA);
 }
 
-// Positions of the sink that are verified apart from the others: they are the last unit of a row, at most KVC_VERIFY_UNIT.
+// Positions of the sink that are verified apart from the others: they are the last unit of a row, whatever their number.
 KVC_DEVICE int32_t kvc_n_sink(const Pool& pool, const Row& row) { return row.verify_start > pool.sink ? pool.sink : 0; }
 // The positions of n units of a row from number `chunk` on, `length` in each: those of one unit where they are the sink's.
 struct Range {

@@ -31,7 +31,7 @@ MAX_PLANE_BYTES = 64 * 1024
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 THREADS = 256  # of every kernel
 WARPS = THREADS // 32
-VERIFY_UNIT = 128  # consecutive positions of one row: what is shared out among warps where stamps are verified
+VERIFY_UNIT = 64  # consecutive positions of one row: what is shared out among warps where stamps are verified
 DATA_UNIT = 16  # slots that fall due, about, in a unit of kvc_digests_verify
 MAX_DIGEST_PARTS = 8  # of a pool's digests, for blocks to work on side by side
 LIST_MIN_EVERY = 8  # verify_data_every from which on the slots that fall due are listed
@@ -42,6 +42,7 @@ SHARE_RUN = 16  # slots of a physical run that fall due together
 N_REGISTER_LENGTHS = 16  # lengths whose chain a register keeps
 N_ABORTED = 58  # forwards without TAIL that a pool remembers
 MAX_RESERVED = 8  # reserved blocks of a pool
+MAX_SINK = 128  # tokens of a sink
 PREV_NONE = -1  # stamp.prev_slot: there is no predecessor, or it is not known where it is
 # A chain is relative where nobody knew the chain at its row's prefix (the predecessor was adopted, never written, being
 # written in the same forward): it says nothing beyond the slots that continue it. Its stamps have these prev_slots:
@@ -219,6 +220,7 @@ POOL_STATE = np.dtype(
         ("n_fresh", "<u4"),  # slots whose claim word says CLAIM_FRESH
         ("step", "<u4"),  # the newest in which the pool ran
         ("is_repeated", "<u4"),  # its newest forward was not the first of that step: one of drafts, perhaps
+        ("n_turns_taken", "<u4"),  # in the running kvc_digests_verify; 0 after it
     ]
 )
 VIOLATION = np.dtype(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, PLANE, VERIFY_UNIT, zeros_of
+from kvcanary.abi import DIGEST, MAX_PLANE_BYTES, MAX_RESERVED, MAX_SINK, PLANE, zeros_of
 from kvcanary.arrays import ArrayView, host_array, view_of
 from kvcanary.errors import LayoutError
 from kvcanary.overlap import Placed, overlapping
@@ -345,9 +345,9 @@ class KvPool:
 
     def _check_ring(self) -> None:
         window, ring = self.window or 0, self.ring_length
-        if not 0 <= self.sink <= VERIFY_UNIT or (self.sink and not window):
+        if not 0 <= self.sink <= MAX_SINK or (self.sink and not window):
             raise self._error(
-                f"sink={self.sink} with window={self.window}: give 0 to {VERIFY_UNIT} tokens, to an SWA pool"
+                f"sink={self.sink} with window={self.window}: give 0 to {MAX_SINK} tokens, to an SWA pool"
             )
         if ring and not 1 <= window <= ring <= MAX_SLOTS:
             raise self._error(
