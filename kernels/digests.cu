@@ -10,9 +10,12 @@
 // is worked on by many blocks at once.
 #include "digest.cuh"
 
-#define KVC_LONG_WORK 4             // where there is enough for so many turns of each warp, a part of it is taken in turns:
-#define KVC_PART_IN_TURNS 8         // one in so many
-#define KVC_MAX_TURNS (1ll << 26)  // all in turns would be so many for each part of the digests; the count has 32 bits
+// Where there is enough for KVC_LONG_WORK turns of each warp, a part of the work is taken in turns: one in KVC_PART_IN_TURNS.
+#ifndef KVC_LONG_WORK
+#define KVC_LONG_WORK 4
+#define KVC_PART_IN_TURNS 8
+#endif
+#define KVC_MAX_TURNS (1ll << 26)  // all in turns would be so many for each part of the digests: their count has 32 bits
 
 // ---- verification --------------------------------------------------------------------------------------------------------
 // Slots of a row's prefix, one a lane. All lanes take part; returns the digests compared.
@@ -36,12 +39,12 @@ KVC_DEVICE int64_t kvc_n_data_units(const StepParams& p) {
 // Even shares do not end together: some blocks are farther from the memory, and end 5 to 12 us after others. So the last eighth of a
 // long work is taken in turns, each by a warp that is through with all it had before.
 struct Turns {
-    uint32_t shift;        // of a turn's units: 16 KiB of a plane, or one
+    uint32_t shift;        // of a turn's units: two where planes are small, else one
     uint32_t per_part, n;  // of each part of the digests, and of all
     int64_t first;         // unit of each part that belongs to a turn
 };
 KVC_DEVICE Turns kvc_turns(const Pool& pool, int64_t n_units) {
-    const uint32_t run_shift = kvc_run_shift(pool, 0), shift = run_shift > 2 ? run_shift - 2 : 0;
+    const uint32_t shift = kvc_run_shift(pool, 0) > 2;
     const int64_t n = n_units >> shift, n_warps = (int64_t)kvc_n_blocks() * KVC_WARPS;
     const bool is_long = n >= KVC_LONG_WORK * n_warps && n < KVC_MAX_TURNS;
     const uint32_t per_part = is_long ? (uint32_t)n / KVC_PART_IN_TURNS : 0;
@@ -143,7 +146,7 @@ KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
         }
         const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, kvc_n_data_units(p));
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-        const int64_t length = kvc_data_unit(p.batch, row), others = kvc_n_sink(pool, row) > 0;
+        const int64_t length = kvc_data_unit(pool, p.batch, row), others = kvc_n_sink(pool, row) > 0;
         const int64_t left = (int64_t)kvc_data_units(pool, p.batch, row) - others - unit.chunk;
         const int64_t n = left <= 0 ? 1 : left < end - u ? left : end - u;  // the sink's unit goes alone
         const Range run = kvc_unit_range(pool, row, unit.chunk, n, length);
