@@ -13,7 +13,7 @@
 // Where there is enough for KVC_LONG_WORK turns of each warp, a part of the work is taken in turns: one in KVC_PART_IN_TURNS.
 #ifndef KVC_LONG_WORK
 #define KVC_LONG_WORK 4
-#define KVC_PART_IN_TURNS 8
+#define KVC_PART_IN_TURNS 16
 #endif
 #define KVC_MAX_TURNS (1ll << 26)  // all in turns would be so many for each part of the digests: their count has 32 bits
 
@@ -36,7 +36,7 @@ KVC_DEVICE int64_t kvc_n_data_units(const StepParams& p) {
     return (int64_t)kvc_load_volatile_u64((const uint64_t*)kvc_work(p.pool, KVC_WORK_DATA) + p.batch.rows);
 }
 
-// Even shares do not end together: some blocks are farther from the memory, and end 5 to 12 us after others. So the last eighth of a
+// Even shares do not end together: some blocks are farther from the memory, and end 5 to 12 us after others. So the last part of a
 // long work is taken in turns, each by a warp that is through with all it had before.
 struct Turns {
     uint32_t shift;        // of a turn's units: two where planes are small, else one

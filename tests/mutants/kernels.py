@@ -120,7 +120,7 @@ BYTES = [
     *_in(
         "digest.cuh",
         f"{SHAPES} {CATCH}",
-        ("part of one digest", "pool.digest_parts[kvc_block_y() + 1]}", "pool.digest_parts[kvc_block_y()] + 1}"),
+        ("part of one digest", "pool.digest_parts[y + 1]}", "pool.digest_parts[y] + 1}"),
         ("position not digested", "(uint32_t)position * KVC_DIGEST_C2", "0 * KVC_DIGEST_C2"),
         ("last slot of a turn dropped", "32 - (int)kvc_leading_zeros(there)", "31 - (int)kvc_leading_zeros(there)"),
         ("dropped lane", "kept + kvc_shfl_xor_u64(given, (uint32_t)half);", "kept + kvc_shfl_xor_u64(given, 0);"),
