@@ -219,9 +219,8 @@ struct PoolState {
     uint32_t n_fresh;
     uint32_t step;
     uint32_t is_repeated;
-    uint32_t n_turns_taken;
 };
-static_assert(sizeof(PoolState) == 268, "the layout of kvcanary/abi.py");
+static_assert(sizeof(PoolState) == 264, "the layout of kvcanary/abi.py");
 
 struct Violation {
     uint64_t commit;

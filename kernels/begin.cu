@@ -227,7 +227,6 @@ KVC_DEVICE void kvc_number_forward(const BeginParams& p, uint32_t forward) {
     pool_state.head_forward = forward;
     pool_state.is_repeated = pool_state.step == (uint32_t)state[KVC_STATE_STEP];
     pool_state.step = (uint32_t)state[KVC_STATE_STEP];
-    pool_state.n_turns_taken = 0;  // as it is, unless a fault has changed it: then turns would be left out for ever
     if (p.pool.scrub_blocks && p.batch.is_first_forward && state[KVC_STATE_PAUSE] == 0) pool_state.scrub_turn += 1;
 }
 

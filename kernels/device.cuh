@@ -128,8 +128,6 @@ KVC_DEVICE uint64_t kvc_atomic_cas_u64(uint64_t* p, uint64_t expected, uint64_t 
     return (uint64_t)atomicCAS((unsigned long long*)p, (unsigned long long)expected, (unsigned long long)desired);
 }
 KVC_DEVICE uint32_t kvc_atomic_add_u32(uint32_t* p, uint32_t v) { return atomicAdd(p, v); }
-// One more than before, but 0 after `last` and whatever lies above it.
-KVC_DEVICE uint32_t kvc_atomic_inc_u32(uint32_t* p, uint32_t last) { return atomicInc(p, last); }
 KVC_DEVICE uint32_t kvc_atomic_or_u32(uint32_t* p, uint32_t v) { return atomicOr(p, v); }
 // Everything this thread wrote before is visible to the host and to all devices before anything it writes after.
 KVC_DEVICE void kvc_fence_system() { __threadfence_system(); }

@@ -37,14 +37,14 @@ KVC_DEVICE void kvc_begin_digests(const Pool& pool) {
 
 // The slot of a lane.
 struct LaneSlot {
-    int32_t slot;  // negative: none
+    int64_t slot;  // negative: none
     uint32_t block, token;
     int32_t position;
 };
 KVC_DEVICE LaneSlot kvc_lane_slot(const Pool& pool, int64_t slot, int64_t position) {
     if (slot < 0) return {-1, 0, 0, 0};
     const uint32_t block = kvc_divide((uint32_t)slot, pool.page_size, pool.page_shift);
-    return {(int32_t)slot, block, (uint32_t)slot - block * (uint32_t)pool.page_size, (int32_t)position};
+    return {slot, block, (uint32_t)slot - block * (uint32_t)pool.page_size, (int32_t)position};
 }
 
 KVC_DEVICE uint64_t* kvc_digest_at(const Pool& pool, uint32_t index, int64_t slot) {
@@ -390,14 +390,15 @@ KVC_DEVICE uint64_t kvc_sums(const Pool& pool, uint32_t index, const LaneSlot& a
 struct DigestRange {
     uint32_t first, last;
 };
-// Part y of as many as grid.y has: one that the pool tells, or an even one of another number of parts.
-KVC_DEVICE DigestRange kvc_digest_part(const Pool& pool, uint32_t y) {
-    if (kvc_n_blocks_y() == pool.n_digest_parts) return {pool.digest_parts[y], pool.digest_parts[y + 1]};
+// Those that this block's grid.y takes: a part that the pool tells, or an even one of another number of parts.
+KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) {
+    if (kvc_n_blocks_y() == pool.n_digest_parts) {
+        return {pool.digest_parts[kvc_block_y()], pool.digest_parts[kvc_block_y() + 1]};
+    }
     const uint32_t per_y = (pool.n_digests + kvc_n_blocks_y() - 1) / kvc_n_blocks_y();
-    const uint32_t first = y * per_y, last = first + per_y;
+    const uint32_t first = kvc_block_y() * per_y, last = first + per_y;
     return {first < pool.n_digests ? first : pool.n_digests, last < pool.n_digests ? last : pool.n_digests};
 }
-KVC_DEVICE DigestRange kvc_digest_range(const Pool& pool) { return kvc_digest_part(pool, kvc_block_y()); }
 
 // Neighbours that a warp takes at once, as a shift: about 4 KiB of a plane. The next neighbours are the next warp's: the warps of a
 // block read the same few pages of memory at any time, which memory likes better than eight places of their own.

@@ -10,13 +10,6 @@
 // is worked on by many blocks at once.
 #include "digest.cuh"
 
-// Where there is enough for KVC_LONG_WORK turns of each warp, a part of the work is taken in turns: one in KVC_PART_IN_TURNS.
-#ifndef KVC_LONG_WORK
-#define KVC_LONG_WORK 4
-#define KVC_PART_IN_TURNS 16
-#endif
-#define KVC_MAX_TURNS (1ll << 26)  // all in turns would be so many for each part of the digests: their count has 32 bits
-
 // ---- verification --------------------------------------------------------------------------------------------------------
 // Slots of a row's prefix, one a lane. All lanes take part; returns the digests compared.
 KVC_DEVICE uint32_t kvc_verify_slots(const StepParams& p, int32_t index, const DigestRange& range, const LaneSlot& at,
@@ -31,48 +24,19 @@ KVC_DEVICE uint32_t kvc_verify_slots(const StepParams& p, int32_t index, const D
     return n_compared;
 }
 
-// Units of kvc_digests_verify. Read whenever they are needed: kept in registers, they would be taken from the loads in flight.
-KVC_DEVICE int64_t kvc_n_data_units(const StepParams& p) {
-    return (int64_t)kvc_load_volatile_u64((const uint64_t*)kvc_work(p.pool, KVC_WORK_DATA) + p.batch.rows);
-}
-
-// Even shares do not end together: some blocks are farther from the memory, and end 5 to 12 us after others. So the last part of a
-// long work is taken in turns, each by a warp that is through with all it had before.
-struct Turns {
-    uint32_t shift;        // of a turn's units: two where planes are small, else one
-    uint32_t per_part, n;  // of each part of the digests, and of all
-    int64_t first;         // unit of each part that belongs to a turn
-};
-KVC_DEVICE Turns kvc_turns(const Pool& pool, int64_t n_units) {
-    const uint32_t shift = kvc_run_shift(pool, 0) > 2;
-    const int64_t n = n_units >> shift, n_warps = (int64_t)kvc_n_blocks() * KVC_WARPS;
-    const bool is_long = n >= KVC_LONG_WORK * n_warps && n < KVC_MAX_TURNS;
-    const uint32_t per_part = is_long ? (uint32_t)n / KVC_PART_IN_TURNS : 0;
-    return {shift, per_part, per_part * kvc_n_blocks_y(), n_units - ((int64_t)per_part << shift)};
-}
-// This warp's next turn; from `n` on there is none. Each warp asks until it gets none: with the last one the count wraps to 0.
-KVC_NOINLINE uint32_t kvc_take_turn(const StepParams& p, uint32_t n) {
-    const uint32_t n_warps = kvc_n_blocks() * kvc_n_blocks_y() * KVC_WARPS;
-    PoolState& state = kvc_mutable_pointer<PoolState>(p.guard.pool_states)[p.pool.index];
-    uint32_t turn = 0;
-    if (kvc_lane() == 0) turn = kvc_atomic_inc_u32(&state.n_turns_taken, n + n_warps - 1);
-    return kvc_shfl_u32(turn, 0);
-}
-
-// Positions [first, last), of which all or many are due: `stride` at a time, of which all lanes of the block, or of the warp, have one.
-KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t index, uint32_t first, uint32_t last,
-                                   const DigestRange& range, uint32_t stride, uint32_t forward) {
-    uint32_t position = first + (stride == 32 ? kvc_lane() : kvc_place_in_block(kvc_run_shift(p.pool, range.first)));
-    int32_t next = position < last ? (int32_t)kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
+// Positions [first, last), of which all or many are due: the block goes through them 256 at a time.
+KVC_DEVICE uint32_t kvc_verify_run(const StepParams& p, const Row& row, int32_t index, int64_t first, int64_t last,
+                                   const DigestRange& range, uint32_t forward) {
+    int64_t position = first + kvc_place_in_block(kvc_run_shift(p.pool, range.first));
+    int64_t next = position < last ? kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
     const bool any_fresh = *kvc_n_fresh(p.guard, p.pool) != 0;
     uint32_t n_compared = 0;
-    for (; first < last; first += stride) {
-        const int32_t slot = next, of_slot = (int32_t)position;
-        position += stride;
-        next = position < last ? (int32_t)kvc_table_slot(p.pool, p.batch, index, position).slot : -1;
+    for (int64_t base = first; base < last; base += KVC_THREADS, position += KVC_THREADS) {
+        const int64_t slot = next;
+        next = position + KVC_THREADS < last ? kvc_table_slot(p.pool, p.batch, index, position + KVC_THREADS).slot : -1;
         const bool is_due =
             slot >= 0 && (row.flags & KVC_ROW_FULL_DATA || kvc_is_in_turn(p.pool, p.batch, row.share, slot, any_fresh));
-        n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, is_due ? slot : -1, of_slot), forward);
+        n_compared += kvc_verify_slots(p, index, range, kvc_lane_slot(p.pool, is_due ? slot : -1, position), forward);
     }
     return n_compared;
 }
@@ -116,44 +80,35 @@ KVC_DEVICE uint32_t kvc_verify_listed(const StepParams& p, const Due* list, uint
     return n_compared;
 }
 
-// An even share of all units for each block, in the order of the rows, and turns: runs of sixteen positions of rows of which many
-// slots are due. Where few are, kvc_stamps_verify has listed them; should the list have been too short, those rows are units too.
+// An even share of all units for each block, in the order of the rows: runs of sixteen positions of rows of which many slots are
+// due. Where few are, kvc_stamps_verify has listed them; should the list have been too short, those rows are units too.
 KVC_KERNEL(KVC_THREADS, 2) kvc_digests_verify(KVC_PARAM StepParams p) {
     const Pool& pool = p.pool;
     if (!kvc_is_judging(p.guard)) return;
     const uint32_t forward = kvc_forward_number(p.guard);
     const int64_t* work = kvc_work(pool, KVC_WORK_DATA);
+    const int64_t n_units = work[p.batch.rows];
     const uint32_t n_listed = kvc_n_listed(pool);
     const bool is_list_whole = n_listed <= pool.due_capacity;
     if (kvc_is_first_thread()) kvc_count_data_launch(p.guard, pool, KVC_STAGE_HEAD);
+    const DigestRange range = kvc_digest_range(pool);
     kvc_begin_digests(pool);
     uint32_t n_compared = 0;
     if (n_listed && is_list_whole) n_compared += kvc_verify_listed(p, kvc_due_list(pool) + 1, n_listed, forward);
-    DigestRange range = kvc_digest_range(pool);
-    const Share share = kvc_even_share(kvc_turns(pool, kvc_n_data_units(p)).first, kvc_block(), kvc_n_blocks());
-    int64_t u = share.first, end = share.last;
-    uint32_t stride = KVC_THREADS;
-    for (;;) {
-        if (u >= end) {  // of the share, then of each turn
-            const Turns turns = kvc_turns(pool, kvc_n_data_units(p));
-            const uint32_t turn = turns.n ? kvc_take_turn(p, turns.n) : 0;
-            if (turn >= turns.n) break;
-            const uint32_t part = turn / turns.per_part;
-            range = kvc_digest_part(pool, part);
-            u = turns.first + ((int64_t)(turn - part * turns.per_part) << turns.shift);
-            end = u + (1ll << turns.shift);
-            stride = 32;
-        }
-        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, kvc_n_data_units(p));
+    const Share share = kvc_even_share(n_units, kvc_block(), kvc_n_blocks());
+    const int64_t end = share.last;
+    int64_t u = share.first;
+    while (u < end) {
+        const KvcUnit unit = kvc_find_unit(work, p.batch.rows, u, n_units);
         const Row row = kvc_pointer<Row>(pool.rows)[unit.row];
-        const int64_t length = kvc_data_unit(pool, p.batch, row), others = kvc_n_sink(pool, row) > 0;
+        const int64_t length = kvc_data_unit(p.batch, row), others = kvc_n_sink(pool, row) > 0;
         const int64_t left = (int64_t)kvc_data_units(pool, p.batch, row) - others - unit.chunk;
         const int64_t n = left <= 0 ? 1 : left < end - u ? left : end - u;  // the sink's unit goes alone
         const Range run = kvc_unit_range(pool, row, unit.chunk, n, length);
-        u += n;
         if (!kvc_is_listed(pool, p.batch, row) || !is_list_whole) {
-            n_compared += kvc_verify_run(p, row, unit.row, (uint32_t)run.first, (uint32_t)run.last, range, stride, forward);
+            n_compared += kvc_verify_run(p, row, unit.row, run.first, run.last, range, forward);
         }
+        u += n;
     }
     const uint64_t n = kvc_block_sum(n_compared);
     if (kvc_thread() == 0 && n) kvc_atomic_add_u64(kvc_state(p.guard) + KVC_STATE_DATA_SLOTS, n);

@@ -253,16 +253,14 @@ KVC_DEVICE Range kvc_unit_range(const Pool& pool, const Row& row, int64_t chunk,
     return {first, last < row.verify_end ? last : row.verify_end};
 }
 
-// Positions of a row's prefix in a unit of kvc_digests_verify: about as many slots fall due in each. Units whose slots are listed are
-// long, because there is nothing to do for them, unless the list was too short.
-KVC_DEVICE uint32_t kvc_data_unit(const Pool& pool, const Batch& batch, const Row& row) {
-    if (row.flags & KVC_ROW_FULL_DATA) return KVC_DATA_UNIT;
-    if (kvc_is_listed(pool, batch, row) || batch.verify_data_every > 128) return KVC_DATA_UNIT * 128;
-    return KVC_DATA_UNIT * batch.verify_data_every;
+// Positions of a row's prefix in a unit of kvc_digests_verify: about as many slots fall due in each.
+KVC_DEVICE uint32_t kvc_data_unit(const Batch& batch, const Row& row) {
+    const uint32_t every = batch.verify_data_every < 128 ? batch.verify_data_every : 128;
+    return row.flags & KVC_ROW_FULL_DATA ? KVC_DATA_UNIT : KVC_DATA_UNIT * every;
 }
 KVC_DEVICE uint32_t kvc_data_units(const Pool& pool, const Batch& batch, const Row& row) {
     if (!(row.flags & KVC_ROW_LIVE) || row.flags & KVC_ROW_PENDING) return 0;
-    return kvc_units((uint32_t)(row.verify_end - row.verify_start), kvc_data_unit(pool, batch, row)) + (kvc_n_sink(pool, row) > 0);
+    return kvc_units((uint32_t)(row.verify_end - row.verify_start), kvc_data_unit(batch, row)) + (kvc_n_sink(pool, row) > 0);
 }
 
 // ---- the guard's own words -------------------------------------------------------------------------------------------------

@@ -220,7 +220,6 @@ POOL_STATE = np.dtype(
         ("n_fresh", "<u4"),  # slots whose claim word says CLAIM_FRESH
         ("step", "<u4"),  # the newest in which the pool ran
         ("is_repeated", "<u4"),  # its newest forward was not the first of that step: one of drafts, perhaps
-        ("n_turns_taken", "<u4"),  # in the running kvc_digests_verify; 0 after it
     ]
 )
 VIOLATION = np.dtype(

@@ -155,9 +155,9 @@ class SimtSide(DeviceSide):
         return exact_rows(array, row_bytes)
 
 
-def simt_library(base: Path, sanitize: bool = False, defines: Sequence[str] = ()) -> SimtLibrary:
+def simt_library(base: Path, sanitize: bool = False) -> SimtLibrary:
     """The kernels built for the CPU, once for all that name the same directory."""
-    return SimtLibrary(build(KERNELS_DIR, base / "kvcanary-kernels", sanitize=sanitize, defines=defines))
+    return SimtLibrary(build(KERNELS_DIR, base / "kvcanary-kernels", sanitize=sanitize))
 
 
 Sides = Callable[[], list[Side]]  # the reference, and the kernels where they can be built

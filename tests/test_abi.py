@@ -25,7 +25,7 @@ SIZES = {
     "Row": 56,
     "Due": 16,
     "BlockState": 16,
-    "PoolState": 268,
+    "PoolState": 264,
     "Violation": 144,
     "Guard": 80,
     "Pool": 272,

@@ -49,7 +49,6 @@ KVC_KERNEL(64) kvc_toy_memory(KVC_PARAM Toy p) {
     kvc_store_volatile_u64(p.words + 6, v);
     kvc_store_volatile_u32(p.small + 4, (uint32_t)v);
     v = kvc_atomic_add_u64(p.words + 7, v) + kvc_atomic_max_u64(p.words + 8, v) + kvc_atomic_cas_u64(p.words + 9, 0, v);
-    v += kvc_atomic_inc_u32(p.small + 7, 3);
     p.words[10] = v + kvc_atomic_add_u32(p.small + 5, 1) + kvc_atomic_or_u32(p.small + 6, 2);
 }
 """

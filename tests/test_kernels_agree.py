@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from agree import Arrays, PoolSpec, Side, SimtSide, simt_library
+from agree import Arrays, PoolSpec, Side, SimtSide
 from agree_drive import drive, random_scenario
 from agree_faults import KINDS, Faults
 from agree_pools import random_pool
@@ -72,21 +72,6 @@ def test_however_short_the_list_of_due_slots_is(
         drive(twins, engine, rng, 8, lambda call: None, Faults(rng, ("bytes",), 0.3))
         n_compared += int(twins.words[abi.STATE_DATA_SLOTS])
     assert n_compared > 100
-
-
-@pytest.fixture(scope="module")
-def library_of_turns(library: SimtLibrary, tmp_path_factory: pytest.TempPathFactory) -> SimtLibrary:
-    """The kernels, but half of all data, however short, is taken in turns."""
-    return simt_library(tmp_path_factory.getbasetemp(), defines=("KVC_LONG_WORK=0", "KVC_PART_IN_TURNS=2"))
-
-
-@examples(40, is_variant=True)
-@given(SEEDS, st.integers(1, 3), st.integers(0, 1000))
-def test_data_taken_in_turns(library_of_turns: SimtLibrary, seed: int, n_multiprocessors: int, order: int) -> None:
-    """Who verifies which slots makes no difference: healthy, damaged and odd batches, listed and full rows."""
-    kernels = SimtSide(library_of_turns, n_multiprocessors, order)
-    twins = run(seed, [Side(), kernels], KINDS, 5, 0.3, max_len=200)
-    assert not any(kernels.pool_state(i)["n_turns_taken"] for i in range(len(twins.pools)))
 
 
 @examples(10, is_variant=True)

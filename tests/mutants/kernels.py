@@ -120,7 +120,7 @@ BYTES = [
     *_in(
         "digest.cuh",
         f"{SHAPES} {CATCH}",
-        ("part of one digest", "pool.digest_parts[y + 1]}", "pool.digest_parts[y] + 1}"),
+        ("part of one digest", "pool.digest_parts[kvc_block_y() + 1]}", "pool.digest_parts[kvc_block_y()] + 1}"),
         ("position not digested", "(uint32_t)position * KVC_DIGEST_C2", "0 * KVC_DIGEST_C2"),
         ("last slot of a turn dropped", "32 - (int)kvc_leading_zeros(there)", "31 - (int)kvc_leading_zeros(there)"),
         ("dropped lane", "kept + kvc_shfl_xor_u64(given, (uint32_t)half);", "kept + kvc_shfl_xor_u64(given, 0);"),
@@ -177,15 +177,10 @@ BLOCKS = [
     *_in(
         "digests.cu",
         LIMITS,
-        ("turns left to nobody", "turn = turns.n ? kvc_take_turn(p, turns.n) : 0;", "turn = turns.n;"),
-        ("turns of one part of the digests", "            range = kvc_digest_part(pool, part);\n", ""),
-        ("the first unit of a turn only", "end = u + (1ll << turns.shift);", "end = u + 1;"),
-        ("the count of turns wraps too late", "n + n_warps - 1);", "n + n_warps);"),
         ("next digest too early", "turn.first + turn.n == n_listed", "true"),
         ("only the first turn of a share", "        item += turn.n;\n", "        item = share.last;\n"),
         ("a turn beyond the block", "return {digest, first, n < KVC_THREADS ? (uint32_t)n : KVC_THREADS}", "return {digest, first, (uint32_t)n}"),
     ),
-    *_in("begin.cu", LIMITS, ("a changed count of turns kept", "    pool_state.n_turns_taken = 0;", "    //")),
     *_in("begin.cu", SCRUB, ("cursor not advanced", "pool_state.scrub_turn += 1;", "pool_state.scrub_turn = 1;")),
     *_in("reserved.cu", RESERVED, ("every step is due", " || state[KVC_STATE_STEP] % p.every) return;", ") return;")),
 ]  # fmt: skip

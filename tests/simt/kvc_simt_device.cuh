@@ -165,11 +165,6 @@ KVC_DEVICE uint64_t kvc_atomic_cas_u64(uint64_t* p, uint64_t expected, uint64_t 
 KVC_DEVICE uint32_t kvc_atomic_add_u32(uint32_t* p, uint32_t v) {
     return __atomic_fetch_add(kvc_simt::shared_word(p), v, __ATOMIC_RELAXED);
 }
-KVC_DEVICE uint32_t kvc_atomic_inc_u32(uint32_t* p, uint32_t last) {
-    uint32_t seen = __atomic_load_n(kvc_simt::shared_word(p), __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(p, &seen, seen >= last ? 0 : seen + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-    return seen;
-}
 KVC_DEVICE uint32_t kvc_atomic_or_u32(uint32_t* p, uint32_t v) {
     return __atomic_fetch_or(kvc_simt::shared_word(p), v, __ATOMIC_RELAXED);
 }

@@ -37,7 +37,6 @@ KVC_KERNEL(TOY_THREADS) kvc_toy_atomics(KVC_PARAM Params p) {
     kvc_atomic_max_u64(out + 1, thread_in_grid());
     kvc_atomic_add_u32((uint32_t*)(out + 2), 1);
     kvc_atomic_or_u32((uint32_t*)(out + 3), 1u << (kvc_lane() & 15));
-    kvc_atomic_inc_u32((uint32_t*)(out + 4), 999);
 }
 
 // Adds the thread's index to out[0] by compare-and-swap and counts the failed attempts in out[1].
