@@ -169,7 +169,7 @@ def check_stamp_faults(rig: Rig, name: str, stage: str) -> None:
     The last prefix position has no successor; between lanes, warps and blocks the link is carried in different ways.
     """
     case, last = rig.case, rig.case.prefix - 1
-    borders = {case.verify_start + n - 1 for n in (1, 32, 128, 256, 1024)}
+    borders = {case.verify_start + n - 1 for n in (1, 32, abi.VERIFY_UNIT, 128, abi.THREADS, 1024)}
     anywhere = int(rig.rng.integers(case.verify_start, case.prefix))
     for position in sorted(p for p in {last, anywhere, *borders} if p <= last):
         row, half = int(rig.rng.integers(case.rows)), int(rig.rng.integers(case.layout.n_halves))

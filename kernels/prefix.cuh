@@ -142,8 +142,8 @@ KVC_DEVICE bool kvc_is_of_its_block(const Pool& pool, const Batch& batch, const 
 }
 
 // ---- which slots fall due --------------------------------------------------------------------------------------------------
-// Of a row of which few slots do: lists those that do among the lanes' slots (-1: none). All lanes take part. A list
-// that is full only counts on. What other blocks adopt meanwhile changes nothing: a fresh slot whose stamp is known is not adopted.
+// Of a row of which few slots do: lists those that do among the lanes' slots (-1: none). All lanes take part. A list that is
+// full only counts on. What other blocks adopt meanwhile changes nothing: a fresh slot whose stamp is known is not adopted.
 KVC_DEVICE void kvc_list_due(const Pool& pool, const Batch& batch, const HotRow& hot, int32_t index, uint32_t position,
                              int32_t slot) {
     const bool is_due = slot >= 0 && kvc_is_in_turn(pool, batch, hot.share, slot, hot.any_fresh);
@@ -170,8 +170,8 @@ KVC_NOINLINE void kvc_list_due_run(const StepParams& p, int32_t index, uint32_t 
 // A warp goes through neighbouring positions of a row, 64 at a time: all their stamps are under way at once, and the table entries of
 // the next ones. (More of them are more code, which in a step has to be fetched anew, and more registers than there are.) A lane
 // gets its predecessor's link from the lane below, the first one from memory.
-#define KVC_GROUPS 2
-#define KVC_AT_ONCE (32 * KVC_GROUPS)
+#define KVC_AT_ONCE KVC_VERIFY_UNIT
+#define KVC_GROUPS (KVC_AT_ONCE / 32)
 struct Entries {
     uint32_t own[KVC_GROUPS], before;  // before: of the position before them
 };

@@ -31,7 +31,7 @@ MAX_PLANE_BYTES = 64 * 1024
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 THREADS = 256  # of every kernel
 WARPS = THREADS // 32
-VERIFY_UNIT = 64  # consecutive positions of one row: what is shared out among warps where stamps are verified
+VERIFY_UNIT = 64  # consecutive positions of a row whose stamps a warp verifies at once: what warps share out
 DATA_UNIT = 16  # slots that fall due, about, in a unit of kvc_digests_verify
 MAX_DIGEST_PARTS = 8  # of a pool's digests, for blocks to work on side by side
 LIST_MIN_EVERY = 8  # verify_data_every from which on the slots that fall due are listed
