@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcanary import hashing
-from kvcanary.arrays import ArrayView, view_of
 from kvcanary.backends import Backend
 from kvcanary.backends.moves import Move, MoveOp
 from kvcanary.bundle import Geometry, SlotBundle
@@ -19,6 +17,7 @@ from kvcanary.deferred import DelayedDeviceHostHandler
 from kvcanary.errors import BatchError, BundleError, CaptureError
 from kvcanary.layout import KvPool
 from kvcanary.phases import PhaseChecker
+from kvcanary.slot_lists import SlotLists, length_of
 from kvcanary.turns import Turns, one_at_a_time
 
 Array = npt.NDArray[Any]
@@ -79,7 +78,7 @@ class MoveCalls:
         """
         if self._backend is None:
             return
-        lists = _Lists("copy_slots()", self.pools[self._pool_index(pool)], blocks)
+        lists = SlotLists("copy_slots()", self.pools[self._pool_index(pool)], blocks)
         sources, slots = lists.slots("src", src), lists.slots("dst", dst, is_target=True)
         lists.check_lengths(src=sources, dst=slots)
         self._move(lists, MoveOp.COPY, pool, stream, slots=slots, sources=sources)
@@ -123,14 +122,14 @@ class MoveCalls:
         """
         if self._backend is None:
             return
-        lists = _Lists("commit_slots()", self.pools[self._pool_index(pool)], False)
+        lists = SlotLists("commit_slots()", self.pools[self._pool_index(pool)], False)
         sources, slots = lists.slots("src", src), lists.slots("dst", dst, is_target=True)
         lists.check_lengths(src=sources, dst=slots)
-        starts = lists.numbers("row_starts", row_starts, 0, _length(slots))
+        starts = lists.numbers("row_starts", row_starts, 0, length_of(slots))
         prefixes = lists.numbers("prefix_lens", prefix_lens, 0, _MAX_POSITION)
         of = "negative is none, and request slots"
         registers = lists.numbers("request_slots", request_slots, -(1 << 31), self.max_requests - 1, of)
-        lists.check_rows(starts, prefixes, registers, _length(slots))
+        lists.check_rows(starts, prefixes, registers, length_of(slots))
         self._move(
             *(lists, MoveOp.COMMIT, pool, stream),
             slots=slots, sources=sources, row_starts=starts, prefix_lens=prefixes, request_slots=registers,
@@ -157,7 +156,7 @@ class MoveCalls:
         if self._backend is None:
             return SlotBundle.of_nothing()
         kv = self.pools[self._pool_index(pool)]
-        lists = _Lists("export_slots()", kv, blocks)
+        lists = SlotLists("export_slots()", kv, blocks)
         image = self._move(lists, MoveOp.EXPORT, pool, stream, slots=lists.slots("slots", slots))
         return SlotBundle.from_image(Geometry.of(kv, self.config.real_data), image)
 
@@ -185,7 +184,7 @@ class MoveCalls:
         if not isinstance(bundle, SlotBundle):
             given = type(bundle).__name__
             raise BundleError(f"import_slots(): {given} is no SlotBundle: make it one with SlotBundle.from_bytes()")
-        lists = _Lists("import_slots()", kv, blocks)
+        lists = SlotLists("import_slots()", kv, blocks)
         if not bundle.geometry.halves:
             raise BundleError("the bundle was exported with mode='off' and is empty: stamp with adopt_slots() instead")
         if text := bundle.geometry.difference(Geometry.of(kv, self.config.real_data)):
@@ -193,7 +192,7 @@ class MoveCalls:
                 f"the bundle does not fit pool {kv.name!r}: {text}; both sides need the same layers and real_data"
             )
         taken = lists.slots("slots", slots, is_target=True)
-        n = _length(taken) * lists.per_entry
+        n = length_of(taken) * lists.per_entry
         if n != len(bundle):
             raise BatchError(f"import_slots(): {n} slots for a bundle of {len(bundle)}: give one per entry")
         self._move(lists, MoveOp.IMPORT, pool, stream, slots=taken, image=bundle.to_image())
@@ -207,7 +206,7 @@ class MoveCalls:
         its digests and is counted (`CanaryStats.skipped_moves`). Arguments and errors are those of `copy_slots`.
         """
         if self._backend is not None:
-            lists = _Lists("refresh_digests()", self.pools[self._pool_index(pool)], blocks)
+            lists = SlotLists("refresh_digests()", self.pools[self._pool_index(pool)], blocks)
             self._move(lists, MoveOp.REFRESH, pool, stream, slots=lists.slots("slots", slots, is_target=True))
 
     @one_at_a_time
@@ -239,7 +238,7 @@ class MoveCalls:
         """
         if self._backend is None:
             return
-        lists = _Lists("adopt_slots()", self.pools[self._pool_index(pool)], False)
+        lists = SlotLists("adopt_slots()", self.pools[self._pool_index(pool)], False)
         taken = lists.slots("slots", slots, is_target=True)
         if positions is None:
             raise BatchError("adopt_slots(): positions is None: give the position of each slot in the KV sequence")
@@ -276,7 +275,7 @@ class MoveCalls:
             BatchError: slots that cannot be; else as `copy_slots`.
         """
         if self._backend is not None:
-            lists = _Lists("localize_slots()", self.pools[self._pool_index(pool)], blocks)
+            lists = SlotLists("localize_slots()", self.pools[self._pool_index(pool)], blocks)
             taken = lists.slots("slots", slots, is_target=True)
             self._move(lists, MoveOp.LOCALIZE, pool, stream, slots=taken, drops_digests=not has_digests)
 
@@ -294,136 +293,17 @@ class MoveCalls:
         return self._backend.shadow_arrays(self._pool_index(pool))
 
     # ---- common ------------------------------------------------------------------------------------------------------
-    def _move(self, lists: _Lists, op: MoveOp, pool: str | int, stream: Any, **values: Any) -> Any:
+    def _move(self, lists: SlotLists, op: MoveOp, pool: str | int, stream: Any, **values: Any) -> Any:
         backend = self._host_driven(lists.call)
         stream = self._stream if stream is None else stream
         if self._handlers and self._handlers[0].is_capturing(stream):
             raise CaptureError(f"{lists.call} came with a stream that is being captured: call it outside the capture")
-        n = _length(values["slots"]) * lists.per_entry
+        n = length_of(values["slots"]) * lists.per_entry
         if not n and op is not MoveOp.EXPORT:
             return None
-        is_wide = lists.is_wide
-        given = {k: _as_width(v, is_wide) if k != "chains" else v for k, v in values.items()}
-        index = self._pool_index(pool)
+        given = {k: lists.in_one_width(v) if k != "chains" else v for k, v in values.items()}
+        index, is_wide = self._pool_index(pool), lists.is_wide
         return backend.move(Move(op=op, pool=index, n=n, per_entry=lists.per_entry, is_wide=is_wide, **given), stream)
-
-
-class _Lists:
-    """The lists of one call, each as i64 NumPy array (checked) or as a view of device memory."""
-
-    def __init__(self, call: str, pool: KvPool, blocks: bool) -> None:
-        if not isinstance(blocks, bool):
-            raise BatchError(f"{call}: blocks={blocks!r}: give True for lists of blocks, False for slots")
-        self.call, self.pool, self.blocks = call, pool, blocks
-        self.per_entry = pool.page_size if blocks else 1
-        self.widths: set[int] = set()
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether the lists on the device are i64."""
-        if len(self.widths) > 1:
-            raise BatchError(f"{self.call}: some lists on the device are int32 and some int64: give one type")
-        return 8 in self.widths
-
-    def slots(self, name: str, values: Any, *, is_target: bool = False) -> Array | ArrayView:
-        """Slots or blocks; ``is_target``: each once."""
-        if values is None:
-            raise BatchError(f"{self.call}: {name} is None: give a list of slots")
-        pool = self.pool
-        kind, n = ("blocks", pool.n_blocks) if self.blocks else ("slots", pool.n_slots)
-        found = self.numbers(name, values, 0, n - 1, f"the {kind} of pool {pool.name!r}")
-        if isinstance(found, ArrayView):
-            return found
-        assert isinstance(found, np.ndarray)
-        blocks = found if self.blocks else found // pool.page_size
-        reserved = np.flatnonzero(np.isin(blocks, pool.reserved_blocks))
-        if len(reserved):
-            i = reserved[0]
-            raise BatchError(
-                f"{self.call}: {name}[{i}]={found[i]} is in block {blocks[i]}, which pool {pool.name!r} reserves: "
-                "leave padding out"
-            )
-        if is_target and len(np.unique(found)) < len(found):
-            values_, first, counts = np.unique(found, return_index=True, return_counts=True)
-            twice = int(values_[counts > 1][np.argmin(first[counts > 1])])
-            raise BatchError(f"{self.call}: {name} has {twice} {int((found == twice).sum())} times: give each once")
-        return found
-
-    def numbers(self, name: str, values: Any, low: int, high: int, what: str = "") -> Any:
-        """Integers in [low, high]; None stays None."""
-        if values is None:
-            return None
-        found = self._resolve(name, values)
-        if isinstance(found, np.ndarray) and len(found):
-            bad = np.flatnonzero((found < low) | (found > high))
-            if len(bad):
-                of = f"{what} are" if what else "give"
-                raise BatchError(f"{self.call}: {name}[{bad[0]}]={found[bad[0]]}: {of} {max(low, 0)} to {high}")
-        return found
-
-    def _resolve(self, name: str, values: Any) -> Array | ArrayView:
-        is_raw = isinstance(values, tuple) and len(values) in (4, 5) and isinstance(values[1], (tuple, list))
-        if isinstance(values, (Sequence, range)) and not is_raw:
-            try:
-                values = np.array(values) if len(values) else np.zeros(0, np.int64)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise BatchError(f"{self.call}: {name} is no list of numbers ({error}): give integers") from error
-        view = view_of(values, f"{self.call}: {name}", BatchError)
-        if len(view.shape) != 1:
-            raise BatchError(f"{self.call}: {name} has shape {view.shape}: give a flat list")
-        if view.is_host and view.host is not None:
-            host = view.host
-            if host.dtype.kind == "V" and view.itemsize in (1, 2, 4, 8):
-                host = host.view(f"i{view.itemsize}")
-            if host.dtype.kind not in "iu":
-                raise BatchError(f"{self.call}: {name} is {host.dtype}: give integers")
-            return host.astype(np.int64)
-        device = self.pool.device
-        if device is not None and view.device != device:
-            raise BatchError(
-                f"{self.call}: {name} is on {view.device}, the pool on {device}: give it there or as a list"
-            )
-        if view.dtype not in ("", "int32", "int64") or view.itemsize not in (4, 8) or not view.is_contiguous:
-            given = view.dtype or f"{view.itemsize} bytes wide"
-            raise BatchError(f"{self.call}: {name} is {given}, strides {view.strides}: give contiguous int32 or int64")
-        self.widths.add(view.itemsize)
-        return view
-
-    def check_lengths(self, **lists: Any) -> None:
-        """All of one length."""
-        lengths = {name: _length(values) for name, values in lists.items() if values is not None}
-        if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name} has {n}" for name, n in lengths.items())
-            raise BatchError(f"{self.call}: {told} entries: give lists of one length")
-
-    def check_rows(self, starts: Any, prefixes: Any, registers: Any, n: int) -> None:
-        """Rows that cover the entries, in ascending order."""
-        if starts is None or prefixes is None:
-            raise BatchError(f"{self.call}: row_starts and prefix_lens are needed: give [rows + 1] and [rows]")
-        rows = _length(prefixes)
-        if _length(starts) != rows + 1:
-            raise BatchError(f"{self.call}: row_starts has {_length(starts)} entries, {rows} rows need {rows + 1}")
-        if registers is not None and _length(registers) != rows:
-            raise BatchError(f"{self.call}: request_slots has {_length(registers)} entries, prefix_lens {rows}")
-        is_covering = not isinstance(starts, np.ndarray) or (
-            starts[0] == 0 and starts[-1] == n and bool((np.diff(starts) >= 0).all())
-        )
-        if not is_covering:
-            raise BatchError(f"{self.call}: row_starts={starts.tolist()}: give ascending numbers from 0 to {n}")
-        if isinstance(registers, np.ndarray):
-            used = registers[registers >= 0]
-            if len(np.unique(used)) < len(used):
-                raise BatchError(f"{self.call}: request_slots={registers.tolist()}: give each once")
-
-
-def _length(values: Array | ArrayView) -> int:
-    return int(values.shape[0])
-
-
-def _as_width(values: Any, is_wide: bool) -> Any:
-    if not isinstance(values, np.ndarray):
-        return values
-    return values.astype(np.int64 if is_wide else np.int32)
 
 
 def _chains_from_zero(positions: Array, tokens: Array, salt: int) -> Array:
