@@ -29,13 +29,17 @@ MAX_NODES_ADDED = 6
 
 
 class Case(NamedTuple):
-    """A configuration, the new tokens of a row, and the most that the guard may add, in percent."""
+    """A configuration, the new tokens of a row, and the most that the guard may add, in percent.
+
+    ``overlap_head``: HEAD beside the model.
+    """
 
     name: str
     real_data: str
     verify_data_every: int
     n_new: int
     target: float
+    overlap_head: bool = False
 
     @property
     def n_replays(self) -> int:
@@ -44,12 +48,13 @@ class Case(NamedTuple):
         return -(-MIN_REPLAYS // every) * every
 
 
-CASES = (
+BASE = (
     Case("stamps only", "none", 127, 1, 0.3),
     Case("all data, every 127", "all", 127, 1, 1.0),
     Case("all data, every 61", "all", 61, 1, 1.8),
     Case("all data, every 127, 4 drafts", "all", 127, MAX_NEW, 1.2),
 )
+CASES = (*BASE, *(c._replace(name=f"{c.name}, HEAD beside the model", overlap_head=True) for c in BASE))
 
 
 class Failure(Exception):
@@ -79,7 +84,12 @@ class Guarded(NamedTuple):
 
 def guarded(model: DecodeModel, case: Case) -> Guarded:
     """A new manager that has seen the prefill, and the two graphs."""
-    config = CanaryConfig(real_data=case.real_data, verify_data_every=case.verify_data_every, health_policy="raise")
+    config = CanaryConfig(
+        real_data=case.real_data,
+        verify_data_every=case.verify_data_every,
+        overlap_head=case.overlap_head,
+        health_policy="raise",
+    )
     manager = CanaryManager(config, [model.pool], max_requests=ROWS, max_new_tokens=ROWS * PREFIX)
     with manager.step(model.stream), manager.forward(model.prefill, model.stream):
         pass

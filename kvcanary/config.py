@@ -58,6 +58,9 @@ class CanaryConfig:
             allocated) into the guard instead of reporting them.
         lifecycle: judge block ownership; the engine then says who owns the blocks of every pool
             (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`, `claim_blocks`).
+        overlap_head: run HEAD on a stream of the guard's own, beside the model; TAIL waits for it. Large models hide a
+            part of it, small ones pay for the fork. A forward must begin and end in the same capture, and the arrays of
+            its batch hold still in between. Without effect on the host backend and in `CanaryManager.graphs`.
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         log_format: "json" logs violations, stalls and stats lines as one JSON object each.
@@ -82,6 +85,7 @@ class CanaryConfig:
     ring_capacity: int = 1024
     on_unwritten: str = "violation"
     lifecycle: bool = False
+    overlap_head: bool = False
     check_write_position: bool = True
     log_tokens: bool = False
     log_format: str = "text"
@@ -95,7 +99,7 @@ class CanaryConfig:
             _check_value(name, name, getattr(self, name))
         for name in _RANGES:
             object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's are no JSON
-        for name in ("lifecycle", "check_write_position", "log_tokens", "nvtx", "perturb_armed"):
+        for name in ("lifecycle", "overlap_head", "check_write_position", "log_tokens", "nvtx", "perturb_armed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         if self.black_box_path is not None:

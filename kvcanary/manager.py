@@ -325,7 +325,11 @@ class CanaryManager(
         self._phases.tail()
         assert self._open_forward is not None
         calls, self._open_forward = self._open_forward[0], None
-        self._backend.tail(calls, stream)
+        try:
+            self._backend.tail(calls, stream)
+        except BaseException:
+            self._backend.abandon()
+            raise
 
     @one_at_a_time
     def end_step(self) -> None:
@@ -345,6 +349,8 @@ class CanaryManager(
     def abandon_forward(self) -> None:
         """The model raised after `head`: forget the open forward. Its slots are neither reported nor trusted."""
         self._phases.abandon_forward()
+        if self._open_forward is not None and self._backend is not None:
+            self._backend.abandon()
         self._open_forward = None
 
     def abandon_step(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Side:
 
     name = "host"
     backend: Any = "host"
+    is_late = False  # HEAD may run beside the model
 
     def to_device(self, array: Array) -> Any:
         """A copy in the memory of this side's engine."""
@@ -153,6 +154,15 @@ class SimtSide(DeviceSide):
 
     def to_device_rows(self, array: Array, row_bytes: int) -> Any:
         return exact_rows(array, row_bytes)
+
+
+class LateSide(SimtSide):
+    """The same with HEAD beside the model, and as late as it may be: once TAIL waits for it."""
+
+    is_late = True
+
+    def start(self, config: CanaryConfig, specs: Sequence[PoolSpec], max_requests: int, max_new_tokens: int) -> None:
+        super().start(replace(config, overlap_head=True), specs, max_requests, max_new_tokens)
 
 
 def simt_library(base: Path, sanitize: bool = False) -> SimtLibrary:

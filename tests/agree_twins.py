@@ -107,6 +107,8 @@ class Twins:
     ) -> Array:
         """HEAD, the model on the truth, TAIL; compared after each. Returns the records of both.
 
+        Where HEAD of a side comes late, both are compared after TAIL.
+
         Args:
             between: arrays that change between HEAD and TAIL.
             has_tail: False: the model raises.
@@ -122,8 +124,11 @@ class Twins:
             side.manager.head(batch, index=index, pools=pools)
             self._n_rows.update(dict.fromkeys(chosen, len(side.to_host(batch.query_start_loc)) - 1))
         self._expect_head(chosen, is_first=index == 0)
-        self._check("HEAD")
-        records = [self.records]
+        is_late = any(side.is_late for side in self.sides)
+        records = [self.records[:0]]
+        if not is_late:
+            self._check("HEAD")
+            records = [self.records]
         if model is not None:
             model()
             self.publish()
@@ -132,6 +137,9 @@ class Twins:
         if not has_tail:
             for side in self.sides:
                 side.manager.abandon_forward()
+            if is_late:
+                self._check("HEAD of a forward that raised")
+                records = [self.records]
             return records[0]
         for side, batch in zip(self.sides, batches, strict=True):
             side.manager.tail(batch)

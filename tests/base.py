@@ -27,6 +27,7 @@ EVERY_FIELD: dict[str, Any] = {
     "ring_capacity": 8,
     "on_unwritten": "violation",
     "lifecycle": False,
+    "overlap_head": False,
     "check_write_position": True,
     "log_tokens": False,
     "log_format": "text",

@@ -29,6 +29,7 @@ OTHER: dict[str, tuple[Any, str]] = {
     "ring_capacity": (1 << 20, "1048576"),
     "on_unwritten": ("adopt", "adopt"),
     "lifecycle": (True, "on"),
+    "overlap_head": (True, "yes"),
     "check_write_position": (False, "off"),
     "log_tokens": (True, "TRUE"),
     "log_format": ("json", "JSON"),

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from agree import Side, SimtSide
+from agree import LateSide, Side, SimtSide
 from agree_drive import drive, random_scenario
 from agree_engine import Engine
 from agree_faults import Faults
@@ -54,6 +54,12 @@ def test_kernels_are_silent(library: SimtLibrary, seed: int) -> None:
 @given(SEEDS)
 def test_kernels_are_silent_over_long_requests(library: SimtLibrary, seed: int) -> None:
     run(seed, [Side(), SimtSide(library, n_multiprocessors=2)], max_len=300, n_steps=6)
+
+
+@examples(15)
+@given(SEEDS)
+def test_kernels_are_silent_and_agree_when_head_comes_after_the_model(library: SimtLibrary, seed: int) -> None:
+    run(seed, [Side(), LateSide(library)], n_steps=8)
 
 
 def test_the_engine_does_all_that_it_claims() -> None:

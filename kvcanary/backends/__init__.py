@@ -83,6 +83,9 @@ class Backend(Protocol):
     def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
         """Verify TAIL stamps of the prefix, write those of the new tokens, digest the new tokens' bytes."""
 
+    def abandon(self) -> None:
+        """The forward that `head` began has no `tail`; raises nothing."""
+
     def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
         """Between `head` and `tail`: verify the data of one layer of the prefixes of pending rows; may be captured."""
 

@@ -20,6 +20,7 @@ from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.driver import Packed
+from kvcanary.backends.fork import CudaFork
 from kvcanary.backends.lending import Lender
 from kvcanary.backends.whose import check_devices, foreign_context
 from kvcanary.config import CanaryConfig
@@ -249,6 +250,10 @@ class CudaDriver:
                 raise
             return CudaGraph(int(runtime.streamEndCapture(pointer)), runtime.graphDestroy)
 
+    def fork(self) -> CudaFork:
+        with self.current():
+            return CudaFork(self)
+
     def staging(self, n_words: int, depth: int) -> Staging:
         with self.current():
             return CudaStaging(self, n_words, depth)
@@ -277,6 +282,9 @@ class CudaDriver:
         return (
             self._core.LEGACY_DEFAULT_STREAM if pointer in _LEGACY_STREAMS else self._core.Stream.from_handle(pointer)
         )
+
+    def is_capturing(self, pointer: int) -> bool:
+        return pointer not in _LEGACY_STREAMS and bool(self._runtime.streamIsCapturing(pointer))
 
     def synchronize(self) -> None:
         with self.current():
@@ -330,8 +338,7 @@ class CudaStaging:
         return words
 
     def is_capturing(self, stream: Any) -> bool:
-        pointer = stream_pointer(stream)
-        return pointer not in _LEGACY_STREAMS and bool(self._runtime.streamIsCapturing(pointer))
+        return self._driver.is_capturing(stream_pointer(stream))
 
     def close(self) -> None:
         self._side.sync()
@@ -339,9 +346,7 @@ class CudaStaging:
 
     def _engine_stream(self, pointer: int) -> Any:
         if pointer not in self._engine_streams:
-            core = self._driver._core
-            stream = core.LEGACY_DEFAULT_STREAM if pointer in _LEGACY_STREAMS else core.Stream.from_handle(pointer)
-            self._engine_streams[pointer] = stream
+            self._engine_streams[pointer] = self._driver.stream_object(pointer)
         return self._engine_streams[pointer]
 
 
@@ -378,7 +383,6 @@ class _ListUploader:
             kind = driver._runtime.memcpyHostToDevice
             driver._runtime.memcpyAsync(target, self._host[i].ctypes.data, 4 * n, kind, pointer)
             addresses.append(target)
-        stream_object = driver._core.Stream.from_handle(pointer) if pointer not in _LEGACY_STREAMS else None
-        (stream_object or driver._core.LEGACY_DEFAULT_STREAM).record(self._copied)
+        driver.stream_object(pointer).record(self._copied)
         self._is_used = True
         return addresses

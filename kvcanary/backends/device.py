@@ -57,6 +57,7 @@ class DeviceBackend:
         update, state = self._kernels["kvc_blocks_update"], int(self._guard["state"])
         self._updates = [BlockUpdate(driver, update, state, int(p["blocks"]), int(p["n_blocks"])) for p in self._pools]
         self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
+        self._fork = driver.fork() if config.overlap_head else None
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
     @property
@@ -115,18 +116,32 @@ class DeviceBackend:
 
     # ---- a forward ---------------------------------------------------------------------------------------------------
     def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        self._launch_head(calls, stream if self._fork is None else self._fork.leave(stream))
+
+    def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
+        if self._fork is not None:
+            self._fork.join(stream)
+        self._launch_tail(calls, stream)
+
+    def abandon(self) -> None:
+        if self._fork is not None:
+            self._fork.abandon()
+
+    def _launch_head(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for i, call in enumerate(calls):
             (call.batch.begin_other if i else call.batch.begin_first).launch(stream)
         for call in calls:
             for bound in call.batch.head:
                 bound.launch(stream)
 
-    def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
+    def _launch_tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for call in calls:
             for bound in call.batch.tail:
                 bound.launch(stream)
 
     def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
+        if self._fork is not None:
+            self._fork.wait_in(stream)
         for call in calls:
             for bound in self._layer_kernels(call, layer):
                 bound.launch(stream)
@@ -151,7 +166,8 @@ class DeviceBackend:
 
     def graphs(self, calls: Sequence[BoundCall]) -> tuple[CapturedGraph, CapturedGraph]:
         capture = self._driver.capture
-        return capture(lambda stream: self.head(calls, stream)), capture(lambda stream: self.tail(calls, stream))
+        head, tail = self._launch_head, self._launch_tail
+        return capture(lambda stream: head(calls, stream)), capture(lambda stream: tail(calls, stream))
 
     # ---- host-driven -------------------------------------------------------------------------------------------------
     def sweep(self, pool_index: int, resident: Resident, stream: Any) -> bool:
@@ -187,6 +203,8 @@ class DeviceBackend:
         return shadow | {f"DIGEST_{d}": arrays["digests"][d] for d in range(n_digests)}
 
     def rebind(self, pool: int, kv: KvPool, stream: Any) -> None:
+        if self._fork is not None:
+            self._fork.wait_in(stream)  # HEAD still reads the tables
         before, after = self._memory.tables(self._kv_pools[pool]), self._memory.tables(kv)
         self._kv_pools = (*self._kv_pools[:pool], kv, *self._kv_pools[pool + 1 :])
         for name, records in after.items():
@@ -225,6 +243,8 @@ class DeviceBackend:
 
     def close(self) -> None:
         self._driver.synchronize()
+        if self._fork is not None:
+            self._fork.close()
         self._arrays.clear()
         self._driver.close()
 

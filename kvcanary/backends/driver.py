@@ -34,6 +34,33 @@ class Packed:
         self.address = int(self._pointers.ctypes.data)
 
 
+class Fork(Protocol):
+    """A side stream that leaves the engine's stream, and that the engine's stream waits for later."""
+
+    def leave(self, stream: Any) -> Any:
+        """The side stream, ordered after all that is on ``stream`` so far; within its capture, if it is captured."""
+
+    def wait_in(self, stream: Any) -> None:
+        """Order ``stream`` after all that is on the side stream, unless that was only captured.
+
+        Raises:
+            CaptureError: ``stream`` is captured and what is on the side stream is not.
+        """
+
+    def join(self, stream: Any) -> None:
+        """The same for the last time; without a `leave` before it nothing.
+
+        Raises:
+            CaptureError: of the two one is captured and the other not.
+        """
+
+    def abandon(self) -> None:
+        """Join the stream that was left, if that can be; raises nothing."""
+
+    def close(self) -> None:
+        """Give the stream back; the device has been waited for."""
+
+
 class Driver(Protocol):
     """A device: memory, kernels, streams. ``stream`` is what the engine handed in (None = the default stream)."""
 
@@ -59,6 +86,9 @@ class Driver(Protocol):
 
     def capture(self, launch: Callable[[Any], None]) -> CapturedGraph:
         """The graph of what ``launch`` puts on the stream that it is given; touches no stream of the engine's."""
+
+    def fork(self) -> Fork:
+        """A side stream of the driver's own."""
 
     def fill_zero(self, array: Any, stream: Any) -> None:
         """Zero an array, ordered on the stream."""

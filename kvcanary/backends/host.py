@@ -104,6 +104,8 @@ class HostBackend:
                 self._recorder.count_data_launch(pool, Stage.TAIL)
                 self._write_digests(pool, target.slot[won], pool.head[0]["position"][target.slot[won]])
 
+    def abandon(self) -> None: ...
+
     def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
         for call in calls if self._is_judging else ():
             pool, rows = self._pools[call.pool], self._rows[call.pool]

@@ -145,6 +145,7 @@ REFERENCE = [
 ]  # fmt: skip
 
 ERRORS, STREAMS = "tests/test_abuse.py", "tests/test_abuse_cuda.py"
+BESIDE = "tests/test_overlap_head.py"
 LOGS, THREADS = "tests/test_abuse_logs.py", "tests/test_abuse_threads.py"
 ABUSE = [
     *_in(
@@ -184,6 +185,24 @@ ABUSE = [
         ("memory of a live graph freed", "        _orphans.append(backend)\n", ""),
         ("memory of no graph kept", "        if not self.was_captured:\n            return\n", ""),
         ("closed, and kept all the same", "        self._finalizer.detach()\n", "        pass\n"),
+    ),
+    *_in(
+        "backends/device.py",
+        BESIDE,
+        ("TAIL does not wait for HEAD", "            self._fork.join(stream)\n", "            pass\n"),
+        ("a layer does not wait for HEAD", "            self._fork.wait_in(stream)\n        for call", "            pass\n        for call"),
+        ("rebind does not wait for HEAD", "            self._fork.wait_in(stream)  # HEAD", "            pass  # HEAD"),
+        ("a forward that raised leaves its stream out", "            self._fork.abandon()\n", "            pass\n"),
+        ("graphs of the guard fork", "head, tail = self._launch_head, self._launch_tail", "head, tail = self.head, self.tail"),
+    ),
+    *_in(
+        "backends/fork.py",
+        BESIDE,
+        ("HEAD does not wait for the engine", "        self._side.wait(self._left)\n", ""),
+        ("TAIL waits for what was there before", "        self._side.record(self._done)\n", ""),
+        ("a capture is made invalid", "if is_capturing(pointer) and not is_capturing(self._pointer):", "if False:"),
+        ("a capture that cannot end", "        if self._is_only_captured(stream):\n", "        if False:\n"),
+        ("a rebind joins a capture", "is not None and not self._is_only_captured(stream):", "is not None:"),
     ),
     *_in(
         "backends/cuda.py",

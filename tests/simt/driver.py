@@ -11,6 +11,7 @@ import numpy as np
 from kvcanary import abi
 from kvcanary.arrays import ArrayView, host_array
 from kvcanary.backends.device import DeviceBackend
+from kvcanary.backends.driver import Packed
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import HostStaging, Staging
 from kvcanary.errors import CaptureError
@@ -51,12 +52,18 @@ class SimtDriver:
         return 2
 
     def launch(self, kernel: str, grid: tuple[int, int], params: Any, stream: Any) -> None:
+        if isinstance(stream, LateFork):
+            stream.queue.append((kernel, grid, Packed(params.record.copy())))
+            return
         self._seed += 1
         self.launches.append((kernel, grid))
         self._library.launch(kernel, grid, abi.THREADS, params.record, seed=self._seed)
 
     def capture(self, launch: Any) -> Any:
         raise CaptureError("what runs at the call cannot be captured: tests of graphs take simt.fake_cuda")
+
+    def fork(self) -> LateFork:
+        return LateFork(self)
 
     def fill_zero(self, array: Any, stream: Any) -> None:
         array[...] = np.zeros((), array.dtype)
@@ -101,6 +108,32 @@ class SimtDriver:
 
     def close(self) -> None:
         pass
+
+
+class LateFork:
+    """A side stream whose launches run as late as they may: when the engine's stream waits for them."""
+
+    def __init__(self, driver: SimtDriver) -> None:
+        self._driver = driver
+        self.queue: list[tuple[str, tuple[int, int], Packed]] = []
+
+    def leave(self, stream: Any) -> LateFork:
+        assert not self.queue, "joined before"
+        return self
+
+    def wait_in(self, stream: Any) -> None:
+        queue, self.queue = self.queue, []
+        for launch in queue:
+            self._driver.launch(*launch, stream)
+
+    def join(self, stream: Any) -> None:
+        self.wait_in(stream)
+
+    def abandon(self) -> None:
+        self.wait_in(None)
+
+    def close(self) -> None:
+        assert not self.queue, "joined before"
 
 
 def simt_backend(

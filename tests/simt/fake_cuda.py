@@ -55,6 +55,7 @@ class FakeStream:
         self.world, self.handle, self.ptr = world, handle, handle
         self.queue: deque[Work] = deque()
         self.captured: list[Work] | None = None
+        self.origin: FakeStream | None = None  # of the capture that this stream was taken into by an event
         self.is_held = False
 
     def submit(self, work: Callable[[], object]) -> None:
@@ -68,11 +69,22 @@ class FakeStream:
 
     # cuda.core
     def record(self, event: FakeEvent) -> None:
-        event.is_done = False
-        self.submit(lambda: setattr(event, "is_done", True))
+        event.is_done, event.captured_on = False, self if self.captured is not None else None
+        if event.captured_on is None:
+            self.submit(lambda: setattr(event, "is_done", True))
 
     def wait(self, event: FakeEvent) -> None:
-        self.submit(lambda: event.is_done)
+        source = event.captured_on
+        if source is None:
+            assert self.captured is None, "cudaErrorStreamCaptureIsolation"
+            self.submit(lambda: event.is_done)
+        elif self.captured is None:  # taken into the capture
+            self.captured, self.origin = [], source
+        elif source.origin is self:  # back from it: what a side stream has done comes as late as it may
+            self.captured += source.captured or []
+            source.captured = source.origin = None
+        else:
+            assert self.origin is source, "a capture of another stream"
 
     def sync(self) -> None:
         self.world.synchronize(self)
@@ -88,7 +100,12 @@ class FakeStream:
 
     def end_capture(self) -> FakeGraph:
         assert self.captured is not None
+        forks = [s for s in self.world.streams.values() if s.origin is self]
+        for side in forks:
+            side.captured = side.origin = None
         graph, self.captured = FakeGraph(self.captured), None
+        if forks:
+            raise RuntimeError("cudaErrorStreamCaptureUnjoined")
         return graph
 
 
@@ -106,6 +123,7 @@ class FakeEvent:
     def __init__(self, world: FakeCuda) -> None:
         self._world = world
         self.is_done = True
+        self.captured_on: FakeStream | None = None
 
     def sync(self) -> None:
         self._world.calls["synchronize"] += 1

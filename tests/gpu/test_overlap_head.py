@@ -1,0 +1,164 @@
+"""HEAD beside the model on a GPU: it overlaps, every owner's capture takes it in, and it changes nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from agree import PoolSpec, Side
+from agree_drive import drive, random_scenario
+from agree_faults import Faults
+
+from kvcanary import CanaryConfig, CaptureError, Reason, abi
+
+from .cupti import driver_calls, find_cupti
+from .test_agree import CupySide
+from .test_capture import OWNERS, replay
+from .test_never_waits import ALLOCATES, WAITS
+from .toy import CudaToy
+
+pytestmark = pytest.mark.gpu
+
+
+def beside(**given: Any) -> CudaToy:
+    return CudaToy(**{"overlap_head": True, "verify_data_every": 1, **given})
+
+
+def names_a_flip(toy: CudaToy, step: Callable[[], None], stream: Any) -> None:
+    """The next step names a flipped bit of row 0, position 5, and nothing else was reported before."""
+    assert toy.manager.violations() == ()
+    toy.flip(1, toy.page + 5)
+    replay(toy, step, stream, 1)
+    replay(toy, lambda: None, stream, 1)
+    (v,) = toy.manager.violations()
+    assert (v.reasons, v.slot, v.layer, v.position, v.request_id) == (Reason.DATA, toy.page + 5, 1, 5, 1)
+    assert toy.manager.taint.tolist() == [Reason.DATA, 0, 0, 0]
+
+
+@pytest.mark.parametrize("capture", OWNERS)
+def test_replays_are_silent_and_then_find_the_flipped_bit_beside_the_model(capture: Callable[..., Any]) -> None:
+    toy = beside()
+    launch, stream = capture(toy), toy.cupy.cuda.Stream(non_blocking=True)
+    replay(toy, lambda: launch(stream), stream, 40)
+    assert toy.seq_lens.tolist() == [40] * 4
+    names_a_flip(toy, lambda: launch(stream), stream)
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_eager_forwards_are_silent_and_then_find_the_flipped_bit(is_legacy: bool) -> None:
+    toy = beside()
+    stream = toy.cupy.cuda.Stream.null if is_legacy else toy.cupy.cuda.Stream(non_blocking=True)
+    replay(toy, lambda: toy.launch_step(stream), stream, 40)
+    names_a_flip(toy, lambda: toy.launch_step(stream), stream)
+
+
+def test_eager_and_replayed_forwards_mix_without_waiting_for_each_other() -> None:
+    toy = beside()
+    graph, stream = toy.capture(), toy.cupy.cuda.Stream(non_blocking=True)
+    for i in range(200):
+        with toy.manager.step(stream):
+            graph.launch(stream) if i % 3 else toy.launch_step(stream)
+    stream.synchronize()
+    assert toy.seq_lens.tolist() == [200] * 4
+    names_a_flip(toy, lambda: graph.launch(stream), stream)
+
+
+def test_head_is_done_while_the_model_still_runs() -> None:
+    toy = beside()
+    stream, third = (toy.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    replay(toy, lambda: toy.launch_step(stream), stream, 5)
+    pinned = toy.cupy.cuda.alloc_pinned_memory(16)
+    is_released, seen = np.frombuffer(pinned, np.int32, 1), np.frombuffer(pinned, np.uint64, 2)[1:]
+    seen[0], is_released[0] = 0, 0
+    runtime, words = toy.cupy.cuda.runtime, toy.manager.state.words
+
+    def compared() -> int:
+        at = words.data.ptr + 8 * abi.STATE_DATA_SLOTS
+        runtime.memcpyAsync(seen.ctypes.data, at, 8, runtime.memcpyDeviceToHost, third.ptr)
+        third.synchronize()
+        return int(seen[0])
+
+    before = compared()
+    try:
+        with toy.manager.step(stream), toy.manager.forward(toy.batch, stream):
+            toy.spin(stream, pinned.ptr)
+            for _ in range(100_000):
+                if compared() == before + 4 * 4 * 4:  # rows, planes, positions of the prefix
+                    break
+            assert not stream.done, "the model is still held"
+            assert compared() == before + 64
+    finally:
+        is_released[0] = 1
+        stream.synchronize()
+    assert toy.manager.violations() == ()
+
+
+def test_a_forward_that_raises_leaves_the_capture_whole() -> None:
+    toy = beside()
+    stream = toy.cupy.cuda.Stream(non_blocking=True)
+    stream.begin_capture()
+    with pytest.raises(LookupError), toy.manager.forward(toy.batch, stream):
+        raise LookupError
+    stream.end_capture()
+    graph = toy.capture()
+    replay(toy, lambda: graph.launch(stream), stream, 20)
+    names_a_flip(toy, lambda: graph.launch(stream), stream)
+
+
+def test_a_forward_over_two_captures_is_refused_and_the_next_is_as_any_other() -> None:
+    toy = beside()
+    stream, other = (toy.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    toy.manager.head(toy.batch, other)
+    stream.begin_capture()
+    with pytest.raises(CaptureError, match="HEAD of this forward ran outside"):
+        toy.manager.tail(toy.batch, stream)
+    stream.end_capture()  # it is still valid
+    stream.begin_capture()
+    toy.manager.head(toy.batch, stream)
+    with pytest.raises(CaptureError, match="TAIL came outside"):
+        toy.manager.tail(toy.batch, other)
+    stream.end_capture()  # it was joined none the less
+    graph, replayed = toy.capture(), toy.cupy.cuda.Stream(non_blocking=True)
+    replay(toy, lambda: graph.launch(replayed), replayed, 20)
+    names_a_flip(toy, lambda: graph.launch(replayed), replayed)
+
+
+def test_eager_steps_neither_allocate_nor_wait() -> None:
+    if find_cupti() is None:
+        pytest.skip("no libcupti: pip install nvidia-cuda-cupti")
+    toy, n = beside(verify_data_every=127), 300
+    stream = toy.cupy.cuda.Stream(non_blocking=True)
+    replay(toy, lambda: toy.launch_step(stream), stream, 20)
+    with driver_calls() as calls:
+        for _ in range(n):
+            with toy.manager.step(stream):
+                toy.launch_step(stream)
+    stream.synchronize()
+    print(dict(calls))
+    assert calls["cuEventRecord"] == calls["cuStreamWaitEvent"] == 2 * n
+    assert not {name: k for name, k in calls.items() if name.startswith((*ALLOCATES, *WAITS))}
+    assert toy.manager.violations() == () and toy.seq_lens.tolist() == [n + 20] * 4
+
+
+class BesideSide(CupySide):
+    """A guard on the GPU whose HEAD may run beside the model."""
+
+    is_late = True
+
+    def start(self, config: CanaryConfig, specs: Sequence[PoolSpec], max_requests: int, max_new_tokens: int) -> None:
+        super().start(replace(config, overlap_head=True), specs, max_requests, max_new_tokens)
+
+
+@pytest.mark.parametrize("seed", range(300, 340))
+def test_honest_engines_agree_and_are_silent_beside_the_model(seed: int) -> None:
+    rng = random.Random(seed)
+    twins, engine = random_scenario(rng, [Side(), BesideSide()])
+
+    def after(call: str) -> None:
+        assert not len(twins.records), f"{call}: {twins.records}"
+
+    drive(twins, engine, rng, 12, after, Faults(rng))
