@@ -75,8 +75,8 @@ def describe_pools(
     if config.mode == "off":
         return "kvcanary is off (mode='off'): nothing is allocated, launched or checked"
     lines = [f"kvcanary: mode {config.mode}, real data {config.real_data}, {max_requests} requests"]
-    if config.overlap_head:
-        lines[0] += ", HEAD beside the model on a GPU"
+    if config.overlap_head and any((pool.device or "").startswith("cuda") for pool in pools):
+        lines[0] += ", HEAD beside the model"
     patrols = plan_patrol(config, pools)
     for i, pool in enumerate(pools):
         lines += _pool_lines(config, pool, max_requests, blocks[i] if blocks else None)

@@ -194,6 +194,7 @@ class CanaryManager(
     def taint(self) -> Any:
         """u32[max_requests] on the device, at a fixed address: reason bits of each batch row of the step at hand.
 
+        To be read behind TAIL: with ``overlap_head`` it may be of the step before until then.
         Zeros beside the KV when the guard is off, so that a sampler that reads them goes on.
         """
         if self._backend is not None:
@@ -317,7 +318,12 @@ class CanaryManager(
 
     @one_at_a_time
     def tail(self, batch: StepBatch, stream: Any = None) -> None:
-        """TAIL of the forward that `head` began, after the model; may run inside a capture."""
+        """TAIL of the forward that `head` began, after the model; may run inside a capture.
+
+        Raises:
+            PhaseError: no HEAD before it, or that of another batch. CaptureError: with ``overlap_head``, HEAD is in
+                another capture or in none.
+        """
         if self._backend is None:
             return
         if self._open_forward is not None and self._open_forward[1] is not batch:
@@ -348,6 +354,8 @@ class CanaryManager(
 
     def abandon_forward(self) -> None:
         """The model raised after `head`: forget the open forward. Its slots are neither reported nor trusted."""
+        if self._phases.is_over:
+            return
         self._phases.abandon_forward()
         if self._open_forward is not None and self._backend is not None:
             self._backend.abandon()

@@ -16,6 +16,8 @@ Array = NDArray[Any]
 EXTREMES = (-(1 << 31), -2, -1, 0, 1, (1 << 31) - 1)
 WIDE_EXTREMES = (-(1 << 40), (1 << 31) + 5, (1 << 32) + 5, (1 << 63) - 1)
 KINDS = ("bytes", "guard", "lut", "table", "rows", "slots", "lengths", "noise", "late", "ownership")
+#: those in which the model itself writes nothing astray, so that HEAD may as well look after it
+SEEN_BEFORE_THE_MODEL = ("bytes", "guard", "lut", "table", "rows", "ownership")
 _TABLES = ("block_table", "kv_indices")
 _LENGTHS = ("seq_lens", "kv_last_page_len", "query_start_loc", "kv_indptr", "request_slots")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from agree import Arrays, PoolSpec, Side, SimtSide
+from agree import Arrays, LateSide, PoolSpec, Side, SimtSide
 from agree_drive import drive, random_scenario
-from agree_faults import KINDS, Faults
+from agree_faults import KINDS, SEEN_BEFORE_THE_MODEL, Faults
 from agree_pools import random_pool
 from agree_script import A, B, Row, Script, batch_of, kinds, pool_spec
 from agree_twins import Twins
@@ -49,6 +49,12 @@ def test_with_some_faults(library: SimtLibrary, seed: int, kinds: set[str], n_st
 @given(SEEDS, st.integers(1, 6))
 def test_fed_with_noise(library: SimtLibrary, seed: int, n_steps: int) -> None:
     run(seed, [Side(), SimtSide(library)], KINDS, n_steps, 0.6)
+
+
+@examples(15, is_variant=True)
+@given(SEEDS, st.sets(st.sampled_from(SEEN_BEFORE_THE_MODEL), min_size=1))
+def test_with_head_after_the_model(library: SimtLibrary, seed: int, kinds: set[str]) -> None:
+    run(seed, [Side(), LateSide(library)], tuple(sorted(kinds)), 8)
 
 
 @examples(20)

@@ -56,7 +56,7 @@ def test_kernels_are_silent_over_long_requests(library: SimtLibrary, seed: int) 
     run(seed, [Side(), SimtSide(library, n_multiprocessors=2)], max_len=300, n_steps=6)
 
 
-@examples(15)
+@examples(15, is_variant=True)
 @given(SEEDS)
 def test_kernels_are_silent_and_agree_when_head_comes_after_the_model(library: SimtLibrary, seed: int) -> None:
     run(seed, [Side(), LateSide(library)], n_steps=8)

@@ -146,7 +146,7 @@ def test_a_forward_over_two_captures_is_refused(world: FakeCuda) -> None:
     batch, stream = toy.fill((0, 1, 1), (1, 1, 1)), world.new_stream()
     toy.manager.head(batch, toy.stream)
     stream.begin_capture()
-    with pytest.raises(CaptureError, match=r"HEAD of this forward ran outside the capture .* overlap_head=False"):
+    with pytest.raises(CaptureError, match=r"HEAD of this forward is not in the capture .* overlap_head=False"):
         toy.manager.tail(batch, stream)
     stream.end_capture()  # it is still valid
     stream.begin_capture()
@@ -199,6 +199,135 @@ def test_a_rebind_while_a_forward_is_captured_waits_for_nothing(world: FakeCuda)
     assert toy.manager.violations() == ()
 
 
+def test_a_layer_in_the_capture_and_inner_forwards_of_one_capture(world: FakeCuda) -> None:
+    toy, _graph = beside(world)
+    pending, stream = FakeArray(np.zeros(2, np.uint8)), world.new_stream()
+    batch = dataclasses.replace(toy.fill((0, 1, 1), (1, 1, 1)), pending=pending)
+    before = forwards(toy)
+    stream.begin_capture()
+    for index in range(3):
+        with toy.manager.forward(batch, stream, index=index):
+            toy.manager.verify_layer(batch, 1, stream)
+            stream.submit(toy.write_now)
+    graph = stream.end_capture()
+    for p in range(1, 4):
+        toy.replay(graph, p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == () and forwards(toy) == before + 9
+
+
+def test_inner_forwards_of_one_capture_are_all_beside_the_model(
+    world: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy, _graph = beside(world)
+    launches, stream = record_launches(world, monkeypatch), world.new_stream()
+    batch = toy.fill((0, 1, 1), (1, 1, 1))
+    stream.begin_capture()
+    for index in range(2):
+        with toy.manager.forward(batch, stream, index=index):
+            stream.submit(toy.write_now)
+    stream.end_capture()
+    assert stream not in {used for name, used in launches if name in HEAD}
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_another_forward_while_a_capture_is_open_stays_on_its_own_stream(
+    world: FakeCuda, monkeypatch: pytest.MonkeyPatch, is_captured: bool
+) -> None:
+    toy, _graph = beside(world)
+    launches = record_launches(world, monkeypatch)
+    batch, first, other = toy.fill((0, 1, 1), (1, 1, 1)), world.new_stream(), world.new_stream()
+    first.begin_capture()
+    toy.forward(first, batch)
+    if is_captured:  # the body of a conditional node, say
+        other.begin_capture()
+    del launches[:]
+    toy.forward(other, batch)
+    assert {stream.handle for _name, stream in launches} == {other.handle}
+    graphs = [stream.end_capture() for stream in ((other, first) if is_captured else (first,))]
+    assert [len(graph.nodes) for graph in graphs] == [7] * len(graphs)
+    for p in range(1, 4):
+        toy.replay(graphs[0], p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+
+
+def test_close_within_a_captured_forward_leaves_the_capture_whole(world: FakeCuda) -> None:
+    toy, _graph = beside(world)
+    stream = world.new_stream()
+    stream.begin_capture()
+    toy.manager.head(toy.fill((0, 1, 1), (1, 1, 1)), stream)
+    toy.manager.close()
+    stream.end_capture()
+
+
+def test_a_head_that_fails_half_way_leaves_the_capture_whole(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, graph = beside(world)
+    batch, stream, launch = toy.fill((0, 1, 1), (1, 1, 1)), world.new_stream(), world.launch
+
+    def failing(name: str, *rest: Any) -> None:
+        if name == HEAD[2]:
+            raise OSError("no more launches")
+        launch(name, *rest)
+
+    stream.begin_capture()
+    monkeypatch.setattr(world, "launch", failing)
+    with pytest.raises(OSError, match="no more"):
+        toy.manager.head(batch, stream)
+    monkeypatch.setattr(world, "launch", launch)
+    stream.end_capture()
+    for p in range(1, 4):
+        toy.replay(graph, p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+
+
+def test_an_error_of_the_model_is_not_masked_where_the_stream_cannot_come_back(world: FakeCuda) -> None:
+    toy, graph = beside(world)
+    batch = toy.fill((0, 1, 1), (1, 1, 1))
+
+    def model() -> None:
+        toy.stream.begin_capture()
+        raise LookupError
+
+    with pytest.raises(LookupError), toy.manager.step(toy.stream), toy.manager.forward(batch, toy.stream):
+        model()
+    toy.stream.end_capture()
+    for p in range(1, 4):
+        toy.replay(graph, p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+
+
+def test_a_stream_that_was_joined_is_not_joined_again(world: FakeCuda) -> None:
+    toy, graph = beside(world)
+    toy.replay(graph, 1)
+    side = toy.manager.backend._side
+    assert not side._is_out
+    n_queued = sum(len(stream.queue) for stream in world.streams.values())
+    side.join(toy.stream)
+    side.abandon()
+    side.let_wait(toy.stream)
+    assert sum(len(stream.queue) for stream in world.streams.values()) == n_queued
+
+
+def test_a_forked_child_touches_no_stream(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, _graph = beside(world)
+    batch = toy.fill((0, 1, 1), (1, 1, 1))
+    toy.manager.head(batch, toy.stream)
+    toy.manager.after_fork()  # what a fork calls in the child
+
+    def touched(*_: object) -> None:
+        raise AssertionError("of the parent's device")
+
+    monkeypatch.setattr(FakeStream, "record", touched)
+    monkeypatch.setattr(FakeStream, "wait", touched)
+    monkeypatch.setattr(toy.manager.backend._driver, "is_capturing", touched)
+    monkeypatch.setattr(toy.manager.backend, "abandon", touched)
+    toy.manager.abandon_forward()
+    toy.manager.abandon_step()
+
+
 def test_graphs_of_the_guard_are_of_one_stream(world: FakeCuda) -> None:
     toy, _graph = beside(world)
     graphs = toy.manager.graphs(toy.fill((0, 1, 1), (1, 1, 1)))
@@ -212,4 +341,4 @@ def test_the_host_backend_takes_the_setting_and_does_as_ever() -> None:
     toy.step((0, 6, 1), (1, 3, 1))
     (v,) = toy.manager.violations()
     assert v.reasons == Reason.DATA
-    assert "HEAD beside the model on a GPU" in toy.manager.describe()
+    assert "HEAD beside the model" not in toy.manager.describe()

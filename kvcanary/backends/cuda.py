@@ -20,8 +20,8 @@ from kvcanary.arrays import host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.driver import Packed
-from kvcanary.backends.fork import CudaFork
 from kvcanary.backends.lending import Lender
+from kvcanary.backends.side_stream import CudaSideStream
 from kvcanary.backends.whose import check_devices, foreign_context
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging, Words
@@ -250,9 +250,9 @@ class CudaDriver:
                 raise
             return CudaGraph(int(runtime.streamEndCapture(pointer)), runtime.graphDestroy)
 
-    def fork(self) -> CudaFork:
+    def side_stream(self) -> CudaSideStream:
         with self.current():
-            return CudaFork(self)
+            return CudaSideStream(self)
 
     def staging(self, n_words: int, depth: int) -> Staging:
         with self.current():

@@ -15,9 +15,10 @@ from kvcanary import abi
 from kvcanary.backends import BoundCall, CapturedGraph, ProbeTarget, Resident
 from kvcanary.backends.device_memory import DeviceMemory
 from kvcanary.backends.device_moves import DeviceMoves
-from kvcanary.backends.driver import Driver, Packed
+from kvcanary.backends.driver import Driver, Packed, SideStream
 from kvcanary.backends.launches import KERNELS, BlockUpdate, BoundForward, BoundKernel, grids_of
 from kvcanary.backends.moves import Move, SlotImage
+from kvcanary.backends.side_stream import SameStream
 from kvcanary.batch import BoundBatch
 from kvcanary.config import CanaryConfig
 from kvcanary.deferred import Staging
@@ -57,7 +58,7 @@ class DeviceBackend:
         update, state = self._kernels["kvc_blocks_update"], int(self._guard["state"])
         self._updates = [BlockUpdate(driver, update, state, int(p["blocks"]), int(p["n_blocks"])) for p in self._pools]
         self._moves = DeviceMoves(driver, self._kernels, self._resident, self._guard, self._pools)
-        self._fork = driver.fork() if config.overlap_head else None
+        self._side: SideStream = driver.side_stream() if config.overlap_head else SameStream()
         driver.synchronize()  # memory is zeroed on a stream of the driver's, and used on the engine's
 
     @property
@@ -116,16 +117,14 @@ class DeviceBackend:
 
     # ---- a forward ---------------------------------------------------------------------------------------------------
     def head(self, calls: Sequence[BoundCall], stream: Any) -> None:
-        self._launch_head(calls, stream if self._fork is None else self._fork.leave(stream))
+        self._launch_head(calls, self._side.leave(stream))
 
     def tail(self, calls: Sequence[BoundCall], stream: Any) -> None:
-        if self._fork is not None:
-            self._fork.join(stream)
+        self._side.join(stream)
         self._launch_tail(calls, stream)
 
     def abandon(self) -> None:
-        if self._fork is not None:
-            self._fork.abandon()
+        self._side.abandon()
 
     def _launch_head(self, calls: Sequence[BoundCall], stream: Any) -> None:
         for i, call in enumerate(calls):
@@ -140,8 +139,7 @@ class DeviceBackend:
                 bound.launch(stream)
 
     def verify_layer(self, calls: Sequence[BoundCall], layer: int, stream: Any) -> None:
-        if self._fork is not None:
-            self._fork.wait_in(stream)
+        self._side.let_wait(stream)
         for call in calls:
             for bound in self._layer_kernels(call, layer):
                 bound.launch(stream)
@@ -203,8 +201,7 @@ class DeviceBackend:
         return shadow | {f"DIGEST_{d}": arrays["digests"][d] for d in range(n_digests)}
 
     def rebind(self, pool: int, kv: KvPool, stream: Any) -> None:
-        if self._fork is not None:
-            self._fork.wait_in(stream)  # HEAD still reads the tables
+        self._side.let_wait(stream)  # HEAD still reads the tables
         before, after = self._memory.tables(self._kv_pools[pool]), self._memory.tables(kv)
         self._kv_pools = (*self._kv_pools[:pool], kv, *self._kv_pools[pool + 1 :])
         for name, records in after.items():
@@ -243,8 +240,7 @@ class DeviceBackend:
 
     def close(self) -> None:
         self._driver.synchronize()
-        if self._fork is not None:
-            self._fork.close()
+        self._side.close()
         self._arrays.clear()
         self._driver.close()
 

@@ -34,24 +34,27 @@ class Packed:
         self.address = int(self._pointers.ctypes.data)
 
 
-class Fork(Protocol):
-    """A side stream that leaves the engine's stream, and that the engine's stream waits for later."""
+class SideStream(Protocol):
+    """A stream beside the engine's: it leaves that one, and is waited for later."""
 
     def leave(self, stream: Any) -> Any:
-        """The side stream, ordered after all that is on ``stream`` so far; within its capture, if it is captured."""
+        """Where to launch: ordered after all that is on ``stream`` so far, within its capture if it is captured.
 
-    def wait_in(self, stream: Any) -> None:
-        """Order ``stream`` after all that is on the side stream, unless that was only captured.
+        ``stream`` itself where there is nothing beside it.
+        """
+
+    def let_wait(self, stream: Any) -> None:
+        """Order ``stream`` after all that was launched beside it, unless that was only captured.
 
         Raises:
-            CaptureError: ``stream`` is captured and what is on the side stream is not.
+            CaptureError: ``stream`` is captured and the other is not.
         """
 
     def join(self, stream: Any) -> None:
         """The same for the last time; without a `leave` before it nothing.
 
         Raises:
-            CaptureError: of the two one is captured and the other not.
+            CaptureError: of the two one is captured and the other is not.
         """
 
     def abandon(self) -> None:
@@ -87,8 +90,8 @@ class Driver(Protocol):
     def capture(self, launch: Callable[[Any], None]) -> CapturedGraph:
         """The graph of what ``launch`` puts on the stream that it is given; touches no stream of the engine's."""
 
-    def fork(self) -> Fork:
-        """A side stream of the driver's own."""
+    def side_stream(self) -> SideStream:
+        """A stream of the driver's own."""
 
     def fill_zero(self, array: Any, stream: Any) -> None:
         """Zero an array, ordered on the stream."""

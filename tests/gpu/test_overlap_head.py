@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from agree import PoolSpec, Side
 from agree_drive import drive, random_scenario
-from agree_faults import Faults
+from agree_faults import SEEN_BEFORE_THE_MODEL, Faults
 
 from kvcanary import CanaryConfig, CaptureError, Reason, abi
 
@@ -109,12 +109,45 @@ def test_a_forward_that_raises_leaves_the_capture_whole() -> None:
     names_a_flip(toy, lambda: graph.launch(stream), stream)
 
 
+def test_inner_forwards_and_a_layer_in_one_capture() -> None:
+    toy = beside()
+    toy.batch = replace(toy.batch, pending=toy.cupy.zeros(4, np.uint8))
+    capture, forward = toy.cupy.cuda.Stream(non_blocking=True), toy.manager.forward
+    stream = toy.cupy.cuda.Stream(non_blocking=True)
+    capture.begin_capture()
+    for i in range(3):
+        toy.manager.forward = lambda batch, s, i=i: forward(batch, s, index=i)
+        toy.launch_step(capture, verifies_layers=True)
+    graph = capture.end_capture()
+    toy.manager.forward = forward
+    replay(toy, lambda: graph.launch(stream), stream, 5)
+    words = toy.manager.backend.snapshot_words()
+    assert (words[abi.STATE_FORWARD], words[abi.STATE_STEP]) == (15, 5)
+    assert toy.manager.violations() == ()
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_another_forward_while_a_capture_is_open(is_captured: bool) -> None:
+    toy = beside()
+    first, other, stream = (toy.cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+    first.begin_capture(toy.cupy.cuda.runtime.streamCaptureModeRelaxed)
+    toy.launch_step(first)
+    if is_captured:
+        other.begin_capture(toy.cupy.cuda.runtime.streamCaptureModeRelaxed)
+    toy.launch_step(other)
+    graphs = [s.end_capture() for s in ((other, first) if is_captured else (first,))]
+    other.synchronize()
+    for i in range(20):
+        replay(toy, lambda i=i: graphs[i % len(graphs)].launch(stream), stream, 1)
+    names_a_flip(toy, lambda: graphs[0].launch(stream), stream)
+
+
 def test_a_forward_over_two_captures_is_refused_and_the_next_is_as_any_other() -> None:
     toy = beside()
     stream, other = (toy.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
     toy.manager.head(toy.batch, other)
     stream.begin_capture()
-    with pytest.raises(CaptureError, match="HEAD of this forward ran outside"):
+    with pytest.raises(CaptureError, match="HEAD of this forward is not in"):
         toy.manager.tail(toy.batch, stream)
     stream.end_capture()  # it is still valid
     stream.begin_capture()
@@ -162,3 +195,11 @@ def test_honest_engines_agree_and_are_silent_beside_the_model(seed: int) -> None
         assert not len(twins.records), f"{call}: {twins.records}"
 
     drive(twins, engine, rng, 12, after, Faults(rng))
+
+
+@pytest.mark.parametrize("seed", range(400, 440))
+def test_faults_are_reported_alike_beside_the_model(seed: int) -> None:
+    rng = random.Random(seed)
+    twins, engine = random_scenario(rng, [Side(), BesideSide()], is_odd=True)
+    kinds = tuple(k for k in SEEN_BEFORE_THE_MODEL if rng.random() < 0.5)
+    drive(twins, engine, rng, 12, lambda call: None, Faults(rng, kinds))

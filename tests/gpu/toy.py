@@ -87,7 +87,9 @@ class CudaToy:
             token_history=self.history,
         )
 
-    def launch_step(self, stream: Any, batch: StepBatch | None = None, guarded_on: Any = None) -> None:
+    def launch_step(
+        self, stream: Any, batch: StepBatch | None = None, guarded_on: Any = None, *, verifies_layers: bool = False
+    ) -> None:
         """One decode step; ``stream`` is a CuPy stream, ``guarded_on`` what the guard is given (default: the same)."""
         batch = batch or self.batch
         rows = len(batch.seq_lens)
@@ -101,6 +103,8 @@ class CudaToy:
                  self.slots, self.history),
             )  # fmt: skip
         with self.manager.forward(batch, guarded_on), stream:
+            for layer in range(len(self.k) if verifies_layers else 0):
+                self.manager.verify_layer(batch, layer, guarded_on)
             for salt, layer in enumerate((*self.k, *self.v)):
                 args = (i32(rows), i32(self.n_bytes), self.ids, self.slots, layer, i32(salt))
                 self._write((rows,), (128,), args)

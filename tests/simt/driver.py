@@ -52,7 +52,7 @@ class SimtDriver:
         return 2
 
     def launch(self, kernel: str, grid: tuple[int, int], params: Any, stream: Any) -> None:
-        if isinstance(stream, LateFork):
+        if isinstance(stream, LateStream):
             stream.queue.append((kernel, grid, Packed(params.record.copy())))
             return
         self._seed += 1
@@ -62,8 +62,8 @@ class SimtDriver:
     def capture(self, launch: Any) -> Any:
         raise CaptureError("what runs at the call cannot be captured: tests of graphs take simt.fake_cuda")
 
-    def fork(self) -> LateFork:
-        return LateFork(self)
+    def side_stream(self) -> LateStream:
+        return LateStream(self)
 
     def fill_zero(self, array: Any, stream: Any) -> None:
         array[...] = np.zeros((), array.dtype)
@@ -110,27 +110,27 @@ class SimtDriver:
         pass
 
 
-class LateFork:
+class LateStream:
     """A side stream whose launches run as late as they may: when the engine's stream waits for them."""
 
     def __init__(self, driver: SimtDriver) -> None:
         self._driver = driver
         self.queue: list[tuple[str, tuple[int, int], Packed]] = []
 
-    def leave(self, stream: Any) -> LateFork:
+    def leave(self, stream: Any) -> LateStream:
         assert not self.queue, "joined before"
         return self
 
-    def wait_in(self, stream: Any) -> None:
+    def let_wait(self, stream: Any) -> None:
         queue, self.queue = self.queue, []
         for launch in queue:
             self._driver.launch(*launch, stream)
 
     def join(self, stream: Any) -> None:
-        self.wait_in(stream)
+        self.let_wait(stream)
 
     def abandon(self) -> None:
-        self.wait_in(None)
+        self.let_wait(None)
 
     def close(self) -> None:
         assert not self.queue, "joined before"

@@ -56,6 +56,7 @@ class FakeStream:
         self.queue: deque[Work] = deque()
         self.captured: list[Work] | None = None
         self.origin: FakeStream | None = None  # of the capture that this stream was taken into by an event
+        self.is_joined = True
         self.is_held = False
 
     def submit(self, work: Callable[[], object]) -> None:
@@ -76,15 +77,20 @@ class FakeStream:
     def wait(self, event: FakeEvent) -> None:
         source = event.captured_on
         if source is None:
-            assert self.captured is None, "cudaErrorStreamCaptureIsolation"
+            if self.captured is not None:
+                raise RuntimeError("cudaErrorStreamCaptureIsolation")
             self.submit(lambda: event.is_done)
-        elif self.captured is None:  # taken into the capture
-            self.captured, self.origin = [], source
-        elif source.origin is self:  # back from it: what a side stream has done comes as late as it may
+            return
+        origin = source.origin or source
+        if self.captured is None:  # taken into the capture, until that ends
+            self.captured, self.origin = [], origin
+        elif (self.origin or self) is not origin:
+            raise RuntimeError("cudaErrorStreamCaptureMerge")
+        if self is origin:  # back from it: what a side stream has done comes as late as it may
             self.captured += source.captured or []
-            source.captured = source.origin = None
+            source.captured, source.is_joined = [], True
         else:
-            assert self.origin is source, "a capture of another stream"
+            self.is_joined = False
 
     def sync(self) -> None:
         self.world.synchronize(self)
@@ -100,11 +106,12 @@ class FakeStream:
 
     def end_capture(self) -> FakeGraph:
         assert self.captured is not None
-        forks = [s for s in self.world.streams.values() if s.origin is self]
-        for side in forks:
+        sides = [s for s in self.world.streams.values() if s.origin is self]
+        is_whole = all(s.is_joined and not s.captured for s in sides)
+        for side in sides:
             side.captured = side.origin = None
         graph, self.captured = FakeGraph(self.captured), None
-        if forks:
+        if not is_whole:
             raise RuntimeError("cudaErrorStreamCaptureUnjoined")
         return graph
 
