@@ -91,7 +91,8 @@ class EmbedCalls:
 
         The bytes must be the same: what was written stays judged. Ordered on ``stream``; a forward launched before it
         reads the old arrays, which are not held any longer. Neither waits nor allocates once it was called at this
-        size. May also come between HEAD and TAIL, for a model that writes its KV into new arrays.
+        size. May also come between HEAD and TAIL, for a model that writes its KV into new arrays (with
+        ``overlap_head`` the old ones must stay as they are until TAIL).
 
         Args:
             pool: name or number.
