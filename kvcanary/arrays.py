@@ -350,6 +350,9 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+LEGACY_STREAMS = (0, 1)  # cudaStreamLegacy by either of its names; it can never be captured
+
+
 def stream_pointer(stream: Any, error: type[KvCanaryError] = KvCanaryError) -> int:
     """The ``CUstream`` address of a stream; None and 0 are the legacy default stream. May run inside a capture.
 

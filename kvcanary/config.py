@@ -58,9 +58,9 @@ class CanaryConfig:
             allocated) into the guard instead of reporting them.
         lifecycle: judge block ownership; the engine then says who owns the blocks of every pool
             (`CanaryManager.allocate_blocks`, `share_blocks`, `free_blocks`, `claim_blocks`).
-        overlap_head: run HEAD on a stream of the guard's own, beside the model; TAIL waits for it. Large models hide a
-            part of it, small ones pay more than they hide. From HEAD until TAIL, within one capture, the batch's arrays
-            and the prefixes' KV must not change. Without effect on the host backend and in `CanaryManager.graphs`.
+        overlap_head: run HEAD on a stream of the guard's own, beside the model; TAIL waits for it. A forward must begin
+            and end in one capture or outside of any; meanwhile the batch's arrays, a ``slot_lut`` and the KV that was
+            written before must not change. Without effect on the host backend and in `CanaryManager.graphs`.
         check_write_position: judge that `slot_mapping` agrees with the block table (WRITE_POSITION).
         log_tokens: put token ids (user content) and raw chains into logs and record dumps.
         log_format: "json" logs violations, stalls and stats lines as one JSON object each.

@@ -62,8 +62,6 @@ class EndCalls:
         self._phases.close()
         if self._agreement is not None:
             self._agreement.close()
-        if self._open_forward is not None:
-            self._backend.abandon()
         self._open_forward = None
         self._quietly(self._restore_perturbed)
         self._quietly(self._violations.poll)  # first: it asks nothing of a device that may have died

@@ -289,7 +289,7 @@ class CanaryManager(
 
         Raises:
             PhaseError: not between HEAD and TAIL of ``batch``. BatchError: ``batch`` has no ``pending``, or no pool of
-                the forward has digests of that layer.
+                the forward has digests of that layer. CaptureError: as in `tail`.
         """
         if self._backend is None:
             return
@@ -321,8 +321,8 @@ class CanaryManager(
         """TAIL of the forward that `head` began, after the model; may run inside a capture.
 
         Raises:
-            PhaseError: no HEAD before it, or that of another batch. CaptureError: with ``overlap_head``, HEAD is in
-                another capture or in none.
+            PhaseError: no HEAD before it, or that of another batch. CaptureError: with ``overlap_head``, HEAD is not in
+                the same capture.
         """
         if self._backend is None:
             return

@@ -11,7 +11,7 @@ from simt.fake_cuda import FakeArray, FakeCuda, FakeStream
 from simt.runner import SimtLibrary
 
 from kvcanary import CanaryManager, StepBatch, layouts
-from kvcanary.backends import cuda
+from kvcanary.backends import cuda, side_stream
 
 
 @pytest.fixture(name="world")
@@ -20,6 +20,7 @@ def fake_world(library: SimtLibrary, monkeypatch: pytest.MonkeyPatch) -> FakeCud
     world = FakeCuda(library)
     monkeypatch.setattr(cuda, "check_driver", lambda: None)
     monkeypatch.setattr(cuda, "import_cuda", lambda: (world.cupy, world.core))
+    monkeypatch.setattr(side_stream, "libcuda", lambda: world.libcuda)
     return world
 
 

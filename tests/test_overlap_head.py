@@ -64,7 +64,7 @@ def test_head_runs_on_a_stream_of_its_own_and_tail_on_the_engines(
 
 def test_replays_are_silent_and_then_name_a_flipped_bit(world: FakeCuda) -> None:
     toy, graph = beside(world)
-    assert len(graph.nodes) == len(HEAD + TAIL) + 1, "the fork is edges, and no nodes"
+    assert len(graph.nodes) == len(HEAD + TAIL) + 1, "leaving and coming back are edges, and no nodes"
     for p in range(1, 6):
         toy.replay(graph, p)
     toy.manager.synchronize()
@@ -141,20 +141,54 @@ def test_what_follows_a_forward_that_raised_waits_for_head(world: FakeCuda, monk
     assert done
 
 
-def test_a_forward_over_two_captures_is_refused(world: FakeCuda) -> None:
+@pytest.mark.parametrize("calls", ["eager, captured", "captured, eager", "captured, in another"])
+def test_a_forward_over_two_captures_is_refused_and_both_end_well(world: FakeCuda, calls: str) -> None:
     toy, graph = beside(world)
+    batch, first, second = toy.fill((0, 1, 1), (1, 1, 1)), world.new_stream(), world.new_stream()
+    captured = {"eager, captured": (second,), "captured, eager": (first,)}.get(calls, (first, second))
+    for stream in captured:
+        stream.begin_capture()
+    toy.manager.head(batch, first)
+    with pytest.raises(CaptureError, match=r"not in the same capture: .* overlap_head=False"):
+        toy.manager.tail(batch, second)
+    for stream in captured:
+        stream.end_capture()
+    for p in range(1, 4):  # all is as before
+        toy.replay(graph, p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+
+
+def test_a_head_that_is_captured_alone_costs_the_engine_that_capture_only(world: FakeCuda) -> None:
+    toy, _graph = beside(world)
     batch, stream = toy.fill((0, 1, 1), (1, 1, 1)), world.new_stream()
-    toy.manager.head(batch, toy.stream)
-    stream.begin_capture()
-    with pytest.raises(CaptureError, match=r"HEAD of this forward is not in the capture .* overlap_head=False"):
-        toy.manager.tail(batch, stream)
-    stream.end_capture()  # it is still valid
     stream.begin_capture()
     toy.manager.head(batch, stream)
-    with pytest.raises(CaptureError, match=r"TAIL came outside the capture .* overlap_head=False"):
-        toy.manager.tail(batch, toy.stream)
-    stream.end_capture()  # it was joined none the less
-    for p in range(1, 4):  # all is as before
+    with pytest.raises(RuntimeError, match="Unjoined"):
+        stream.end_capture()
+    toy.manager.abandon_step()
+    stream.begin_capture()  # the same stream, in another capture
+    toy.forward(stream, batch)
+    graph = stream.end_capture()
+    for p in range(1, 4):
+        toy.replay(graph, p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+
+
+def test_while_a_capture_is_invalid_others_go_on(world: FakeCuda) -> None:
+    toy, graph = beside(world)
+    batch, stream = toy.fill((0, 1, 1), (1, 1, 1)), world.new_stream()
+    stream.begin_capture()
+    toy.manager.head(batch, stream)
+    stream.is_invalid = True  # what waits in it, say
+    toy.manager.abandon_forward()
+    with toy.manager.step(toy.stream):
+        toy.forward(toy.stream, batch)
+    world.pump()
+    with pytest.raises(RuntimeError, match="Invalidated"):
+        stream.end_capture()
+    for p in range(2, 5):
         toy.replay(graph, p)
     toy.manager.synchronize()
     assert toy.manager.violations() == ()
@@ -252,15 +286,6 @@ def test_another_forward_while_a_capture_is_open_stays_on_its_own_stream(
     assert toy.manager.violations() == ()
 
 
-def test_close_within_a_captured_forward_leaves_the_capture_whole(world: FakeCuda) -> None:
-    toy, _graph = beside(world)
-    stream = world.new_stream()
-    stream.begin_capture()
-    toy.manager.head(toy.fill((0, 1, 1), (1, 1, 1)), stream)
-    toy.manager.close()
-    stream.end_capture()
-
-
 def test_a_head_that_fails_half_way_leaves_the_capture_whole(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     toy, graph = beside(world)
     batch, stream, launch = toy.fill((0, 1, 1), (1, 1, 1)), world.new_stream(), world.launch
@@ -322,7 +347,7 @@ def test_a_forked_child_touches_no_stream(world: FakeCuda, monkeypatch: pytest.M
 
     monkeypatch.setattr(FakeStream, "record", touched)
     monkeypatch.setattr(FakeStream, "wait", touched)
-    monkeypatch.setattr(toy.manager.backend._driver, "is_capturing", touched)
+    monkeypatch.setattr(toy.manager.backend._side, "_query", touched)
     monkeypatch.setattr(toy.manager.backend, "abandon", touched)
     toy.manager.abandon_forward()
     toy.manager.abandon_step()
@@ -332,6 +357,11 @@ def test_graphs_of_the_guard_are_of_one_stream(world: FakeCuda) -> None:
     toy, _graph = beside(world)
     graphs = toy.manager.graphs(toy.fill((0, 1, 1), (1, 1, 1)))
     assert [len(world.graphs[handle].nodes) for handle in (graphs.head, graphs.tail)] == [len(HEAD), len(TAIL)]
+
+
+def test_describe_says_so(world: FakeCuda) -> None:
+    toy, _graph = beside(world)
+    assert "HEAD beside the model" in toy.manager.describe()
 
 
 def test_the_host_backend_takes_the_setting_and_does_as_ever() -> None:

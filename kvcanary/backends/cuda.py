@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcanary import abi
-from kvcanary.arrays import host_array, stream_pointer, view_of
+from kvcanary.arrays import LEGACY_STREAMS, host_array, stream_pointer, view_of
 from kvcanary.backends.compile import INSTALL, kernels_dir, source_hash
 from kvcanary.backends.device import DeviceBackend
 from kvcanary.backends.driver import Packed
@@ -30,7 +30,6 @@ from kvcanary.errors import BackendError, BatchError
 from kvcanary.layout import KvPool
 
 Array = npt.NDArray[Any]
-_LEGACY_STREAMS = (0, 1)  # cudaStreamLegacy by either of its names; it can never be captured
 
 
 def make_cuda_backend(
@@ -279,12 +278,7 @@ class CudaDriver:
 
     def stream_object(self, pointer: int) -> Any:
         """A stream of the engine's as cuda.core takes it, to record events on."""
-        return (
-            self._core.LEGACY_DEFAULT_STREAM if pointer in _LEGACY_STREAMS else self._core.Stream.from_handle(pointer)
-        )
-
-    def is_capturing(self, pointer: int) -> bool:
-        return pointer not in _LEGACY_STREAMS and bool(self._runtime.streamIsCapturing(pointer))
+        return self._core.LEGACY_DEFAULT_STREAM if pointer in LEGACY_STREAMS else self._core.Stream.from_handle(pointer)
 
     def synchronize(self) -> None:
         with self.current():
@@ -338,7 +332,8 @@ class CudaStaging:
         return words
 
     def is_capturing(self, stream: Any) -> bool:
-        return self._driver.is_capturing(stream_pointer(stream))
+        pointer = stream_pointer(stream)
+        return pointer not in LEGACY_STREAMS and bool(self._runtime.streamIsCapturing(pointer))
 
     def close(self) -> None:
         self._side.sync()

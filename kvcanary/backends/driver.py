@@ -44,17 +44,17 @@ class SideStream(Protocol):
         """
 
     def let_wait(self, stream: Any) -> None:
-        """Order ``stream`` after all that was launched beside it, unless that was only captured.
+        """Order ``stream`` after all that was launched beside it; nothing where that is captured and ``stream`` is not.
 
         Raises:
-            CaptureError: ``stream`` is captured and the other is not.
+            CaptureError: ``stream`` is captured, and what was launched beside it is not in the same capture.
         """
 
     def join(self, stream: Any) -> None:
         """The same for the last time; without a `leave` before it nothing.
 
         Raises:
-            CaptureError: of the two one is captured and the other is not.
+            CaptureError: they are not in the same capture.
         """
 
     def abandon(self) -> None:

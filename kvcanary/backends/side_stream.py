@@ -7,13 +7,17 @@ So what is captured has to be asked here, before the driver makes the engine's c
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from typing import TYPE_CHECKING, Any
 
-from kvcanary.arrays import stream_pointer
+from kvcanary.arrays import LEGACY_STREAMS, stream_pointer
+from kvcanary.backends.whose import libcuda
 from kvcanary.errors import CaptureError
 
 if TYPE_CHECKING:
     from kvcanary.backends.cuda import CudaDriver
+
+_NONE, _ACTIVE = 0, 1  # CU_STREAM_CAPTURE_STATUS_*
 
 
 class SameStream:
@@ -40,32 +44,29 @@ class CudaSideStream:
         self._pointer = int(self._side.handle)
         self._left, self._done = (driver._device.create_event() for _ in range(2))
         self._engine_streams: dict[int, Any] = {}
+        self._query = libcuda().cuStreamGetCaptureInfo_v2
         self._last = 0  # the stream that was left last
         self._is_out = False
 
     def leave(self, stream: Any) -> Any:
-        pointer = stream_pointer(stream)
-        if self._driver.is_capturing(self._pointer) and pointer != self._last:
-            return stream  # still in a capture, perhaps another one: this forward has none of its own
+        pointer, capture = stream_pointer(stream), self._capture_of(self._pointer)
+        if capture and capture != self._capture_of(pointer):
+            return stream  # still in a capture that this forward is not in: HEAD stays on the engine's stream
         self._last, self._is_out = pointer, True
         self._stream(pointer).record(self._left)
         self._side.wait(self._left)
         return self._pointer
 
     def let_wait(self, stream: Any) -> None:
-        if self._is_out and not self._is_only_captured(stream):
-            self._order(stream_pointer(stream))
+        pointer = stream_pointer(stream)
+        is_only_captured = self._capture_of(self._pointer) and not self._capture_of(pointer)
+        if self._is_out and not is_only_captured:
+            self._order(pointer)
 
     def join(self, stream: Any) -> None:
-        if not self._is_out:
-            return
-        if self._is_only_captured(stream):
-            raise CaptureError(
-                "TAIL came outside the capture that HEAD of this forward is in, and with overlap_head=True it waits "
-                "for it: begin and end a forward in one capture, or set overlap_head=False"
-            )
-        self._order(stream_pointer(stream))
-        self._is_out = False
+        if self._is_out:
+            self._order(stream_pointer(stream))
+            self._is_out = False
 
     def abandon(self) -> None:
         if self._is_out:
@@ -76,20 +77,24 @@ class CudaSideStream:
     def close(self) -> None:
         self._side.close()
 
-    def _is_only_captured(self, stream: Any) -> bool:
-        """Whether the side stream is in a capture, and ``stream`` is not."""
-        is_capturing = self._driver.is_capturing
-        return is_capturing(self._pointer) and not is_capturing(stream_pointer(stream))
-
     def _order(self, pointer: int) -> None:
-        is_capturing = self._driver.is_capturing
-        if is_capturing(pointer) and not is_capturing(self._pointer):
+        if self._capture_of(pointer) != self._capture_of(self._pointer):  # the driver would make both invalid
             raise CaptureError(
-                "HEAD of this forward is not in the capture that its other calls come in, and with overlap_head=True "
-                "they wait for it: begin and end a forward in one capture, or set overlap_head=False"
+                "HEAD of this forward and a call that waits for it (overlap_head=True) are not in the same capture: "
+                "begin and end a forward in one capture or outside of any, or set overlap_head=False"
             )
         self._side.record(self._done)
         self._stream(pointer).wait(self._done)
+
+    def _capture_of(self, pointer: int) -> int:
+        """The driver's number of the capture that a stream is in; 0 = none, -1 = one that has become invalid."""
+        if pointer in LEGACY_STREAMS:
+            return 0
+        status, number = ctypes.c_int(), ctypes.c_ulonglong()
+        arguments = (ctypes.byref(status), ctypes.byref(number), None, None, None)
+        if self._query(ctypes.c_void_p(pointer), *arguments):
+            return 0  # the next call on that stream says what is wrong with it
+        return {_NONE: 0, _ACTIVE: number.value}.get(status.value, -1)
 
     def _stream(self, pointer: int) -> Any:
         if pointer not in self._engine_streams:

@@ -26,8 +26,9 @@ def serve(toy: CudaToy, graph: object, n: int) -> None:
     toy.manager.synchronize()
 
 
-def test_a_capture_that_the_model_invalidates_leaves_the_guard_usable() -> None:
-    toy = CudaToy(verify_data_every=1)
+@pytest.mark.parametrize("overlap_head", [False, True])
+def test_a_capture_that_the_model_invalidates_leaves_the_guard_usable(overlap_head: bool) -> None:
+    toy = CudaToy(verify_data_every=1, overlap_head=overlap_head)
     runtime = toy.cupy.cuda.runtime
     before = toy.manager.backend.snapshot_words().copy()
     for _ in range(3):

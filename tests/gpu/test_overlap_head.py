@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,6 +38,15 @@ def names_a_flip(toy: CudaToy, step: Callable[[], None], stream: Any) -> None:
     (v,) = toy.manager.violations()
     assert (v.reasons, v.slot, v.layer, v.position, v.request_id) == (Reason.DATA, toy.page + 5, 1, 5, 1)
     assert toy.manager.taint.tolist() == [Reason.DATA, 0, 0, 0]
+
+
+def goes_on(toy: CudaToy) -> None:
+    """Forwards on another stream are as ever, eager and captured."""
+    stream = toy.cupy.cuda.Stream(non_blocking=True)
+    replay(toy, lambda: toy.launch_step(stream), stream, 10)
+    graph = toy.capture()
+    replay(toy, lambda: graph.launch(stream), stream, 10)
+    names_a_flip(toy, lambda: graph.launch(stream), stream)
 
 
 @pytest.mark.parametrize("capture", OWNERS)
@@ -142,22 +152,49 @@ def test_another_forward_while_a_capture_is_open(is_captured: bool) -> None:
     names_a_flip(toy, lambda: graphs[0].launch(stream), stream)
 
 
-def test_a_forward_over_two_captures_is_refused_and_the_next_is_as_any_other() -> None:
+@pytest.mark.parametrize("calls", ["eager, captured", "captured, eager", "captured, in another"])
+def test_a_forward_over_two_captures_is_refused_and_both_end_well(calls: str) -> None:
     toy = beside()
-    stream, other = (toy.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
-    toy.manager.head(toy.batch, other)
-    stream.begin_capture()
-    with pytest.raises(CaptureError, match="HEAD of this forward is not in"):
-        toy.manager.tail(toy.batch, stream)
-    stream.end_capture()  # it is still valid
+    first, second = (toy.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    captured = {"eager, captured": (second,), "captured, eager": (first,)}.get(calls, (first, second))
+    for stream in captured:
+        stream.begin_capture(toy.cupy.cuda.runtime.streamCaptureModeRelaxed)
+    toy.manager.head(toy.batch, first)
+    with pytest.raises(CaptureError, match="not in the same capture"):
+        toy.manager.tail(toy.batch, second)
+    for stream in captured:
+        stream.end_capture()
+    goes_on(toy)
+
+
+def test_a_head_that_is_captured_alone_costs_the_engine_that_capture_only() -> None:
+    toy = beside()
+    stream = toy.cupy.cuda.Stream(non_blocking=True)
     stream.begin_capture()
     toy.manager.head(toy.batch, stream)
-    with pytest.raises(CaptureError, match="TAIL came outside"):
-        toy.manager.tail(toy.batch, other)
-    stream.end_capture()  # it was joined none the less
-    graph, replayed = toy.capture(), toy.cupy.cuda.Stream(non_blocking=True)
-    replay(toy, lambda: graph.launch(replayed), replayed, 20)
-    names_a_flip(toy, lambda: graph.launch(replayed), replayed)
+    with pytest.raises(toy.cupy.cuda.runtime.CUDARuntimeError, match="Unjoined"):
+        stream.end_capture()
+    toy.manager.abandon_step()
+    goes_on(toy)
+    for _ in range(2):  # the same stream, in other captures
+        stream.begin_capture()
+        toy.launch_step(stream)
+        graph = stream.end_capture()
+    toy.flip(1, toy.page + 5)  # as it was
+    n = len(toy.manager.violations())
+    replay(toy, lambda: graph.launch(stream), stream, 10)
+    assert len(toy.manager.violations()) == n
+
+
+def test_while_a_capture_is_invalid_others_go_on() -> None:
+    toy = beside()
+    runtime, stream = toy.cupy.cuda.runtime, toy.cupy.cuda.Stream(non_blocking=True)
+    stream.begin_capture(runtime.streamCaptureModeRelaxed)
+    with pytest.raises(runtime.CUDARuntimeError), toy.manager.forward(toy.batch, stream):
+        runtime.streamSynchronize(stream.ptr)  # not allowed while it is captured
+    goes_on(toy)
+    with contextlib.suppress(runtime.CUDARuntimeError):
+        stream.end_capture()
 
 
 def test_eager_steps_neither_allocate_nor_wait() -> None:

@@ -57,6 +57,8 @@ class FakeStream:
         self.captured: list[Work] | None = None
         self.origin: FakeStream | None = None  # of the capture that this stream was taken into by an event
         self.is_joined = True
+        self.is_invalid = False
+        self.capture_number = 0
         self.is_held = False
 
     def submit(self, work: Callable[[], object]) -> None:
@@ -75,22 +77,24 @@ class FakeStream:
             self.submit(lambda: setattr(event, "is_done", True))
 
     def wait(self, event: FakeEvent) -> None:
-        source = event.captured_on
+        source, mine = event.captured_on, self.origin or self
         if source is None:
             if self.captured is not None:
+                mine.is_invalid = True
                 raise RuntimeError("cudaErrorStreamCaptureIsolation")
             self.submit(lambda: event.is_done)
             return
         origin = source.origin or source
         if self.captured is None:  # taken into the capture, until that ends
             self.captured, self.origin = [], origin
-        elif (self.origin or self) is not origin:
+        elif mine is not origin:
+            mine.is_invalid = origin.is_invalid = True
             raise RuntimeError("cudaErrorStreamCaptureMerge")
-        if self is origin:  # back from it: what a side stream has done comes as late as it may
+        if self is not origin:
+            self.is_joined = False
+        elif source is not origin:  # back from it: what a side stream has done comes as late as it may
             self.captured += source.captured or []
             source.captured, source.is_joined = [], True
-        else:
-            self.is_joined = False
 
     def sync(self) -> None:
         self.world.synchronize(self)
@@ -102,7 +106,10 @@ class FakeStream:
     synchronize = sync
 
     def begin_capture(self) -> None:
-        self.captured = []
+        assert self.captured is None
+        self.captured, self.is_invalid = [], False
+        self.world.n_captures += 1
+        self.capture_number = self.world.n_captures
 
     def end_capture(self) -> FakeGraph:
         assert self.captured is not None
@@ -111,6 +118,8 @@ class FakeStream:
         for side in sides:
             side.captured = side.origin = None
         graph, self.captured = FakeGraph(self.captured), None
+        if self.is_invalid:
+            raise RuntimeError("cudaErrorStreamCaptureInvalidated")
         if not is_whole:
             raise RuntimeError("cudaErrorStreamCaptureUnjoined")
         return graph
@@ -146,7 +155,8 @@ class FakeCuda:
         self.calls: Counter[str] = Counter()
         self.streams: dict[int, FakeStream] = {0: FakeStream(self, 0)}
         self.graphs: dict[int, FakeGraph] = {}  # by handle, until they are destroyed
-        self._n_launches = self._n_graphs = 0
+        self._n_launches = self._n_graphs = self.n_captures = 0
+        self.libcuda = SimpleNamespace(cuStreamGetCaptureInfo_v2=self._capture_info)
         self.keep: list[Any] = []
         runtime = SimpleNamespace(
             getDevice=lambda: 0,
@@ -186,6 +196,14 @@ class FakeCuda:
             LEGACY_DEFAULT_STREAM=self.streams[0],
             LegacyPinnedMemoryResource=lambda: SimpleNamespace(allocate=self._pinned),
         )
+
+    def _capture_info(self, handle: Any, status: Any, number: Any, *rest: Any) -> int:
+        assert rest == (None, None, None)
+        stream = self.streams[handle.value]
+        origin = stream.origin or stream
+        status._obj.value = 0 if stream.captured is None else 2 if origin.is_invalid else 1
+        number._obj.value = origin.capture_number
+        return 0
 
     def _end_capture(self, handle: int) -> int:
         graph = self.streams[handle].end_capture()
