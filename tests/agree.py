@@ -156,13 +156,17 @@ class SimtSide(DeviceSide):
         return exact_rows(array, row_bytes)
 
 
-class LateSide(SimtSide):
-    """The same with HEAD beside the model, and as late as it may be: once TAIL waits for it."""
+class BesideTheModel(Side):
+    """What a side is, with HEAD beside the model."""
 
     is_late = True
 
     def start(self, config: CanaryConfig, specs: Sequence[PoolSpec], max_requests: int, max_new_tokens: int) -> None:
         super().start(replace(config, overlap_head=True), specs, max_requests, max_new_tokens)
+
+
+class LateSide(BesideTheModel, SimtSide):
+    """The kernels on the CPU with HEAD as late as it may be: once TAIL waits for it."""
 
 
 def simt_library(base: Path, sanitize: bool = False) -> SimtLibrary:

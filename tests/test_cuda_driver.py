@@ -22,8 +22,9 @@ def watch(submit: Any, look: Any) -> Any:
     return lambda work: submit(lambda: (look(), work())[1])
 
 
-def test_eager_then_replayed_and_a_flipped_bit_is_named(world: FakeCuda) -> None:
-    toy, graph = prefilled(world, verify_data_every=1)
+@pytest.mark.parametrize("overlap_head", [False, True])
+def test_eager_then_replayed_and_a_flipped_bit_is_named(world: FakeCuda, overlap_head: bool) -> None:
+    toy, graph = prefilled(world, verify_data_every=1, overlap_head=overlap_head)
     for p in range(1, 6):
         toy.replay(graph, p)
     toy.manager.synchronize()
@@ -36,9 +37,10 @@ def test_eager_then_replayed_and_a_flipped_bit_is_named(world: FakeCuda) -> None
     assert toy.manager.taint.tolist() == [Reason.DATA, 0, 0, 0]
 
 
-def test_a_forward_is_six_launches(world: FakeCuda) -> None:
-    _toy, graph = prefilled(world)
-    assert len(graph.nodes) == 6 + 1  # and the model
+@pytest.mark.parametrize("overlap_head", [False, True])
+def test_a_forward_is_six_launches(world: FakeCuda, overlap_head: bool) -> None:
+    _toy, graph = prefilled(world, overlap_head=overlap_head)
+    assert len(graph.nodes) == 6 + 1  # and the model; another stream is edges, and no nodes
 
 
 def test_steady_steps_allocate_nothing_wait_for_nothing_and_copy_only_snapshots(world: FakeCuda) -> None:

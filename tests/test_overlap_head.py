@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine import PAGE, ToyEngine
+from engine import ToyEngine
 from fake_toy import FakeToy, fake_world, prefilled  # noqa: F401  a fixture
 from simt.fake_cuda import FakeArray, FakeCuda, FakeStream
 
@@ -48,6 +48,14 @@ def move(toy: FakeToy) -> list[np.ndarray[Any, Any]]:
     return old
 
 
+def goes_on(toy: FakeToy, graph: Any) -> None:
+    """Replays are silent, as ever."""
+    for p in range(1, 4):
+        toy.replay(graph, p)
+    toy.manager.synchronize()
+    assert toy.manager.violations() == ()
+
+
 def test_head_runs_on_a_stream_of_its_own_and_tail_on_the_engines(
     world: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,20 +68,6 @@ def test_head_runs_on_a_stream_of_its_own_and_tail_on_the_engines(
     sides = {stream.handle for name, stream in launches if name in HEAD}
     assert len(sides) == 1 and toy.stream.handle not in sides
     assert {stream.handle for name, stream in launches if name in TAIL} == {toy.stream.handle}
-
-
-def test_replays_are_silent_and_then_name_a_flipped_bit(world: FakeCuda) -> None:
-    toy, graph = beside(world)
-    assert len(graph.nodes) == len(HEAD + TAIL) + 1, "leaving and coming back are edges, and no nodes"
-    for p in range(1, 6):
-        toy.replay(graph, p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
-    toy.k[1][1, 2, 0, 0] ^= 1
-    toy.replay(graph, 6)
-    toy.replay(graph, 7)
-    (v,) = toy.manager.violations()
-    assert (v.reasons, v.slot, v.layer, v.request_id) == (Reason.DATA, PAGE + 2, 1, 1)
 
 
 def test_head_waits_for_what_was_before_it_and_tail_for_head(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +109,7 @@ def test_a_forward_that_raises_in_a_capture_leaves_the_capture_whole(world: Fake
     with pytest.raises(LookupError), toy.manager.forward(toy.fill((0, 1, 1), (1, 1, 1)), stream):
         raise LookupError
     stream.end_capture()  # the side stream has come back
-    for p in range(1, 4):
-        toy.replay(graph, p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
+    goes_on(toy, graph)
 
 
 def test_what_follows_a_forward_that_raised_waits_for_head(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +144,7 @@ def test_a_forward_over_two_captures_is_refused_and_both_end_well(world: FakeCud
         toy.manager.tail(batch, second)
     for stream in captured:
         stream.end_capture()
-    for p in range(1, 4):  # all is as before
-        toy.replay(graph, p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
+    goes_on(toy, graph)
 
 
 def test_a_head_that_is_captured_alone_costs_the_engine_that_capture_only(world: FakeCuda) -> None:
@@ -170,10 +158,7 @@ def test_a_head_that_is_captured_alone_costs_the_engine_that_capture_only(world:
     stream.begin_capture()  # the same stream, in another capture
     toy.forward(stream, batch)
     graph = stream.end_capture()
-    for p in range(1, 4):
-        toy.replay(graph, p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
+    goes_on(toy, graph)
 
 
 def test_while_a_capture_is_invalid_others_go_on(world: FakeCuda) -> None:
@@ -227,10 +212,7 @@ def test_a_rebind_while_a_forward_is_captured_waits_for_nothing(world: FakeCuda)
         move(toy)
         stream.submit(toy.write_now)
     graph = stream.end_capture()
-    for p in range(1, 4):
-        toy.replay(graph, p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
+    goes_on(toy, graph)
 
 
 def test_a_layer_in_the_capture_and_inner_forwards_of_one_capture(world: FakeCuda) -> None:
@@ -280,10 +262,7 @@ def test_another_forward_while_a_capture_is_open_stays_on_its_own_stream(
     assert {stream.handle for _name, stream in launches} == {other.handle}
     graphs = [stream.end_capture() for stream in ((other, first) if is_captured else (first,))]
     assert [len(graph.nodes) for graph in graphs] == [7] * len(graphs)
-    for p in range(1, 4):
-        toy.replay(graphs[0], p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
+    goes_on(toy, graphs[0])
 
 
 def test_a_head_that_fails_half_way_leaves_the_capture_whole(world: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,10 +280,7 @@ def test_a_head_that_fails_half_way_leaves_the_capture_whole(world: FakeCuda, mo
         toy.manager.head(batch, stream)
     monkeypatch.setattr(world, "launch", launch)
     stream.end_capture()
-    for p in range(1, 4):
-        toy.replay(graph, p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
+    goes_on(toy, graph)
 
 
 def test_an_error_of_the_model_is_not_masked_where_the_stream_cannot_come_back(world: FakeCuda) -> None:
@@ -318,10 +294,7 @@ def test_an_error_of_the_model_is_not_masked_where_the_stream_cannot_come_back(w
     with pytest.raises(LookupError), toy.manager.step(toy.stream), toy.manager.forward(batch, toy.stream):
         model()
     toy.stream.end_capture()
-    for p in range(1, 4):
-        toy.replay(graph, p)
-    toy.manager.synchronize()
-    assert toy.manager.violations() == ()
+    goes_on(toy, graph)
 
 
 def test_a_stream_that_was_joined_is_not_joined_again(world: FakeCuda) -> None:

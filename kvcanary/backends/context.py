@@ -250,7 +250,7 @@ class ContextDriver(CudaDriver):
         major = of_device(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = of_device(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self._arch = f"sm_{int(major)}{int(minor)}"
-        self._modules = {}
+        self._modules, self._engine_streams = {}, {}
         self._lists = self._lender = self._capture_stream = None
 
     @contextlib.contextmanager

@@ -125,6 +125,7 @@ class CudaDriver:
         self._lists: _ListUploader | None = None
         self._lender: Lender | None = None
         self._capture_stream: Any = None
+        self._engine_streams: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def current(self) -> Any:
@@ -278,7 +279,11 @@ class CudaDriver:
 
     def stream_object(self, pointer: int) -> Any:
         """A stream of the engine's as cuda.core takes it, to record events on."""
-        return self._core.LEGACY_DEFAULT_STREAM if pointer in LEGACY_STREAMS else self._core.Stream.from_handle(pointer)
+        if pointer not in self._engine_streams:
+            core = self._core
+            stream = core.LEGACY_DEFAULT_STREAM if pointer in LEGACY_STREAMS else core.Stream.from_handle(pointer)
+            self._engine_streams[pointer] = stream
+        return self._engine_streams[pointer]
 
     def synchronize(self) -> None:
         with self.current():
@@ -310,13 +315,12 @@ class CudaStaging:
         self._side_pointer = int(self._side.handle)
         self._cloned = [driver._device.create_event() for _ in range(depth)]
         self._arrived = [driver._device.create_event() for _ in range(depth)]
-        self._engine_streams: dict[int, Any] = {}
 
     def copy(self, index: int, source: Any, stream: Any) -> None:
         pointer = stream_pointer(stream)
         runtime, n_bytes, clone = self._runtime, self._n_bytes, self._clone_at[index]
         runtime.memcpyAsync(clone, source.data.ptr, n_bytes, runtime.memcpyDeviceToDevice, pointer)
-        self._engine_stream(pointer).record(self._cloned[index])
+        self._driver.stream_object(pointer).record(self._cloned[index])
         self._side.wait(self._cloned[index])
         runtime.memcpyAsync(self._host_at[index], clone, n_bytes, runtime.memcpyDeviceToHost, self._side_pointer)
         self._side.record(self._arrived[index])
@@ -338,11 +342,6 @@ class CudaStaging:
     def close(self) -> None:
         self._side.sync()
         self._side.close()
-
-    def _engine_stream(self, pointer: int) -> Any:
-        if pointer not in self._engine_streams:
-            self._engine_streams[pointer] = self._driver.stream_object(pointer)
-        return self._engine_streams[pointer]
 
 
 class _ListUploader:

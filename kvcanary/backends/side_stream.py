@@ -43,7 +43,6 @@ class CudaSideStream:
         self._side = driver._device.create_stream()
         self._pointer = int(self._side.handle)
         self._left, self._done = (driver._device.create_event() for _ in range(2))
-        self._engine_streams: dict[int, Any] = {}
         self._query = libcuda().cuStreamGetCaptureInfo_v2
         self._last = 0  # the stream that was left last
         self._is_out = False
@@ -53,14 +52,13 @@ class CudaSideStream:
         if capture and capture != self._capture_of(pointer):
             return stream  # still in a capture that this forward is not in: HEAD stays on the engine's stream
         self._last, self._is_out = pointer, True
-        self._stream(pointer).record(self._left)
+        self._driver.stream_object(pointer).record(self._left)
         self._side.wait(self._left)
         return self._pointer
 
     def let_wait(self, stream: Any) -> None:
         pointer = stream_pointer(stream)
-        is_only_captured = self._capture_of(self._pointer) and not self._capture_of(pointer)
-        if self._is_out and not is_only_captured:
+        if self._is_out and not (self._capture_of(self._pointer) and not self._capture_of(pointer)):
             self._order(pointer)
 
     def join(self, stream: Any) -> None:
@@ -84,7 +82,7 @@ class CudaSideStream:
                 "begin and end a forward in one capture or outside of any, or set overlap_head=False"
             )
         self._side.record(self._done)
-        self._stream(pointer).wait(self._done)
+        self._driver.stream_object(pointer).wait(self._done)
 
     def _capture_of(self, pointer: int) -> int:
         """The driver's number of the capture that a stream is in; 0 = none, -1 = one that has become invalid."""
@@ -95,8 +93,3 @@ class CudaSideStream:
         if self._query(ctypes.c_void_p(pointer), *arguments):
             return 0  # the next call on that stream says what is wrong with it
         return {_NONE: 0, _ACTIVE: number.value}.get(status.value, -1)
-
-    def _stream(self, pointer: int) -> Any:
-        if pointer not in self._engine_streams:
-            self._engine_streams[pointer] = self._driver.stream_object(pointer)
-        return self._engine_streams[pointer]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from agree import PoolSpec, Side
-from agree_drive import drive, random_scenario
-from agree_faults import SEEN_BEFORE_THE_MODEL, Faults
+from agree import BesideTheModel
+from agree_faults import SEEN_BEFORE_THE_MODEL
 
-from kvcanary import CanaryConfig, CaptureError, Reason, abi
+from kvcanary import CaptureError, Reason, abi
 
 from .cupti import driver_calls, find_cupti
-from .test_agree import CupySide
+from .test_agree import CupySide, run_faulty, run_honest
 from .test_capture import OWNERS, replay
 from .test_never_waits import ALLOCATES, WAITS
 from .toy import CudaToy
@@ -214,29 +212,15 @@ def test_eager_steps_neither_allocate_nor_wait() -> None:
     assert toy.manager.violations() == () and toy.seq_lens.tolist() == [n + 20] * 4
 
 
-class BesideSide(CupySide):
+class BesideSide(BesideTheModel, CupySide):
     """A guard on the GPU whose HEAD may run beside the model."""
-
-    is_late = True
-
-    def start(self, config: CanaryConfig, specs: Sequence[PoolSpec], max_requests: int, max_new_tokens: int) -> None:
-        super().start(replace(config, overlap_head=True), specs, max_requests, max_new_tokens)
 
 
 @pytest.mark.parametrize("seed", range(300, 340))
 def test_honest_engines_agree_and_are_silent_beside_the_model(seed: int) -> None:
-    rng = random.Random(seed)
-    twins, engine = random_scenario(rng, [Side(), BesideSide()])
-
-    def after(call: str) -> None:
-        assert not len(twins.records), f"{call}: {twins.records}"
-
-    drive(twins, engine, rng, 12, after, Faults(rng))
+    run_honest(seed, BesideSide())
 
 
 @pytest.mark.parametrize("seed", range(400, 440))
 def test_faults_are_reported_alike_beside_the_model(seed: int) -> None:
-    rng = random.Random(seed)
-    twins, engine = random_scenario(rng, [Side(), BesideSide()], is_odd=True)
-    kinds = tuple(k for k in SEEN_BEFORE_THE_MODEL if rng.random() < 0.5)
-    drive(twins, engine, rng, 12, lambda call: None, Faults(rng, kinds))
+    run_faulty(seed, BesideSide(), SEEN_BEFORE_THE_MODEL)

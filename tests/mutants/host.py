@@ -207,7 +207,7 @@ ABUSE = [
         ("an invalid capture is none", ".get(status.value, -1)", ".get(status.value, 0)"),
         ("a stream that was joined is joined again", "            self._order(stream_pointer(stream))\n            self._is_out = False\n", "            self._order(stream_pointer(stream))\n"),
         ("an error in front of the model's own", "            with contextlib.suppress(Exception):  # the device", "            with contextlib.nullcontext():  # the device"),
-        ("a rebind joins a capture", "        if self._is_out and not is_only_captured:\n", "        if self._is_out:\n"),
+        ("a rebind joins a capture", "        if self._is_out and not (self._capture_of(self._pointer) and not self._capture_of(pointer)):\n", "        if self._is_out:\n"),
     ),
     *_in(
         "backends/cuda.py",
