@@ -85,7 +85,6 @@ def test_a_replay_checks_the_contents_that_the_table_has_now() -> None:
     toy = CudaToy()
     graph, stream = toy.capture(), toy.cupy.cuda.Stream(non_blocking=True)
     replay(toy, lambda: graph.launch(stream), stream, 40)
-    saved = toy.table[1].copy()
     toy.table[1] = toy.table[2]  # the whole row is another request's
     toy.cupy.cuda.runtime.deviceSynchronize()
     replay(toy, lambda: graph.launch(stream), stream, 1)
@@ -93,7 +92,6 @@ def test_a_replay_checks_the_contents_that_the_table_has_now() -> None:
     found = toy.manager.violations()
     assert found and {v.request_id for v in found} == {2}
     assert {r for v in found for r in v.reasons.names()} >= {"TOKEN", "CHAIN"}
-    assert saved is not None
 
 
 def test_graphs_of_several_buckets_work_side_by_side() -> None:

@@ -125,6 +125,6 @@ class CudaToy:
             self._spin((1,), (1,), (is_released,))
 
     def flip(self, layer: int, slot: int, byte: int = 3) -> None:
-        """Flip a bit of a slot's K bytes; waits."""
+        """Flip a bit of a slot's K bytes; waits, but not for the device: that fails while any capture is open."""
         self.k[layer].reshape(-1, self.n_bytes)[slot, byte] ^= 4
-        self.cupy.cuda.runtime.deviceSynchronize()
+        self.cupy.cuda.get_current_stream().synchronize()
