@@ -34,6 +34,7 @@ if is_chosen tests; then
         part "demo-$fault" "$python" -m kvcanary demo --backend cuda --fault "$fault" --json "$out/demo-$fault.json"
     done
     part drill "$python" -m kvcanary drill --backend cuda --json "$out/drill.json"
+    part drill-beside env KVCANARY_OVERLAP_HEAD=1 "$python" -m kvcanary drill --backend cuda --json "$out/drill-beside.json"
     part pytest-gpu "$python" -m pytest -q -m gpu -p no:cacheprovider -s
 fi
 

@@ -78,9 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = choose(arguments.scenario)
     choice = choose_backend(arguments.backend)
     print(f"backend {choice.backend}: {choice.why}")
-    given = given_by_environment()
-    if given:
-        print(f"with settings of the environment: {', '.join(given)} (unset them to drill the defaults)")
+    given = ", ".join(given_by_environment())
+    if given and arguments.soak:
+        print(f"without the settings of the environment ({given}): a soak draws its own")
+    elif given:
+        print(f"with settings of the environment: {given} (unset them to drill the defaults)")
     if arguments.soak:
         arguments.backend = choice.backend
         return soak.run(arguments)

@@ -63,7 +63,7 @@ def draw(seed: int, backend: str = "host") -> Mix:
         habits=habits,
         leave_out=leave_out,
         n_unguarded=n_unguarded,
-        config=random_config(rng, lifecycle, n_unguarded),
+        config=replace(random_config(rng, lifecycle, n_unguarded), overlap_head=is_beside(seed)),
         n_adapters=int(rng.choice([0, 3])),
         fork_rate=_rate(rng, 0.2) if habits.overcommit else 0.0,
         abort_rate=_rate(rng, 0.05),
@@ -94,6 +94,11 @@ def random_config(rng: np.random.Generator, lifecycle: bool, n_unguarded: int) -
         health_check_warmup_steps=10,
         stats_print_every_n_steps=50,
     )
+
+
+def is_beside(seed: int) -> bool:
+    """Whether HEAD runs beside the model, which only a GPU does; drawn apart, so that all else is as it was."""
+    return bool(np.random.default_rng([seed, 4]).random() < 0.5)
 
 
 def random_inputs(rng: np.random.Generator) -> tuple[tuple[str, ...], int, bool]:
