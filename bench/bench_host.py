@@ -202,7 +202,7 @@ def whole_step_times(make: Callable[[CanaryConfig], Rig], config: CanaryConfig) 
 
 
 def part_times(make: Callable[[CanaryConfig], Rig]) -> dict[str, dict[str, float]]:
-    """The deferred handler alone, `poll`, and an eager HEAD and TAIL."""
+    """The deferred handler alone and `poll`."""
     rig = make(CanaryConfig())
     manager, stream, words = rig.manager, rig.stream, rig.manager.state.words
     handler = DelayedDeviceHostHandler(manager.backend.staging(4), "bench")
@@ -215,20 +215,31 @@ def part_times(make: Callable[[CanaryConfig], Rig]) -> dict[str, dict[str, float
     def nothing() -> None:
         handler.step(lambda: None, receive, stream)
 
-    def forward() -> None:
-        with manager.forward(rig.batch, stream):
-            pass
-
-    timed_us(forward, 20)
     found = {
         "handler.step, staging": summary(timed_us(stage, 4000, handler.drain)),
         "handler.step, nothing to do": summary(timed_us(nothing, 4000)),
         "poll, no violation": summary(timed_us(manager.poll, 4000)),
         "stats": summary(timed_us(manager.stats, 4000)),
-        "eager HEAD and TAIL": summary(timed_us(forward, 1000, _pacing(rig))),
     }
     handler.close()
     _must_be_silent(rig)
+    return found
+
+
+def eager_times(backend: str) -> dict[str, dict[str, float]]:
+    """A HEAD and TAIL that are not captured; on a GPU with HEAD beside the model, too."""
+    found = {}
+    for overlap_head in (False, True) if backend == "cuda" else (False,):
+        rig = RIGS[backend](CanaryConfig(overlap_head=overlap_head))
+
+        def forward(rig: Rig = rig) -> None:
+            with rig.manager.forward(rig.batch, rig.stream):
+                pass
+
+        timed_us(forward, 20)
+        name = "eager HEAD beside the model, and TAIL" if overlap_head else "eager HEAD and TAIL"
+        found[name] = summary(timed_us(forward, 1000, _pacing(rig)))
+        _must_be_silent(rig)
     return found
 
 
@@ -277,7 +288,7 @@ def measure(backend: str) -> dict[str, dict[str, float]]:
     gc.collect()
     gc.disable()
     try:
-        found = {**step_times(make), **part_times(make)}
+        found = {**step_times(make), **part_times(make), **eager_times(backend)}
     finally:
         gc.enable()
     return found if backend == "host" else {**found, **construct_times(backend)}
