@@ -273,6 +273,7 @@ KVC_KERNEL(KVC_THREADS) kvc_begin(KVC_PARAM BeginParams p) {
     row.bad_value = (int32_t)e.bad_value;
     row.request_slot = batch.request_slots ? kvc_pointer<int32_t>(batch.request_slots)[index] : -1;
     row.request_id = batch.request_ids ? kvc_pointer<uint32_t>(batch.request_ids)[index] : 0;
+    if (row.request_id == KVC_PREFIX_CACHE) row.request_id = 0;
     kvc_claim_slots(p.guard, pool, batch, e, forward);
     if (e.flags & KVC_ROW_BAD_TABLE) {
         const int32_t* query = kvc_pointer<int32_t>(batch.query_start_loc);

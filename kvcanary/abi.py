@@ -49,6 +49,7 @@ PREV_NONE = -1  # stamp.prev_slot: there is no predecessor, or it is not known w
 PREV_RELATIVE = -2  # the first of them: it continues no stamp
 PREV_RELATIVE_BASE = -3  # the others: PREV_RELATIVE_BASE - slot of the stamp that it continues
 PREV_IN_LIST = 0  # in an image of moved slots, this in place of a slot: the previous entry of the list
+PREFIX_CACHE = 0xFFFFFFFF  # an owner of blocks without rows: as a row's request (-1, where ids are signed) it is nobody
 # Lower half of a claim word: token index + 1 of a write (at most 2^30), or from 2^31 on an adoption, or this:
 CLAIM_FRESH = 0x7FFFFFFF  # moved here or adopted, and its bytes were not verified since
 
@@ -449,6 +450,7 @@ _INT_PREFIXES = (
 )
 _INT_NAMES = (
     "SHARE_RUN",
+    "PREFIX_CACHE",
     "THREADS",
     "WARPS",
     "VERIFY_UNIT",

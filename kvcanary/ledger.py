@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvcanary import abi
 from kvcanary.errors import LifecycleError
 from kvcanary.references import NOTHING, References
 
-PREFIX_CACHE = 0xFFFFFFFF  #: owner id for engines whose prefix cache holds references of its own
+PREFIX_CACHE = abi.PREFIX_CACHE  #: owner id for engines whose prefix cache holds references of its own
 MAX_NAMED = 8  # bad blocks that one error names
 
 Array = npt.NDArray[Any]
@@ -103,7 +104,7 @@ class BlockLedger:
 
         Args:
             ids: one id, a sequence of them or an integer array; none twice.
-            owner: 1 to 2^32 - 1: a request id, or `PREFIX_CACHE`.
+            owner: a request id from 1 to 2^32 - 2, or `PREFIX_CACHE`.
             step: for the messages of later errors.
 
         Raises:
@@ -294,10 +295,10 @@ class BlockLedger:
         try:
             owner = operator.index(owner)
         except TypeError:
-            raise LifecycleError(f"{kind}: owner={owner!r}: give a request id, an integer from 1 to 2^32 - 1") from None
+            raise LifecycleError(f"{kind}: owner={owner!r}: give a request id, an integer from 1 to 2^32 - 2") from None
         if not 0 < owner <= PREFIX_CACHE:
             hint = "0 means nobody" if owner == 0 else "it must fit 32 bits"
-            raise LifecycleError(f"{kind}: owner={owner}: {hint}; give a request id from 1 to 2^32 - 1")
+            raise LifecycleError(f"{kind}: owner={owner}: {hint}; give a request id from 1 to 2^32 - 2")
         given = ids if isinstance(ids, np.ndarray) else _array_of(kind, ids)
         if given.dtype == _INT32 and given.ndim == 1:
             # A negative id would count from the end; as an unsigned number it is out of range, as NumPy will find.

@@ -21,7 +21,7 @@ class LifecycleEvent(NamedTuple):
     Attributes:
         kind: "allocate", "share", "free" or "claim".
         ids: one block id, a sequence of them or an integer array on the host.
-        owner: a request id from 1 to 2^32 - 1, or `kvcanary.PREFIX_CACHE`.
+        owner: a request id from 1 to 2^32 - 2, or `kvcanary.PREFIX_CACHE`.
         pool: name or number.
     """
 
@@ -162,7 +162,7 @@ class OwnershipCalls:
 
         Args:
             ids: block ids: one, a sequence or an integer array on the host; none twice. Up to 1,000 are one launch.
-            owner: the request id (u32, not 0): what `StepBatch.request_ids` holds for its rows.
+            owner: the request id (from 1 to 2^32 - 2): what `StepBatch.request_ids` holds for its rows.
             stream: where it is ordered; None = the stream of the current (or the last) step.
 
         Raises:

@@ -102,7 +102,7 @@ class BatchView:
 
     def request_id(self, row: int) -> int:
         """The request of a row, 0 unknown."""
-        return 0 if self.arrays.request_ids is None else int(self.arrays.request_ids[row])
+        return self.arrays.request_id(row)
 
     def _slots(self, rows: Array, starts: Array, ends: Array) -> Used:
         capacity = table_entries(self.arrays, rows) * self.arrays.table_page

@@ -12,9 +12,11 @@ class Phase(Enum):
     """Where the manager stands; the value says what may come next."""
 
     OUTSIDE = "begin_step() before the next replay or forward, or head() to capture or warm up"
-    STEP = "head() for an eager forward, or end_step()"
-    FORWARD = "tail() with the same batch, on the same stream"
-    FORWARD_IN_STEP = "tail() with the same batch, on the same stream, then end_step()"
+    STEP = "head() for an eager forward, or end_step(), or abandon_step() if it was interrupted"
+    FORWARD = "tail() with the same batch, on the same stream, or abandon_forward() if it was interrupted"
+    FORWARD_IN_STEP = (
+        "tail() with the same batch, on the same stream, then end_step(), or abandon_step() if it was interrupted"
+    )
     CLOSED = "nothing: the manager is closed; make a new one"
     FORKED = "nothing: this process was forked from the one whose manager it is; make a manager of its own"
 

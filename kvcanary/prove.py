@@ -128,9 +128,8 @@ def _live_slot(backend: Backend, pool: KvPool, call: BoundCall, bound: BoundBatc
             good &= (head["step"] != 0) & (head["step"] == tail["step"]) & (head["position"] == positions[inside])
         if good.any():
             p = int(inside[good][-1])
-            rid = int(batch.request_ids[r]) if batch.request_ids is not None else 0
             rs = int(batch.request_slots[r]) if batch.request_slots is not None else -1
-            return ProbeTarget(r, p, rid, rs), int(at.slot[p])
+            return ProbeTarget(r, p, batch.request_id(r), rs), int(at.slot[p])
     raise BatchError(
         f"prove(): no row of the batch has a position in pool {pool.name!r} that was written under the guard: "
         "run a guarded forward first, and give a batch whose tables and lengths still hold"

@@ -245,6 +245,33 @@ def test_n24_prefix_written_in_the_same_forward(sides: Sides, leave_out: list[st
         assert s.forward(*rows[::order]) == []
 
 
+@pytest.mark.parametrize("advanced", ["input_ids", "seq_lens"])
+def test_an_engine_may_advance_these_before_tail(sides: Sides, advanced: str) -> None:
+    s = Script(sides())
+    assert s.forward(Row(1, A, 0, 6, [1, 2, 3])) == []
+    for n in range(6, 10):
+        late = {"input_ids": np.array([A[n + 1]], np.int32), "seq_lens": np.array([n + 2], np.int32)}
+        assert s.forward(Row(1, A, n, n + 1, [1, 2, 3]), late={advanced: late[advanced]}) == []
+
+
+def test_slots_that_are_advanced_before_tail_are_reported(sides: Sides) -> None:
+    s = Script(sides())
+    assert s.forward(Row(1, A, 0, 6, [1, 2, 3])) == []
+    found = s.forward(Row(1, A, 6, 7, [1, 2, 3]), late={"slot_mapping": np.array([11], np.int64)})
+    assert kinds(found) == {11: Reason.DUPLICATE_WRITE}, "nobody claimed it at HEAD"
+    assert kinds(s.forward(Row(1, A, 7, 8, [1, 2, 3])))[10] == Reason.UNWRITTEN
+
+
+@pytest.mark.parametrize("nobody", [0, -1])
+def test_requests_of_unknown_ids_follow_each_other_in_a_slot(sides: Sides, nobody: int) -> None:
+    s, ids = Script(sides(), leave_out=["token_history"]), np.full(1, nobody, np.int32)
+    assert s.forward(Row(3, C, 0, 4, [5])) == []
+    assert s.forward(Row(1, A, 0, 5, [1, 2]), request_ids=ids) == []
+    assert s.forward(Row(1, C, 4, 5, [5, 6]), request_ids=ids) == [], "a prefix hit, not A that went on elsewhere"
+    found = s.forward(Row(1, C, 4, 5, [5, 6]), request_ids=np.ones(1, np.int32))
+    assert found == [], "whoever it is, this is its first forward"
+
+
 @pytest.mark.parametrize("raises", [True, False])
 def test_n24_taken_up_again_at_the_same_length(sides: Sides, raises: bool) -> None:
     """Without a history the hit starts from the stale stamp it finds, and nobody may hold that against a retry."""

@@ -46,6 +46,14 @@ def test_c01_write_of_a_dispatched_step_after_its_block_was_freed(sides: Sides) 
     assert set(s.records["stamp_epoch"]) == {0}
 
 
+@pytest.mark.parametrize("dtype", [np.uint32, np.int32])
+def test_a_row_without_a_request_is_not_the_prefix_caches(sides: Sides, dtype: type) -> None:
+    s = owned_script(sides)
+    s.own("allocate", [3], PREFIX_CACHE)
+    found = s.forward(Row(1, A, 0, 4, [3]), request_ids=np.full(1, -1, np.int32).view(dtype))
+    assert kinds(found, request=0) == dict.fromkeys(range(12, 16), FOREIGN)
+
+
 def test_c03_block_with_two_owners(sides: Sides) -> None:
     s = owned_script(sides)
     s.own("allocate", [3, 4, 5], 1)

@@ -316,7 +316,7 @@ MISUSES: dict[str, tuple[Callable[[BlockLedger], None], str, Any, int, tuple[int
         *(freed, "allocate", [1, 2, 1, 4, 2, 1], 7, (1, 2)),
         "block 1 is named twice in this call; block 2 is named twice in this call. Nothing was changed.",
     ),
-    "owner 0": (freed, "share", [1], 0, (), "share: owner=0: 0 means nobody; give a request id from 1 to 2^32 - 1"),
+    "owner 0": (freed, "share", [1], 0, (), "share: owner=0: 0 means nobody; give a request id from 1 to 2^32 - 2"),
     "a negative owner": (freed, "free", [1], -1, (), "free: owner=-1: it must fit 32 bits; give a request id"),
     "a long owner": (freed, "free", [1], 1 << 32, (), "free: owner=4294967296: it must fit 32 bits"),
     "no owner": (freed, "allocate", [1], None, (), "allocate: owner=None: give a request id, an integer from 1"),

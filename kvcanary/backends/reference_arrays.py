@@ -95,6 +95,11 @@ class BatchArrays:
     full_verify_min_tokens: int
     is_first_forward: bool
 
+    def request_id(self, row: int) -> int:
+        """Whose row it is, 0 = unknown."""
+        request_id = 0 if self.request_ids is None else int(self.request_ids[row])
+        return 0 if request_id == abi.PREFIX_CACHE else request_id
+
 
 # ---- made of what the manager has ------------------------------------------------------------------------------------
 def pool_arrays(index: int, pool: KvPool, config: CanaryConfig, max_requests: int, scrub_blocks: int) -> PoolArrays:

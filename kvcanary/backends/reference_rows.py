@@ -25,7 +25,7 @@ def find_rows(pool: PoolArrays, batch: BatchArrays, forward: int) -> Array:
 def _find_row(pool: PoolArrays, batch: BatchArrays, r: int, forward: int) -> Array:
     row = abi.zeros_of(abi.ROW)
     row["request_slot"] = batch.request_slots[r] if batch.request_slots is not None else -1
-    row["request_id"] = batch.request_ids[r] if batch.request_ids is not None else 0
+    row["request_id"] = batch.request_id(r)
     q0, q1 = int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1])
     if q0 < 0 or q1 < q0 or q1 > batch.n_tokens:
         row["flags"], row["bad_value"] = abi.ROW_BAD_QUERY, q1

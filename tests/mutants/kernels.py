@@ -168,6 +168,7 @@ BLOCKS = [
         ("a link to any slot before a window", "kvc_continued_slot(seen.stamp) == before.slot)) &&", "seen.stamp.prev_slot >= 0)) &&"),
     ),
     *_in("slots.cuh", HONEST, ("a move is as old as what it moved", "moved > step ? moved : step", "moved > step ? step : step")),
+    *_in("begin.cu", MUSEUM, ("the prefix cache has rows", "if (row.request_id == KVC_PREFIX_CACHE) row.request_id = 0;", "")),
     *_in("begin.cu", HONEST, ("drafts are trusted", "if (prefix <= reg.confirmed || reg.is_relative) return false;", "return false;")),
     *_in(
         "verify.cu",
