@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import why_no_gpu
 from simt.build import find_compiler
 
 from kvcanary import CanaryConfig
@@ -347,3 +348,9 @@ def test_the_twin_of_the_host_bench_tells_what_the_guard_takes() -> None:
     found = import_module("bench.host_twin").memory()
     assert len(found) == 6
     assert {round(row["guard_bytes_per_slot"]) for row in found if "8B" in row["pool"]} == {648, 136}
+
+
+@pytest.mark.skipif(not why_no_gpu(), reason="there is a GPU to measure on")
+def test_without_a_gpu_it_says_what_is_missing() -> None:
+    with pytest.raises(SystemExit, match=r"measures on a GPU: .*(NVIDIA driver|pip install)"):
+        program.measure(program.parse([]))

@@ -24,8 +24,8 @@ HEAD = """# Configuration
 `CanaryConfig(...)` takes these as keywords and reads no environment. `CanaryConfig.from_env(...)` also reads them from
 the environment; keywords win over it, except that `{prefix}MODE` always wins: it is the operator's kill switch. An
 unknown variable with that prefix is a `ConfigError`; one that is empty counts as not set. No word in a variable stands
-for Python's `None`: the text `None` is taken as it is, as the name of a file say. `True` and `False` may also be written
-1 and 0, yes and no, on and off, in either case.
+for Python's `None`: the text `None` is taken as it is, as the name of a file say. `True` and `False` may be written as
+1 and 0, yes and no, on and off too, in either case.
 
 | setting | variable | default | may be | what it does |
 |---|---|---|---|---|
