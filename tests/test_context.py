@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from simt.fake_driver import CONTEXT, PRIMARY, FakeDriver, FakeLibcuda
 from simt.runner import SimtLibrary
 
 from kvcanary import BackendError, LayoutError, Reason, layouts
-from kvcanary.backends import context, cuda, whose
+from kvcanary.backends import context, cuda, side_stream, whose
 from kvcanary.backends.context import ContextDriver
 
 
@@ -26,14 +27,22 @@ def driver(library: SimtLibrary, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     driver = FakeDriver(FakeCuda(library))
     monkeypatch.setattr(cuda, "check_driver", lambda: None)
     monkeypatch.setattr(cuda, "import_cuda", no_cupy)
+
+    def capture_info(*arguments: Any) -> int:
+        assert driver.contexts[-1] == CONTEXT
+        return int(driver._world.libcuda.cuStreamGetCaptureInfo_v2(*arguments))
+
     monkeypatch.setattr(whose, "libcuda", FakeLibcuda)
+    monkeypatch.setattr(side_stream, "libcuda", lambda: SimpleNamespace(cuStreamGetCaptureInfo_v2=capture_info))
     monkeypatch.setattr(context, "import_driver", lambda: driver)
     monkeypatch.setattr(context, "compile_cubin", lambda source, arch: b"cubin" if arch == "sm_90" else b"")
     return driver
 
 
-def test_a_graph_in_the_engines_context(driver: FakeDriver) -> None:
-    toy, graph = prefilled(driver._world, verify_data_every=1, stats_print_every_n_steps=2)
+@pytest.mark.parametrize("overlap_head", [False, True])
+def test_a_graph_in_the_engines_context(driver: FakeDriver, overlap_head: bool) -> None:
+    config: dict[str, Any] = {"verify_data_every": 1, "stats_print_every_n_steps": 2}
+    toy, graph = prefilled(driver._world, overlap_head=overlap_head, **config)
     assert isinstance(toy.manager.backend._driver, ContextDriver)
     for p in range(1, 6):
         toy.replay(graph, p)
@@ -92,8 +101,9 @@ def test_graphs_for_child_nodes_are_captured_there(driver: FakeDriver) -> None:
     assert driver._world.graphs == {}
 
 
-def test_everything_is_given_back(driver: FakeDriver) -> None:
-    toy, graph = prefilled(driver._world)
+@pytest.mark.parametrize("overlap_head", [False, True])
+def test_everything_is_given_back(driver: FakeDriver, overlap_head: bool) -> None:
+    toy, graph = prefilled(driver._world, overlap_head=overlap_head)
     toy.replay(graph, 1)
     toy.manager.close()
     del toy, graph
@@ -101,12 +111,13 @@ def test_everything_is_given_back(driver: FakeDriver) -> None:
     assert driver._memory == {} and driver.contexts == [PRIMARY]
 
 
+@pytest.mark.parametrize("overlap_head", [False, True])
 @pytest.mark.parametrize("answer", [None, 78], ids=["gone", "its place is another's"])
 def test_a_context_that_is_gone_is_never_touched(
-    driver: FakeDriver, answer: int | None, monkeypatch: pytest.MonkeyPatch
+    driver: FakeDriver, answer: int | None, overlap_head: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver itself takes no question about a context that was destroyed: the process dies of it."""
-    toy, graph = prefilled(driver._world)
+    toy, graph = prefilled(driver._world, overlap_head=overlap_head)
     graphs = toy.manager.graphs(toy.fill((0, 1, 1), (1, 1, 1)))
     taint = toy.manager.taint
     toy.manager.close()

@@ -259,6 +259,13 @@ class ContextDriver(CudaDriver):
         with self._calls.pushed():
             yield
 
+    def in_context(self, question: Callable[..., int]) -> Callable[..., int]:
+        def ask(*arguments: Any) -> int:
+            with self._calls.pushed():
+                return question(*arguments)
+
+        return ask
+
     # ---- memory ------------------------------------------------------------------------------------------------------
     def zeros(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         dtype = np.dtype(dtype)

@@ -254,6 +254,10 @@ class CudaDriver:
         with self.current():
             return CudaSideStream(self)
 
+    def in_context(self, question: Callable[..., int]) -> Callable[..., int]:
+        """A function of libcuda's that may be called in any thread; of the primary context it asks in any other one."""
+        return question
+
     def staging(self, n_words: int, depth: int) -> Staging:
         with self.current():
             return CudaStaging(self, n_words, depth)

@@ -43,7 +43,7 @@ class CudaSideStream:
         self._side = driver._device.create_stream()
         self._pointer = int(self._side.handle)
         self._left, self._done = (driver._device.create_event() for _ in range(2))
-        self._query = libcuda().cuStreamGetCaptureInfo_v2
+        self._query = driver.in_context(libcuda().cuStreamGetCaptureInfo_v2)
         self._last = 0  # the stream that was left last
         self._is_out = False
 

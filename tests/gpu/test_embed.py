@@ -114,7 +114,7 @@ class ForeignEngine:
 
     PAGE, WIDTH, ROWS, DIM = 16, 4, 2, 64
 
-    def __init__(self) -> None:
+    def __init__(self, overlap_head: bool = False) -> None:
         from cuda.bindings import driver
 
         self.driver = driver
@@ -137,7 +137,8 @@ class ForeignEngine:
         self.arrays = {name: self.put(a) for name, a in self.host.items()}
         self.batch = StepBatch(**self.arrays)
         pool = layouts.nhd(k=[self.k], v=[self.v])
-        self.manager = CanaryManager(CanaryConfig(verify_data_every=1), [pool], self.ROWS, self.ROWS)
+        config = CanaryConfig(verify_data_every=1, overlap_head=overlap_head)
+        self.manager = CanaryManager(config, [pool], self.ROWS, self.ROWS)
 
     def put(self, array: Any) -> tuple[Any, ...]:
         pointer = int(ok(self.driver.cuMemAlloc(array.nbytes)))
@@ -145,6 +146,11 @@ class ForeignEngine:
         return pointer, array.shape, None, array.itemsize, "cuda:0"
 
     def step(self, p: int, stream: Any = None) -> None:
+        self.fill(p, stream)
+        with self.manager.step(stream), self.manager.forward(self.batch, stream):
+            self.write(stream)
+
+    def fill(self, p: int, stream: Any) -> None:
         ok(self.driver.cuStreamSynchronize(stream or 0))  # the copies below are not ordered on it
         self.host["seq_lens"][:] = p + 1
         self.host["input_ids"][:] = self.rng.integers(0, 500, self.ROWS)
@@ -152,13 +158,14 @@ class ForeignEngine:
         for name in ("seq_lens", "input_ids", "slot_mapping"):
             array = self.host[name]
             ok(self.driver.cuMemcpyHtoD(self.arrays[name][0], array.ctypes.data, array.nbytes))
-        with self.manager.step(stream), self.manager.forward(self.batch, stream):
-            for pointer in (self.k[0], self.v[0]):
-                for slot in self.host["slot_mapping"]:
-                    row = self.rng.integers(0, 256, self.DIM, dtype=np.uint8)
-                    target = pointer + int(slot) * self.DIM
-                    ok(self.driver.cuMemcpyHtoDAsync(target, row.ctypes.data, self.DIM, stream or 0))
-                    ok(self.driver.cuStreamSynchronize(stream or 0))
+
+    def write(self, stream: Any) -> None:
+        for pointer in (self.k[0], self.v[0]):
+            for slot in self.host["slot_mapping"]:
+                row = self.rng.integers(0, 256, self.DIM, dtype=np.uint8)
+                target = pointer + int(slot) * self.DIM
+                ok(self.driver.cuMemcpyHtoDAsync(target, row.ctypes.data, self.DIM, stream or 0))
+                ok(self.driver.cuStreamSynchronize(stream or 0))
 
     def flip(self, slot: int) -> None:
         byte = np.zeros(1, np.uint8)
@@ -168,9 +175,9 @@ class ForeignEngine:
         ok(self.driver.cuMemcpyHtoD(self.k[0] + slot * self.DIM, byte.ctypes.data, 1))
 
 
-@pytest.fixture
-def foreign() -> Iterator[ForeignEngine]:
-    engine = ForeignEngine()
+@pytest.fixture(params=[False, True], ids=["before the model", "beside it"])
+def foreign(request: pytest.FixtureRequest) -> Iterator[ForeignEngine]:
+    engine = ForeignEngine(overlap_head=request.param)
     yield engine
     engine.manager.close()
     ok(engine.driver.cuCtxDestroy(engine.context))
@@ -194,6 +201,31 @@ def test_a_context_of_cuctxcreate(foreign: ForeignEngine, has_stream: bool) -> N
     assert (v.reasons, v.slot, v.request_id) == (Reason.DATA, foreign.PAGE + 7, 1)
     assert foreign.manager.taint.tolist() == [Reason.DATA, 0]
     assert int(ok(foreign.driver.cuCtxGetCurrent())) == int(foreign.context)
+
+
+def test_a_forward_is_captured_there_from_a_thread_without_a_context(foreign: ForeignEngine) -> None:
+    driver, manager, stream = foreign.driver, foreign.manager, int(ok(foreign.driver.cuStreamCreate(1)))
+    foreign.step(0, stream)
+    ok(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+    context = ok(driver.cuCtxPopCurrent())
+    try:
+        with manager.forward(foreign.batch, stream):
+            pass  # what is written into the new slots before HEAD does as well
+    finally:
+        ok(driver.cuCtxPushCurrent(context))
+    graph = ok(driver.cuGraphInstantiate(ok(driver.cuStreamEndCapture(stream)), 0))
+    for p in range(1, 31):
+        foreign.fill(p, stream)
+        foreign.write(stream)
+        if p == 30:
+            manager.synchronize()
+            assert manager.violations() == ()
+            foreign.flip(foreign.PAGE + 7)
+        with manager.step(stream):
+            ok(driver.cuGraphLaunch(graph, stream))
+    manager.synchronize()
+    (v,) = manager.violations()
+    assert (v.reasons, v.slot, v.request_id) == (Reason.DATA, foreign.PAGE + 7, 1)
 
 
 def test_the_guard_is_captured_in_such_a_context(foreign: ForeignEngine) -> None:
