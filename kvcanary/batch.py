@@ -60,8 +60,8 @@ class StepBatch:
     """The arrays of one forward, where the engine keeps them: nothing is copied, a captured graph reads them anew.
 
     rows <= max_requests; a row without new tokens is padding. Any array that `kvcanary.arrays.view_of` takes. Their
-    contents may change from forward to forward, but for ``input_ids`` and ``seq_lens`` not between HEAD and TAIL, which
-    reads them again; other arrays are another `StepBatch`.
+    contents may change from forward to forward; other arrays are another `StepBatch`. Between HEAD and TAIL they stay
+    as they are, for TAIL reads them again: all but ``input_ids`` and ``seq_lens``, and these too with ``overlap_head``.
 
     Attributes:
         block_table: i32[rows, max_blocks] by batch row, of blocks or (``table_entries="slots"``) of slots, or a
@@ -74,7 +74,8 @@ class StepBatch:
         slot_mapping: i32 or i64[tokens], the slot each token is written to, negative = none; or one per pool.
         request_slots: i32[rows], small stable integer of the request, in [0, max_requests); negative = none.
         request_ids: u32 or i32[rows] of 32 bits that are never reused, nor kept for another text (a beam that goes on
-            from another one); 0 and -1 (`kvcanary.PREFIX_CACHE`, which has no rows) = unknown, the row is unanchored.
+            from another one); 0 and -1 (`kvcanary.PREFIX_CACHE`, which has no rows) = unknown: of such a row nothing
+            is remembered.
         salts: u64[rows], what the KV of a row depends on beside its tokens, as one number: adapter, tenant, ...; rows
             may share KV only under equal salts. A request keeps its own as long as it lives. None = 0 for all.
         prefix_chain: u64[rows], `CanaryManager.chain` of the prefix; read on a request's first forward.

@@ -17,6 +17,10 @@ def duplicates_rule(records: Records) -> Found:
         first = run.records[0]
         if records.is_astray(run):
             continue
+        if all(readings.is_other_target(v) for v in run.records):
+            what = f"request {first.request_id} was told {run.words} at the end of forward {first.forward}"
+            yield "C08", 0.9, f"{what}, and others when it began: slot_mapping was changed while the forward ran"
+            continue
         who = f"requests {first.request_id} and {first.stamp_owner} both wrote {run.words} in forward {first.forward}"
         if all(readings.is_repeated(v) for v in run.records):
             twice = f"request {first.request_id} wrote its position {first.position} twice in forward {first.forward}"

@@ -29,6 +29,10 @@ _OUTLIVED = (
     "no KV was written here since the block was allocated anew; what is in it is older",
     "a prefix hit before the prefix was computed, a transfer that did not arrive, or a write that was lost",
 )
+_OTHER_TARGET = (
+    "no token of this forward was to go here when it began, but slot_mapping names the slot at its end",
+    "a slot_mapping that was overwritten while the forward ran, or advanced to the next step before TAIL",
+)
 _BAD_ROWS: dict[Detail, Reading] = {
     Detail.SEQ_LEN: (
         "the row is longer than its table row",
@@ -78,6 +82,8 @@ def reading(v: Violation, reason: Reason) -> Reading | None:
         return _of_a_hole(v)
     if reason == Reason.OUT_OF_RANGE:
         return _BAD_ROWS.get(v.detail)
+    if reason == Reason.DUPLICATE_WRITE and is_other_target(v):
+        return _OTHER_TARGET
     if reason == Reason.STALE_EPOCH and v.is_in_pool:
         return _of_a_stranger(v) if is_strangers(v) else _of_the_stamp(v)
     if reason == Reason.FOREIGN_WRITE and v.is_in_pool:
@@ -151,6 +157,11 @@ def is_repeated(v: Violation) -> bool:
     """Whether both tokens of a slot are the same position of the same request: a row has each position once."""
     is_own = v.stamp_owner == v.request_id != 0
     return is_own and Reason.DUPLICATE_WRITE in v.reasons and v.stored_position == v.position
+
+
+def is_other_target(v: Violation) -> bool:
+    """Whether nobody has won the slot that a token lost: HEAD was told another one, and left no stamp here."""
+    return Reason.DUPLICATE_WRITE in v.reasons and v.stamp_step != v.forward
 
 
 def is_written_over(v: Violation) -> bool:

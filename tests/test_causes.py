@@ -231,13 +231,15 @@ def test_values_that_cannot_be(detail: Detail, reasons: Reason, slot: int, class
 
 
 def test_two_tokens_in_one_slot() -> None:
-    duplicate = {"reasons": Reason.DUPLICATE_WRITE, "tag": CanaryLaunchTag.TAIL_K_FULL}
+    duplicate = {"reasons": Reason.DUPLICATE_WRITE, "tag": CanaryLaunchTag.TAIL_K_FULL, "forward": 9, "stamp_step": 9}
     assert first(run(range(14, 15), 6, **duplicate)) == "C21"
     assert first(run(range(12, 16), 0, **duplicate)) == "C03"
     own = run(range(12, 16), 0, **{**duplicate, "stamp_owner": A})
     assert first(own) == "C10", "one position from two rows of one request: the second repeats the first"
     wrapped = [replace(v, stored_position=v.position + 8) for v in own]
     assert first(wrapped) == "C12", "two positions of one request"
+    others = run(range(14, 15), 6, **{**duplicate, "stamp_step": 8})
+    assert first(others) == "C08", "nobody wrote there in this forward"
 
 
 def test_what_was_never_written() -> None:

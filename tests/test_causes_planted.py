@@ -244,3 +244,19 @@ def test_scattered_slots_are_not_told_as_a_range() -> None:
         layer[[2, 6, 9]] ^= 1
     forward(engine, (0, 11, 1), slot_mapping=slots[11:], **table)
     assert "11 slots between 8 and 39 (blocks 2, 6, 9)" in sentences(causes(engine))
+
+
+# ---- arrays that change while the forward runs -----------------------------------------------------------------------
+def test_slots_that_are_advanced_before_tail_are_no_fork() -> None:
+    engine = toy()
+    forward(engine, (0, 0, 5))
+    batch = engine.batch((0, 5, 2))
+    with engine.manager.step(), engine.manager.forward(batch):
+        engine.write(batch)
+        batch.slot_mapping[:] += 2
+    forward(engine, (0, 7, 1))
+    found = causes(engine)
+    assert ids(found)[0] == "C08" and "C21" not in ids(found)
+    assert "slot_mapping was changed while the forward ran" in sentences(found[:1])
+    lost = next(v for v in engine.manager.violations() if Reason.DUPLICATE_WRITE in v.reasons)
+    assert "no token of this forward was to go here" in lost.summary()

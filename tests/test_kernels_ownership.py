@@ -50,8 +50,11 @@ def test_c01_write_of_a_dispatched_step_after_its_block_was_freed(sides: Sides) 
 def test_a_row_without_a_request_is_not_the_prefix_caches(sides: Sides, dtype: type) -> None:
     s = owned_script(sides)
     s.own("allocate", [3], PREFIX_CACHE)
-    found = s.forward(Row(1, A, 0, 4, [3]), request_ids=np.full(1, -1, np.int32).view(dtype))
+    nobody = np.full(1, -1, np.int32).view(dtype)
+    found = s.forward(Row(1, A, 0, 4, [3]), request_ids=nobody)
     assert kinds(found, request=0) == dict.fromkeys(range(12, 16), FOREIGN)
+    found = s.forward(Row(1, A, 4, 5, [3, 4]), request_ids=nobody)
+    assert all_have(kinds(found, "HEAD"), range(12, 16), STALE)
 
 
 def test_c03_block_with_two_owners(sides: Sides) -> None:

@@ -255,7 +255,7 @@ class CudaDriver:
             return CudaSideStream(self)
 
     def in_context(self, question: Callable[..., int]) -> Callable[..., int]:
-        """A function of libcuda's that may be called in any thread; of the primary context it asks in any other one."""
+        """A function of libcuda's, to be called where kernels are launched: with the context current that they need."""
         return question
 
     def staging(self, n_words: int, depth: int) -> Staging:

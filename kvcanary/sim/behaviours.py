@@ -29,7 +29,7 @@ BEHAVIOURS = (
     ),
     *("fresh blocks zeroed", "refreshed requests", "reloads", "pauses", "failed forwards", "adapters"),
     *("adopted slots", "sweeps", "patrols", "lifecycle on", "lifecycle off"),
-    *("real data all", "real data partial", "real data none", "overlap_head on", "overlap_head off"),
+    *("real data all", "real data partial", "real data none", "HEAD before the model", "HEAD beside the model"),
 )
 
 

@@ -147,7 +147,8 @@ class Soak:
         did |= {"sweeps": stats.sweep_passes, "patrols": stats.scrub_passes, "adopted slots": stats.adopted_slots}
         did["lifecycle on" if self.mix.config.lifecycle else "lifecycle off"] += n_steps
         did["real data " + self.mix.config.real_data] += n_steps
-        did["overlap_head on" if self.mix.config.overlap_head else "overlap_head off"] += n_steps
+        is_beside = self.backend == "cuda" and self.mix.config.overlap_head
+        did["HEAD beside the model" if is_beside else "HEAD before the model"] += n_steps
         return SoakResult(self.seed, n_steps, len(self.asked), protected, data, stats.live_blocks, dict(did))
 
     def _make(

@@ -191,19 +191,22 @@ class Stage(Wishes):
         fill_history(self._history, rows)
         self.place.assign(self._history_there, self._history)
         slots = np.full(MAX_TOKENS + N_STRAY, -1, np.int64)
-        seeds = np.zeros(len(slots), np.uint64)
+        seeds, is_padding = np.zeros(len(slots), np.uint64), np.zeros(len(slots), bool)
         n = 0
         for row in rows:
             targets = row.targets(self.page) if row.kv_slots is None else row.kv_slots
             for slot, token, position in zip(targets, row.tokens, range(row.start, row.end), strict=False):
                 slots[n] = slot
                 seeds[n] = hashing.prefix_chain([token, position, row.request, row.noise], row.salt)
+                is_padding[n] = row.request == 0
                 n += 1
         slots[n : n + len(stray)] = stray
         seeds[n : n + len(stray)] = [hashing.prefix_chain([s, self.n_steps], 77) for s in stray]
         for i, (plane, (there, data)) in enumerate(zip(self.pool.planes, self._new_kv, strict=True)):
             self.place.assign(there, slots)
-            self.place.assign(data, _bytes(seeds, i, plane.n_bytes))
+            values = _bytes(seeds, i, plane.n_bytes)
+            values[is_padding] &= 0x3F  # finite in every element type: NaN in the reserved block is planted
+            self.place.assign(data, values)
 
     def _kv_lists(self, capacity: int) -> list[tuple[Any, Any]]:
         """Per plane: slots i64[capacity] (negative = none) and the bytes that are written there."""
