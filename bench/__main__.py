@@ -23,7 +23,7 @@ from bench.runner import Measurement, Options, run_case
 from bench.targets import TARGETS
 from bench.timing import N_QUICK_REPLAYS, N_REPLAYS
 from kvcanary import BackendError
-from kvcanary.backends.cuda import check_driver, import_cuda
+from kvcanary.sim.cuda_model import import_cupy
 
 HERE = Path(__file__).resolve().parent
 RESULTS, JSON = HERE / "RESULTS.md", HERE / "results.json"
@@ -73,8 +73,7 @@ def attempt(case: Case, run: Callable[[Case], None], failures: list[str]) -> Non
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, on the GPU."""
     try:
-        check_driver()
-        import_cuda()
+        import_cupy()
     except BackendError as error:
         raise SystemExit(f"python -m bench measures on a GPU: {error}") from None
     from bench.gpu import GpuPlace

@@ -56,15 +56,15 @@ class Seen(NamedTuple):
     plane: int = -1
 
 
-def pool_spec(has_v: bool = False, window: int | None = None) -> PoolSpec:
-    """4 bytes a slot and plane."""
+def pool_spec(has_v: bool = False, window: int | None = None, dtype: str | None = None) -> PoolSpec:
+    """4 bytes a slot and plane; ``dtype`` = what the engine says that they are."""
     halves = "kv" if has_v else "k"
     names = [f"{half}{i}" for half in halves for i in range(N_LAYERS)]
     kind = PoolKind.FULL if window is None else PoolKind.SWA
 
     def build(given: Mapping[str, Any]) -> KvPool:
         arrays = {half: [given[f"{half}{i}"] for i in range(N_LAYERS)] for half in halves}
-        return layouts.nhd(**arrays, kind=kind, window=window)
+        return layouts.nhd(**arrays, kind=kind, window=window, dtype=dtype)
 
     return PoolSpec({name: np.zeros((N_BLOCKS, PAGE, 1, 2), np.uint16) for name in names}, build)
 

@@ -342,7 +342,7 @@ def test_the_kernels_hold_too(
 ) -> None:
     """Beside the model HEAD comes as late as it may, once TAIL waits for it."""
     monkeypatch.setenv("KVCANARY_OVERLAP_HEAD", str(int(is_beside)))
-    shapes = {s.id: s.shapes if "reserved" in s.title else s.shapes[:1] for s in SCENARIOS.values()}
+    shapes = {s.id: s.shapes if "check_reserved_every" in s.config else s.shapes[:1] for s in SCENARIOS.values()}
     found = [play(s, HostPlace(), at, lc) for s in SCENARIOS.values() for lc in s.lifecycle for at in shapes[s.id]]
     assert {o.scenario.id: o.problems for o in found if o.problems} == {}
     assert sum(o.ok is True for o in found) >= 80

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from agree import Sides
-from agree_script import N_LAYERS, A, B, C, Row, Script, kinds
+from agree_script import N_LAYERS, A, B, C, Row, Script, batch_of, kinds
 
 from kvcanary import Reason
 
@@ -260,6 +260,16 @@ def test_slots_that_are_advanced_before_tail_are_reported(sides: Sides) -> None:
     found = s.forward(Row(1, A, 6, 7, [1, 2, 3]), late={"slot_mapping": np.array([11], np.int64)})
     assert kinds(found) == {11: Reason.DUPLICATE_WRITE}, "nobody claimed it at HEAD"
     assert kinds(s.forward(Row(1, A, 7, 8, [1, 2, 3])))[10] == Reason.UNWRITTEN
+
+
+def test_a_table_or_salts_that_are_advanced_before_tail_are_reported(sides: Sides) -> None:
+    s = Script(sides())
+    assert s.forward(Row(1, A, 0, 6, [1, 2])) == []
+    table = batch_of([Row(1, A, 6, 7, [5, 6])])["block_table"]
+    found = s.forward(Row(1, A, 6, 7, [1, 2]), late={"block_table": table})
+    assert Reason.UNWRITTEN in kinds(found, "TAIL")[26] and kinds(found, "HEAD") == {}
+    found = s.forward(Row(1, A, 7, 8, [1, 2]), late={"salts": np.array([5], np.uint64)})
+    assert kinds(found) == {4: Reason.CHAIN}
 
 
 @pytest.mark.parametrize("nobody", [0, -1])
